@@ -1,0 +1,174 @@
+"""All layers of one sequence: how far it has come, and the operations on it (fork, rewind, snapshot, restore, bytes).
+
+A memory's state is its stores plus one number, `length`. The model calls `begin`, writes the stores and calls `advance`;
+a call that was stopped half way leaves the memory torn, and a torn memory refuses everything but `restore`.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dsv4.cache.layer import Entries, LayerMemory
+from dsv4.config import ModelConfig
+from dsv4.errors import UserError
+
+Snapshot = dict[str, Tensor]
+
+
+class SequenceMemory:
+    """What the model remembers of one sequence of `length` tokens.
+
+    Raw rows live in rings that hold `max_rewind` rows more than the model reads, which is how far `rewind` can go back.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int = 0,
+        max_rewind: int = 128,
+    ):
+        if max_rewind < 0 or capacity < 0:
+            raise UserError(f"capacity={capacity} and max_rewind={max_rewind} must not be negative")
+        self.config, self.max_rewind, self.dtype = config, max_rewind, dtype
+        layers = range(config.num_hidden_layers)
+        self.layers = [LayerMemory(config, i, capacity, max_rewind, dtype, torch.device(device)) for i in layers]
+        self.length = 0
+        self.newest = 0  # the rings hold rows of positions up to here, also after a rewind
+        self._torn = False
+
+    def begin(self) -> None:
+        """Rows are about to be written; until `advance` the stores of different layers disagree."""
+        self._refuse_torn()
+        self._torn = True
+
+    def advance(self, count: int) -> None:
+        """`count` more tokens have been written to every store."""
+        self._torn = False
+        self.length += count
+        self.newest = max(self.newest, self.length)
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens; exact at every offset, also inside an open group.
+
+        Raises UserError when the rows that this needs have left the rings; nothing is changed then.
+        """
+        if not 0 <= count <= self.length:
+            raise UserError(f"cannot rewind {count} tokens: this memory holds {self.length}; give a number from 0 to that")
+        self._refuse_torn()
+        back = self.newest - (self.length - count)
+        if back > self.max_rewind:
+            raise UserError(
+                f"cannot rewind to {back} tokens before the newest: this memory keeps rows for {self.max_rewind}; make it "
+                f"with max_rewind={back} or restore a snapshot"
+            )
+        self.length -= count
+
+    def fork(self) -> "SequenceMemory":
+        """An independent copy; the two then go their own ways."""
+        self._refuse_torn()
+        return copy.deepcopy(self)
+
+    def snapshot(self) -> Snapshot:
+        """The whole state as named tensors (copies; entries without their spare room), ready for safetensors."""
+        self._refuse_torn()
+        state = {"length": torch.tensor([self.length, self.newest])}
+        for name, store, used in self._stores():
+            state[name] = store.data[:used].clone()
+        return state
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot of a memory of the same configuration; UserError (and no change) if it does not fit."""
+        length, newest = self._check(snapshot)
+        self.length, self.newest, self._torn = length, newest, False
+        for name, store, used in self._stores():
+            if isinstance(store, Entries):
+                store.write(snapshot[name], 0)
+            else:
+                store.data.copy_(snapshot[name])
+
+    def bytes(self) -> int:
+        """Bytes allocated by all stores."""
+        return sum(store.data.nbytes for _, store, _ in self._stores())
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise UserError("a call on this memory was stopped half way: restore a snapshot or start a new memory")
+
+    def _stores(self) -> Iterator[tuple[str, "Entries | object", int]]:
+        """(name, store, rows in use) of every store of every layer."""
+        for i, layer in enumerate(self.layers):
+            for name, store in layer.stores():
+                used = self.length // layer.ratio if isinstance(store, Entries) else len(store.data)
+                yield f"layers.{i}.{name}", store, used
+
+    def _check(self, snapshot: Snapshot) -> tuple[int, int]:
+        """A snapshot comes from outside: names, shapes and numbers are checked before anything is written."""
+        remedy = "restore a snapshot of a memory made with the same configuration, dtype and max_rewind"
+        if "length" not in snapshot or snapshot["length"].shape != (2,):
+            raise UserError(f"the snapshot has no length: {remedy}")
+        length, newest = snapshot["length"].tolist()
+        if not 0 <= length <= newest or newest - length > self.max_rewind:
+            raise UserError(f"the snapshot has length {length} of {newest}: {remedy}")
+        expected = {"length"}
+        for i, layer in enumerate(self.layers):
+            for name, store in layer.stores():
+                rows = length // layer.ratio if isinstance(store, Entries) else len(store.data)
+                name, shape = f"layers.{i}.{name}", (rows, *store.data.shape[1:])
+                expected.add(name)
+                got = snapshot.get(name)
+                if got is None or got.shape != shape or got.dtype != store.data.dtype:
+                    what = "missing" if got is None else f"{tuple(got.shape)} {got.dtype}"
+                    raise UserError(f"snapshot tensor {name} is {what}, expected {shape} {store.data.dtype}: {remedy}")
+        if set(snapshot) != expected:
+            raise UserError(f"snapshot tensor {min(set(snapshot) - expected)} is unknown: {remedy}")
+        return length, newest
+
+
+class BatchMemory(Sequence[SequenceMemory]):
+    """One memory per row of a batch; rows may have different lengths. Every operation applies to all rows."""
+
+    def __init__(self, rows: list[SequenceMemory]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.length for row in self.rows]
+
+    def fork(self) -> "BatchMemory":
+        return BatchMemory([row.fork() for row in self.rows])
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens of every row; if one row cannot, none is changed."""
+        lengths = self.lengths
+        try:
+            for row in self.rows:
+                row.rewind(count)
+        except UserError:
+            for row, length in zip(self.rows, lengths, strict=True):
+                row.length = length
+            raise
+
+    def snapshot(self) -> list[Snapshot]:
+        return [row.snapshot() for row in self.rows]
+
+    def restore(self, snapshots: list[Snapshot]) -> None:
+        if len(snapshots) != len(self.rows):
+            raise UserError(f"{len(snapshots)} snapshots for {len(self.rows)} rows: give one snapshot per row")
+        for row, snapshot in zip(self.rows, snapshots, strict=True):
+            row._check(snapshot)
+        for row, snapshot in zip(self.rows, snapshots, strict=True):
+            row.restore(snapshot)
+
+    def bytes(self) -> int:
+        return sum(row.bytes() for row in self.rows)

@@ -1,0 +1,36 @@
+"""One block: attention, then the mixture of experts, each between a read and a write of the residual streams."""
+
+import torch
+from torch import Tensor, nn
+
+from dsv4.cache import LayerMemory
+from dsv4.config import ModelConfig
+from dsv4.model import hyper
+from dsv4.model.attention import Attention
+from dsv4.model.layers import RMSNorm
+from dsv4.model.moe import MoE, Routing
+from dsv4.model.segments import Run
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, layer, dtype)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = MoE(config, layer, dtype)
+        self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = hyper.parameters(config)
+        self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hyper.parameters(config)
+
+    def forward(
+        self, x_TNM: Tensor, ids_T: Tensor, run: Run, views: list[LayerMemory | None]
+    ) -> tuple[Tensor, Routing]:
+        """Streams [T, N, M] -> streams, and the gate's decision; `views` as in Attention."""
+        attn_hyper = (self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+        h_TM, write = hyper.read(x_TNM, attn_hyper, self.config)  # N streams -> 1
+        x_TNM = write(self.attn(self.attn_norm(h_TM), run, views))  # 1 -> N, mixed by the Sinkhorn matrix
+        ffn_hyper = (self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        h_TM, write = hyper.read(x_TNM, ffn_hyper, self.config)
+        y_TM, routing = self.ffn(self.ffn_norm(h_TM), ids_T)  # ids: the first layers route by token id
+        return write(y_TM), routing

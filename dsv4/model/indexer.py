@@ -1,0 +1,51 @@
+"""Which compressed entries a CSA query reads: small heads score every visible entry, the top k are chosen.
+
+The scores only select; they do not enter the attention softmax, so they carry no gradient. The published model also
+applies a Hadamard rotation to queries and keys: orthogonal, so without the FP4 rounding after it it changes nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dsv4 import ops
+from dsv4.cache import Compressed
+from dsv4.config import ModelConfig
+from dsv4.model.compressor import Compressor
+from dsv4.model.layers import Linear
+from dsv4.model.rope import rotate
+from dsv4.model.segments import Run
+
+
+class Indexer(nn.Module):
+    """wq_b [heads*width, q_lora], weights_proj [heads, M] and a compressor of its own for the keys."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.heads, self.width, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.width, dtype)
+        self.weights_proj = Linear(config.hidden_size, self.heads, dtype)
+        self.compressor = Compressor(config, 4, self.width, dtype)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, qr: Tensor, run: Run, stores: list[Compressed | None]) -> list[Tensor | None]:
+        """For each piece the chosen entries int64 [n, topk] (-1 = none), or None where all visible ones are read.
+
+        x [T, M] is the sublayer's input, qr [T, q_lora] the normed query latent, stores one per piece. While no query sees more than topk
+        entries there is nothing to choose; the keys are still remembered, for queries to come.
+        """
+        wanted = [piece.groups[4].visible.longest > self.topk for piece in run.pieces]
+        if not any(wanted) and not run.memories():
+            return [None] * len(run.pieces)
+        values, scores = self.compressor.project(x, run)
+        keys = [
+            self.compressor(values[p.tokens], scores[p.tokens], p, store, x.dtype)
+            for p, store in zip(run.pieces, stores, strict=True)
+        ]
+        if not any(wanted):
+            return [None] * len(run.pieces)
+        q = rotate(self.wq_b(qr).view(len(x), self.heads, self.width), run.turn["compressed"])
+        weights = self.weights_proj(x).float() * (self.width * self.heads) ** -0.5
+        return [
+            ops.index_scores_topk(q[p.tokens], weights[p.tokens], k, p.groups[4].visible, self.topk) if want else None
+            for p, k, want in zip(run.pieces, keys, wanted, strict=True)
+        ]

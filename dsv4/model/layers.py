@@ -1,0 +1,35 @@
+"""The two layers that everything is made of. Weights keep their own dtype and follow the activations where they meet."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T, W [out, in]; computed in x's dtype, or in fp32 where `fp32` (then the weight is held in fp32 too)."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, fp32: bool = False):
+        super().__init__()
+        self.fp32 = fp32
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32 if fp32 else dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float() if self.fp32 else x
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32, cast back to x's dtype; weight [dim] fp32, no +1."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a gain: what each query head gets just before attention."""
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)

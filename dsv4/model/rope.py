@@ -1,0 +1,47 @@
+"""Rotary embedding: the last `qk_rope_head_dim` channels, interleaved pairs, one table per layer kind.
+
+Layers without compression use base 10000 and nothing else; CSA and HCA layers use base 160000 with YaRN frequencies
+for everything in the layer. No amplitude factor anywhere. Angles are the fp32 product position x frequency.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dsv4.config import LayerKind, ModelConfig
+
+
+def frequencies(config: ModelConfig, kind: LayerKind) -> Tensor:
+    """Radians per position of each channel pair, fp32 [qk_rope_head_dim / 2]."""
+    dim = config.qk_rope_head_dim
+    base = config.rope_theta if kind == "window" else config.compress_rope_theta
+    freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    scaling = config.rope_scaling
+    if kind == "window" or scaling.type == "default":
+        return freq
+
+    def pair_that_turns(times: float) -> float:
+        """The (fractional) pair that makes `times` full turns within the original context length."""
+        return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    # low = high is possible in tiny configurations only
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low if high != low else 0.001)
+    ramp = ramp.clamp(0, 1)
+    return freq * (1 - ramp) + freq / scaling.factor * ramp
+
+
+def turns(freq: Tensor, positions: Tensor) -> Tensor:
+    """exp(i position frequency): complex64 [n, pairs] for positions int64 [n]."""
+    angle = positions.float()[:, None] * freq.to(positions.device)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate the last channels of x [n, ..., D] by turn [n, pairs], in fp32; pass turn.conj() for the inverse."""
+    pairs = turn.shape[-1]
+    turn = turn.view(len(turn), *[1] * (x.ndim - 2), pairs)
+    tail = torch.view_as_complex(x[..., -2 * pairs :].float().unflatten(-1, (pairs, 2)))
+    return torch.cat([x[..., : -2 * pairs], torch.view_as_real(tail * turn).flatten(-2).to(x.dtype)], dim=-1)

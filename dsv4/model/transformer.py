@@ -1,0 +1,178 @@
+"""DeepSeek-V4, from token ids to logits. Open this file first.
+
+embed -> N identical streams -> blocks -> collapse -> norm -> logits. The same lines train (no memory) and serve (with
+one): the input is a flat run of T tokens cut into segments, each starting a document or continuing a memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dsv4.cache import BatchMemory, SequenceMemory
+from dsv4.config import ModelConfig
+from dsv4.errors import UserError
+from dsv4.model import hyper
+from dsv4.model.block import Block
+from dsv4.model.init import initialise
+from dsv4.model.layers import Linear, RMSNorm
+from dsv4.model.moe import Routing
+from dsv4.model.mtp import MTPBlock
+from dsv4.model.segments import Run, Segment, plan
+
+Segments = Sequence["Segment | int | tuple[int, SequenceMemory | None]"]
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What the trunk made of a run: streams [T, N, M] before the collapse, normed hidden [T, M], routing by layer."""
+
+    run: Run
+    streams: Tensor
+    hidden: Tensor
+    routing: list[Routing]
+
+
+class Transformer(nn.Module):
+    """The whole model. Parameters carry the published names (experts are stacked: see checkpoint/names.py).
+
+    `dtype` is that of the large matrices and of the activations; norms, router, compressors, hyper-connections and
+    sinks are held and computed in fp32 whatever it is. `recompute` saves memory in training: a block's activations are
+    computed again in the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype | str = torch.float32, *, recompute: bool = False):
+        super().__init__()
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.config, self.dtype, self.recompute = config, dtype, recompute
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size, dtype)
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hyper.parameters(config, head=True)
+        self.mtp = nn.ModuleList(MTPBlock(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        initialise(self, config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def num_parameters(self, *, mtp: bool = False) -> int:
+        """Parameters, without the MTP block unless asked; router biases and hash tables are buffers, not counted."""
+        return sum(p.numel() for name, p in self.named_parameters() if mtp or not name.startswith("mtp."))
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: BatchMemory | None = None,
+        segments: Segments | None = None,
+        *,
+        last: bool = False,
+    ) -> Tensor:
+        """Logits fp32 [..., T, vocab] for ids int64 [T] or [B, T] (B segments of T tokens).
+
+        cache: one memory per row, which the call continues. segments (ids must be flat): the general form, a length, a
+        (length, memory or None) or a Segment each. last=True: logits of each segment's last token only, [segments,
+        vocab]. Raises UserError, before anything is written, for ids outside the vocabulary, lengths that do not add
+        up, and positions beyond max_position_embeddings.
+        """
+        flat, cut = self._cut(ids, cache, segments)
+        trunk = self.trunk(flat, cut)
+        if last:
+            return self.logits(trunk.hidden[trunk.run.last])
+        logits = self.logits(trunk.hidden)
+        return logits.view(*ids.shape, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, M] -> logits fp32 [n, vocab]."""
+        return F.linear(hidden.float(), self.head.weight.float())
+
+    def new_cache(
+        self, batch: int = 1, *, dtype: torch.dtype | None = None, capacity: int = 0, max_rewind: int = 128
+    ) -> BatchMemory:
+        """Empty memories for `batch` rows in `dtype` (default: the model's); `capacity` tokens are preallocated."""
+        if batch < 1:
+            raise UserError(f"batch={batch} must be at least 1")
+        return BatchMemory([
+            SequenceMemory(
+                self.config, dtype=dtype or self.dtype, device=self.device, capacity=capacity, max_rewind=max_rewind
+            )
+            for _ in range(batch)
+        ])  # fmt: skip
+
+    def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> Trunk:
+        """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories."""
+        run = plan(self.config, segments, self.device)
+        memories = run.memories()
+        for memory in memories:
+            memory.begin()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
+            ids = ids.to(self.device)
+            x = self.embed(ids)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+            routing = []
+            for i, block in enumerate(self.layers):
+                views = [None if p.memory is None else p.memory.layers[i] for p in run.pieces]
+                if self.recompute and torch.is_grad_enabled():
+                    x, decided = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
+                else:
+                    x, decided = block(x, ids, run, views)
+                routing.append(decided)
+            head = (self.hc_head_fn, self.hc_head_base, self.hc_head_scale)
+            hidden = self.norm(hyper.collapse(x, head, self.config))
+        for segment in segments:
+            if segment.memory is not None:
+                segment.memory.advance(segment.length)
+        return Trunk(run, x, hidden, routing)
+
+    def predict_next(self, trunk: Trunk, ids: Tensor) -> tuple[Tensor, Tensor, Routing]:
+        """The MTP block over a run without memories: hidden [n, M], its rows int64 [n] in the run, routing.
+
+        Row t sees the trunk's streams at t and the token at t+1 and predicts t+2; the last token of a segment has no
+        next one and drops out.
+        """
+        assert self.mtp and not trunk.run.memories()
+        lengths = [s.length - 1 for s in trunk.run.segments if s.length > 1]
+        keep = torch.ones(len(ids), dtype=torch.bool, device=self.device)
+        keep[trunk.run.last] = False
+        rows = keep.nonzero()[:, 0]
+        following = ids.to(self.device)[rows + 1]
+        run = plan(self.config, [Segment(n) for n in lengths], self.device)
+        block = self.mtp[0]
+        assert isinstance(block, MTPBlock)
+        hidden, _, routing = block.draft(trunk.streams[rows], self.embed(following), following, run)
+        return hidden, rows, routing
+
+    def _cut(self, ids: Tensor, cache: BatchMemory | None, segments: Segments | None) -> tuple[Tensor, list[Segment]]:
+        """Bring the three input forms to flat ids and segments, and check them."""
+        if ids.dtype not in (torch.int64, torch.int32) or ids.ndim not in (1, 2) or not ids.numel():
+            raise UserError(f"ids must be a non-empty integer tensor [T] or [B, T], not {tuple(ids.shape)} {ids.dtype}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: wrong tokenizer?")
+        if segments is not None:
+            if ids.ndim != 1 or cache is not None:
+                raise UserError("segments go with flat ids [T] and carry their own memories: leave out cache")
+            cut = [_segment(s) for s in segments]
+            if sum(s.length for s in cut) != len(ids):
+                raise UserError(f"segments of {sum(s.length for s in cut)} tokens for {len(ids)} ids: they must add up")
+            return ids, cut
+        batch = ids if ids.ndim == 2 else ids[None]
+        if cache is not None and len(cache) != len(batch):
+            raise UserError(f"{len(batch)} rows of ids for a cache of {len(cache)}: make it with batch={len(batch)}")
+        rows = [None] * len(batch) if cache is None else list(cache)
+        return batch.flatten(), [Segment(batch.shape[1], memory) for memory in rows]
+
+
+def _segment(given: Segment | int | tuple[int, SequenceMemory | None]) -> Segment:
+    if isinstance(given, Segment):
+        return given
+    length, memory = (given, None) if isinstance(given, int) else given
+    if isinstance(memory, BatchMemory):
+        if len(memory) != 1:
+            raise UserError(f"a segment continues one memory, not a batch of {len(memory)}: pass one of its rows")
+        memory = memory[0]
+    return Segment(length, memory)
