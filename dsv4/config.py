@@ -6,6 +6,7 @@ through `ModelConfig.from_json`. The kind of a layer is one line: ratio 0 = wind
 
 import difflib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -109,15 +110,14 @@ class ModelConfig:
 
 def _check(c: ModelConfig) -> None:
     """The rules between fields; each failure is one sentence."""
-    for f in fields(c):
-        value = getattr(c, f.name)
-        if f.type in (int, "int") and (not isinstance(value, int) or isinstance(value, bool)):
-            raise UserError(f"{f.name}={value!r} must be a whole number")
-        if f.type in (float, "float") and not isinstance(value, int | float):
-            raise UserError(f"{f.name}={value!r} must be a number")
-        zero_ok = {"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "initializer_range"}
-        if isinstance(value, int | float) and (value < 0 or (value == 0 and f.name not in zero_ok)):
-            raise UserError(f"{f.name}={value} must be positive")
+    zero_ok = {"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "initializer_range"}
+    if not isinstance(c.rope_scaling, RopeScaling):
+        raise UserError(f"rope_scaling={c.rope_scaling!r} must be a RopeScaling")
+    for owner, prefix in ((c, ""), (c.rope_scaling, "rope_scaling.")):
+        for f in fields(owner):
+            _check_number(prefix + f.name, f.type, getattr(owner, f.name), zero_ok=f.name in zero_ok)
+    if not isinstance(c.compress_ratios, list | tuple) or not all(type(r) is int for r in c.compress_ratios):
+        raise UserError(f"compress_ratios={c.compress_ratios!r} must be a list of whole numbers: one ratio per layer")
     object.__setattr__(c, "compress_ratios", tuple(c.compress_ratios))
     want = c.num_hidden_layers + c.num_nextn_predict_layers
     if len(c.compress_ratios) != want:
@@ -150,6 +150,18 @@ def _check(c: ModelConfig) -> None:
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(c, name) >= c.vocab_size:
             raise UserError(f"{name}={getattr(c, name)} must be below vocab_size={c.vocab_size}")
+
+
+def _check_number(name: str, kind: Any, value: Any, *, zero_ok: bool) -> None:
+    """UserError unless a field declared int or float holds such a number, positive (or zero where that is allowed)."""
+    if kind not in (int, float):
+        return
+    if kind is int and type(value) is not int:
+        raise UserError(f"{name}={value!r} must be a whole number")
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise UserError(f"{name}={value!r} must be a finite number")
+    if value < 0 or (value == 0 and not zero_ok):
+        raise UserError(f"{name}={value} must be positive")
 
 
 def _nearest(key: str, names) -> str:
@@ -202,14 +214,14 @@ def _from_dict(data: dict[str, Any]) -> ModelConfig:
             raise UserError(f"{key} must be {value!r} for a DeepSeek-V4 model; this configuration is of another kind")
     _unfold_transformers(data)
     _unfold_rope(data)
+    if "partial_rotary_factor" in data and "qk_rope_head_dim" not in data:
+        data["qk_rope_head_dim"] = int(data.get("head_dim", ModelConfig.head_dim) * data["partial_rotary_factor"])
     data = {k: v for k, v in data.items() if k not in _IGNORED}
     names = [f.name for f in fields(ModelConfig)]
     for key in data:
         if key not in names:
             raise UserError(f"unknown configuration key {key!r}{_nearest(key, names)}")
-    if "compress_ratios" in data:
-        data["compress_ratios"] = tuple(data["compress_ratios"])
-    elif {"num_hidden_layers", "num_nextn_predict_layers"} & set(data):
+    if "compress_ratios" not in data and {"num_hidden_layers", "num_nextn_predict_layers"} & set(data):
         raise UserError("the configuration names a number of layers but no compress_ratios: give one ratio per layer")
     return ModelConfig(**data)
 
@@ -237,17 +249,21 @@ def _unfold_transformers(data: dict[str, Any]) -> None:
 
 def _unfold_rope(data: dict[str, Any]) -> None:
     """Bring `rope_scaling`, `rope_parameters{main, compress}` or the inference names to one RopeScaling (in place)."""
+    if "rope_scaling" in data and data["rope_scaling"] is None:
+        data["rope_scaling"] = {"type": "default"}  # written out as null: no scaling
     scaling = data.pop("rope_scaling", None)
     nested = data.pop("rope_parameters", None) or {}
-    if "compress" in nested:
+    if nested and "compress" not in nested:
+        scaling = nested  # an older, flat form
+    elif nested:
         scaling = nested["compress"]
         data["rope_theta"] = nested.get("main", {}).get("rope_theta", data.get("rope_theta", 10000.0))
         data["compress_rope_theta"] = scaling.get("rope_theta", data.get("compress_rope_theta", 160000.0))
     if "rope_factor" in data or "original_seq_len" in data:
         scaling = {
-            "type": "yarn",
+            "type": "yarn" if data.get("original_seq_len", 65536) else "default",  # 0 switches YaRN off
             "factor": data.pop("rope_factor", 16.0),
-            "original_max_position_embeddings": data.pop("original_seq_len", 65536),
+            "original_max_position_embeddings": data.pop("original_seq_len", 65536) or 65536,
             "beta_fast": data.pop("beta_fast", 32.0),
             "beta_slow": data.pop("beta_slow", 1.0),
         }
@@ -256,6 +272,8 @@ def _unfold_rope(data: dict[str, Any]) -> None:
     if isinstance(scaling, RopeScaling):
         data["rope_scaling"] = scaling
         return
+    if not isinstance(scaling, dict):
+        raise UserError(f"rope_scaling={scaling!r} must be an object with type, factor and so on, or be left out")
     scaling = dict(scaling)
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)

@@ -17,6 +17,7 @@ from dsv4.ops.spans import Spans
 __all__ = [
     "Spans", "active", "compress", "cross_entropy", "experts", "hyper_maps", "hyper_read", "hyper_write",
     "index_scores", "index_scores_topk", "newton_schulz", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "using",
+    "wanted",
 ]  # fmt: skip
 
 # Best backend last. Ops with a single form (compress, hyper_read, hyper_write, ...) are linear as they stand.
@@ -33,6 +34,11 @@ if _wanted not in BACKENDS:
 def active(name: str) -> str:
     """The backend that serves an op now."""
     return _wanted if _wanted in TABLE[name] else list(TABLE[name])[-1]
+
+
+def wanted() -> str:
+    """What was asked for: auto, reference or blocked."""
+    return _wanted
 
 
 @contextmanager

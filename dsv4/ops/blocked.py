@@ -226,7 +226,7 @@ class _Sinkhorn(torch.autograd.Function):
         for _ in range(iters - 1):
             _normalise_(c, 1, eps)
             _normalise_(c, 0, eps)
-        return c.permute(2, 0, 1)
+        return c.permute(2, 0, 1).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -252,7 +252,7 @@ def _sinkhorn_backward(logits: Tensor, grad: Tensor, iters: int, eps: float) -> 
     for dim, y, total in reversed(steps):
         g = (g - (g * y).sum(dim=dim, keepdim=True)).div_(total)
     g = soft * (g - (g * soft).sum(dim=1, keepdim=True))
-    return g.permute(2, 0, 1).to(logits.dtype)
+    return g.permute(2, 0, 1).to(logits.dtype).contiguous()
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:

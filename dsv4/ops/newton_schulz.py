@@ -1,8 +1,8 @@
 """Orthogonalisation for Muon: replace every singular value of a matrix by one, keep its singular vectors.
 
-`newton_schulz` is V4's hybrid of ten polynomial steps (matmuls only, so it is fast everywhere); `polar` is the exact
-answer by SVD, for tests and ablations. Which matrices are orthogonalised, and how the result is scaled into an update,
-belongs to `train/optim.py`.
+`newton_schulz` is V4's hybrid of ten polynomial steps (matmuls only, so it is fast everywhere); `polar` is
+the exact answer by SVD, for tests and ablations. Which matrices are orthogonalised, and how the result is
+scaled into an update, belongs to `train/optim.py`.
 
 a, b the two sides of a matrix, ... any leading dims (each matrix is handled by itself).
 """
@@ -10,13 +10,13 @@ a, b the two sides of a matrix, ... any leading dims (each matrix is handled by 
 import torch
 from torch import Tensor
 
-Coefficients = tuple[float, float, float]  # (a, b, c) of x -> a x + b x^3 + c x^5, applied to the singular values
+Coefficients = tuple[float, float, float]  # (a, b, c) of s -> a s + b s^3 + c s^5, s a singular value
 
-_FAST: Coefficients = (3.4445, -4.7750, 2.0315)  # lifts small values steeply, then hovers around 1 in [0.68, 1.14]
+_FAST: Coefficients = (3.4445, -4.7750, 2.0315)  # lifts small values steeply, then hovers in [0.68, 1.21]
 _EXACT: Coefficients = (2.0, -1.5, 0.5)  # value 1 and slope 0 at 1: settles what the fast steps brought near
 
 HYBRID: tuple[Coefficients, ...] = (_FAST,) * 8 + (_EXACT,) * 2  # paper section 2.4: V4's ten steps
-JORDAN: tuple[Coefficients, ...] = (_FAST,) * 5  # the usual Muon: five fast steps, values stay between 0.68 and 1.14
+JORDAN: tuple[Coefficients, ...] = (_FAST,) * 5  # the usual Muon: no step settles at 1
 
 
 def newton_schulz(
@@ -24,13 +24,13 @@ def newton_schulz(
 ) -> Tensor:
     """The orthogonal factor of every matrix in `m`, approximately; `m` itself is never written to.
 
-    A singular value s becomes p(s / ||m||_F), p being the composition of the step polynomials. With `HYBRID` in fp32
-    that is within [0.999, 1.001] for every s above 1.16e-4 ||m||_F. Smaller ones end elsewhere (2e-5 gives 0.93, exact
-    zeros stay zero), which is the algorithm and not rounding: a square Gaussian matrix of side 256 has a smallest value
-    that low in almost half of all draws.
+    A singular value s becomes p(s / ||m||_F), p being the composition of the step polynomials. With `HYBRID`
+    in fp32 that is within [0.999, 1.001] for every s above 1.16e-4 ||m||_F. Smaller ones end elsewhere (1e-5
+    gives 0.69, exact zeros stay zero), which is the algorithm and not rounding: a square Gaussian matrix of
+    side 256 has a smallest value that low in almost half of all draws.
 
-    m: [..., a, b], any floating dtype and magnitude, down to subnormal numbers. A zero matrix gives zeros; infinities
-    and NaN give NaN in their own matrix only.
+    m: [..., a, b], any floating dtype and magnitude, down to subnormal numbers. A zero matrix gives zeros;
+    infinities and NaN give NaN in their own matrix only.
     dtype: the dtype of the arithmetic and of the result; bf16 ends within [0.98, 1.02] on the same matrices.
     Returns [..., a, b]. Source: paper section 2.4, hybrid Newton-Schulz.
     """
@@ -47,7 +47,8 @@ def newton_schulz(
 def polar(m: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The orthogonal factor U V^T of every matrix, by SVD. What `newton_schulz` approximates.
 
-    Directions whose singular value is zero to working precision have no orientation and stay zero, as they do there.
+    Directions whose singular value is zero to working precision have no orientation and stay zero, as they do
+    there.
 
     m: [..., a, b]. dtype: dtype of the result; the SVD runs in fp32, or fp64 if that is asked for.
     Returns [..., a, b].

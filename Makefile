@@ -1,0 +1,44 @@
+# Every target works on a bare machine with Python 3.11 or later: what it needs is installed into .venv first,
+# and again only when pyproject.toml or constraints.txt change.
+#   make demo    train a small V4 on real English and continue a prompt     make test    the tests
+#   make check   ruff and pyright                                           make setup   only install
+#   make gpu-check   parity and timings on a machine with a GPU; needs torch alone, no set-up, no network
+# Options for the program behind a target go into ARGS, as in: make test ARGS="-k muon"
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+ARGS ?=
+
+.PHONY: setup demo test check gpu-check
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.core
+	$(PY) -m dsv4 demo $(ARGS)
+
+# Two processes of one thread each: sums are then taken in the same order on every machine with the same CPU.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
+
+check: $(VENV)/.dev
+	$(PY) -m ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
+
+# The .venv if there is one, else python3; PYTHON=... given by the user always wins.
+gpu-check:
+	$(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PY),$(PYTHON)) -m dsv4.bench.gpu_check $(ARGS)
+
+# torch comes first and alone, at its pinned version: any looser request may fetch a newer and far larger build.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "dsv4 needs Python 3.11 or later, this is %s: name one by  make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $$(grep '^torch==' constraints.txt)
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,67 @@
+"""`dsv4 chat`: a model continues what you type, over one memory that can be taken back turn by turn."""
+
+import sys
+from contextlib import closing
+
+import typer
+
+from dsv4.cli import common
+from dsv4.engine import Engine, SamplingParams, Session
+from dsv4.errors import UserError
+
+HELLO = """The model continues your text; it was not taught to follow instructions or to answer.
+An empty line lets it go on. /undo takes back a turn, /reset everything, /quit leaves; Ctrl-C stops a reply."""
+
+
+def chat(
+    model_folder: common.ModelFolder,
+    max_tokens: common.MaxTokens = 128,
+    temperature: common.Temperature = 1.0,
+    top_k: common.TopK = 0,
+    top_p: common.TopP = 1.0,
+    min_p: common.MinP = 0.0,
+    seed: common.Seed = None,
+    stop: common.Stop = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "float32",
+) -> None:
+    """Write a text together with a model, turn by turn.
+
+    Example: dsv4 chat runs/demo --temperature 0.8 --max-tokens 60
+    """
+    params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
+    session = Session(Engine(*common.open_model(model_folder, device, dtype), max_batch=1))
+    typer.echo(HELLO)
+    while (line := _read()) not in (None, "/quit"):
+        if line == "/reset":
+            session.reset()
+        elif line == "/undo":
+            typer.echo("(taken back)" if session.undo() else "(there is nothing to take back)")
+        elif line.startswith("/"):
+            typer.echo(f"(there is no {line.split()[0]}: use /undo, /reset or /quit)")
+        else:
+            _reply(session, line, params)
+
+
+def _read() -> str | None:
+    """A line; None at the end of the input or on Ctrl-C."""
+    try:
+        return input("you> ")
+    except (EOFError, KeyboardInterrupt):
+        typer.echo()
+        return None
+
+
+def _reply(session: Session, line: str, params: SamplingParams) -> None:
+    """Stream a reply. A later line starts on a new line of the text; an empty one adds nothing."""
+    text = "\n" + line if line and len(session.ids) > 1 else line
+    try:
+        with closing(session.generate(text, params)) as events:
+            for event in events:
+                typer.echo(event.text, nl=False)
+                sys.stdout.flush()
+        typer.echo()
+    except KeyboardInterrupt:
+        typer.echo(" (stopped)")
+    except UserError as error:
+        typer.echo(f"({error})")

@@ -1,0 +1,97 @@
+"""`dsv4 generate`: continue prompts, printing the text as it comes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from dsv4.cli import common
+from dsv4.engine import Completion, Engine, SamplingParams
+from dsv4.errors import UserError
+
+
+def generate(
+    model_folder: common.ModelFolder,
+    prompt: Annotated[str | None, Argument(help="The text to continue; none: begin a document.")] = None,
+    prompts: Annotated[list[str] | None, Option("--prompt", help="One more prompt; repeatable.")] = None,
+    prompt_file: Annotated[Path | None, Option(help="A text file with a prompt on each line.")] = None,
+    max_tokens: common.MaxTokens = 128,
+    temperature: common.Temperature = 1.0,
+    top_k: common.TopK = 0,
+    top_p: common.TopP = 1.0,
+    min_p: common.MinP = 0.0,
+    seed: common.Seed = None,
+    stop: common.Stop = None,
+    device: common.Device = "auto",
+    dtype: common.Dtype = "float32",
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object when all is done.")] = False,
+) -> None:
+    """Continue one prompt or many.
+
+    The prompts run together, however their lengths differ, and are printed in order, each with its continuation.
+    Speed and the size of the memory go to stderr.
+
+    Example: dsv4 generate runs/demo "It was a dark" --max-tokens 200 --temperature 0.8 --seed 1
+    """
+    params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
+    texts = [] if prompt is None else [prompt]
+    texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
+    texts = texts or [""]
+    engine = Engine(*common.open_model(model_folder, device, dtype))
+    started = time.perf_counter()
+    done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
+    seconds = time.perf_counter() - started
+    new, held = sum(len(c.ids) for c in done), sum(c.memory_bytes for c in done)
+    if as_json:
+        rows = [_row(text, c) for text, c in zip(texts, done, strict=True)]
+        speed = {"seconds": round(seconds, 4), "tokens_per_second": round(new / seconds, 2)}
+        totals = {"new_tokens": new, "memory_bytes": held, **speed}
+        typer.echo(json.dumps({"model": str(model_folder), "completions": rows, **totals}, ensure_ascii=False))
+    known = sum(len(c.prompt_ids) for c in done)
+    typer.echo(
+        f"{new} new tokens after {known} of prompt in {seconds:.2f} s: {new / seconds:.1f} tokens/s; "
+        f"the memory held {held:,} bytes",
+        err=True,
+    )
+    if any(c.finish_reason == "error" for c in done):
+        typer.echo("the model's numbers are not finite: try --dtype float32, or check the weights", err=True)
+        raise typer.Exit(1)
+
+
+def _print_all(engine: Engine, texts: list[str], params: SamplingParams) -> list[Completion]:
+    """All run together; each is printed as it comes, once those before it are complete."""
+    done = []
+    for text, number in [(text, engine.add(text, params)) for text in texts]:
+        typer.echo(("\n" if done else "") + text, nl=False)
+        for event in engine.follow(number):
+            typer.echo(event.text, nl=False)
+            sys.stdout.flush()
+            if event.completion:
+                done.append(event.completion)
+        typer.echo()
+    return done
+
+
+def _row(text: str, c: Completion) -> dict[str, object]:
+    return {
+        "prompt": text,
+        "text": c.text,
+        "finish_reason": c.finish_reason,
+        "prompt_tokens": len(c.prompt_ids),
+        "ids": c.ids,
+        "memory_bytes": c.memory_bytes,
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from {path} ({error}): give a UTF-8 text file") from None
+    if not lines:
+        raise UserError(f"{path} holds no prompt: write one on each line")
+    return lines

@@ -1,0 +1,195 @@
+"""The engine: requests of any length run together, and each gets what it would get alone.
+
+`step` is the whole story: schedule, run, sample, finish. Who runs is scheduler.py, the model call runner.py, the
+draw sampler.py, text and stop strings writer.py; a conversation over one memory is session.py.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+
+import torch
+
+from dsv4.cache import SequenceMemory
+from dsv4.engine.runner import Runner
+from dsv4.engine.sampler import BROKEN, sample
+from dsv4.engine.scheduler import Scheduler, Work
+from dsv4.engine.types import Completion, Event, FinishReason, Request, SamplingParams
+from dsv4.engine.writer import TextWriter
+from dsv4.errors import UserError
+from dsv4.model import Transformer
+from dsv4.text import Tokenizer
+
+
+class Engine:
+    """Generates text with a model and its tokenizer.
+
+    A prompt is a text, which gets a bos in front, or token ids, which are taken as they are (none: a bos alone).
+
+    max_batch: requests that run at the same time; more wait in line. tokens_per_step: prompts are computed in
+    chunks beside the tokens of running requests, so that no step has more tokens than this. memory_dtype: of the
+    caches (default: the model's). max_rewind: how many tokens a Session can go back without computing any again.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 16,
+        tokens_per_step: int = 2048,
+        memory_dtype: torch.dtype | None = None,
+        max_rewind: int = 0,
+    ):
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens but the model {model.config.vocab_size}: "
+                "use the tokenizer that the model was trained with"
+            )
+        self.config, self.tokenizer = model.config, tokenizer
+        self.scheduler = Scheduler(max_batch, tokens_per_step)
+        self.runner = Runner(model, memory_dtype, max_rewind)
+        self._numbers = count()
+        self._news: list[Event] = []  # events that nobody has been given yet
+
+    def step(self) -> list[Event]:
+        """One call of the model for all running requests, and one event for each that got a token.
+
+        If it fails or is stopped (out of memory, Ctrl-C), only time is lost: the memories it was filling are
+        computed again, and the next step goes on.
+        """
+        work = self.scheduler.schedule()
+        with _recomputed_if_stopped(work):
+            ready, logits = self.runner.run(work)
+            tokens = sample(self._known(logits), [r.params for r in ready], [r.generator for r in ready])
+            for request, token in zip(ready, tokens, strict=True):
+                self._news.append(self._finish(request, token))
+        news, self._news = self._news, []
+        return news
+
+    def add(self, prompt: str | list[int], params: SamplingParams | None = None) -> int:
+        """Put a request in line; returns its number. UserError if it can never run; others are not touched."""
+        return self.submit(self.prepare(self.encode(prompt), params or SamplingParams()))
+
+    def cancel(self, number: int) -> None:
+        """Forget a request and its news; one that has ended, or never was, is no error."""
+        for request in self.scheduler:
+            if request.number == number:
+                self.scheduler.remove(request)
+                break
+        self._news = [e for e in self._news if e.request != number]
+
+    def follow(self, number: int) -> Generator[Event, None, None]:
+        """Step until a request ends, giving its events; the request is cancelled when the caller stops early.
+
+        News of other requests is kept for `step` and for whoever follows them: several may be followed at once.
+        """
+        try:
+            while number in [*(r.number for r in self.scheduler), *(e.request for e in self._news)]:
+                news = self.step()
+                self._news = [e for e in news if e.request != number]
+                yield from (e for e in news if e.request == number)
+        finally:
+            self.cancel(number)
+
+    def stream(
+        self, prompt: str | list[int], params: SamplingParams | None = None
+    ) -> Generator[Event, None, None]:
+        """The events of a new request as they happen; the last one has its completion. Checked at once."""
+        return self.follow(self.add(prompt, params))
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """The completions of all prompts, run together; `params` for all of them, or one for each.
+
+        All are checked before any runs. Equal prompts with the same seed give equal texts.
+        """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts={prompts[:20]!r}... is a single text: give a list of prompts")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise UserError(f"{len(params)} sampling parameters for {len(prompts)} prompts: give one or all")
+        requests = [self.prepare(self.encode(p), s) for p, s in zip(prompts, params, strict=True)]
+        numbers = [self.submit(r) for r in requests]
+        try:
+            return [event.completion for n in numbers for event in self.follow(n) if event.completion]
+        finally:
+            for n in numbers:
+                self.cancel(n)
+
+    # --- a request before it runs: `add` in pieces, which Session puts together in its own way -------------------
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """The ids of a prompt, with the bos that a text or an empty prompt needs."""
+        if isinstance(prompt, str):
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        return list(prompt) or [self.tokenizer.bos_id]
+
+    def prepare(
+        self, ids: list[int], params: SamplingParams, memory: SequenceMemory | None = None
+    ) -> Request:
+        """A checked request that is not in line yet; `memory` has seen the first tokens of ids already."""
+        for i in ids:
+            if not isinstance(i, int) or not 0 <= i < self.config.vocab_size:
+                size = self.config.vocab_size
+                raise UserError(f"token id {i!r} must be a whole number below vocab_size={size}")
+        context = self.config.max_position_embeddings
+        if len(ids) + 1 > context:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens leaves no room for a new one: "
+                f"max_position_embeddings={context}; shorten the prompt"
+            )
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if params.seed is None else params.seed)
+        limit = min(len(ids) + params.max_tokens, context)
+        writer = TextWriter(self.tokenizer, params.stop)
+        return Request(next(self._numbers), list(ids), params, limit, writer, generator, memory)
+
+    def submit(self, request: Request) -> int:
+        """Put a prepared request in line; returns its number."""
+        assert request.pending > 0, "nothing to compute: the logits of the last token are gone"
+        self.scheduler.add(request)
+        return request.number
+
+    # --- the end of a step ---------------------------------------------------------------------------------------
+
+    def _known(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of the tokens that the tokenizer has; a model's vocabulary may be padded."""
+        return logits[:, : self.tokenizer.vocab_size]
+
+    def _finish(self, request: Request, token: int) -> Event:
+        """Enter a drawn token: the text that it lets out, and whether the request ends with it."""
+        if token == BROKEN:
+            return self._end(request, None, request.writer.flush(), "error")
+        request.ids.append(token)
+        if token == self.tokenizer.eos_id:
+            return self._end(request, token, request.writer.flush(), "stop")
+        text = request.writer.push(token)
+        if request.writer.stopped:
+            return self._end(request, token, text, "stop")
+        if len(request.ids) == request.limit:
+            text += request.writer.flush()
+            return self._end(request, token, text, "stop" if request.writer.stopped else "length")
+        request.text += text
+        return Event(request.number, token, text)
+
+    def _end(self, request: Request, token: int | None, text: str, reason: FinishReason) -> Event:
+        request.text += text
+        request.finish_reason = reason
+        self.scheduler.remove(request)
+        return Event(request.number, token, text, reason, request.completion())
+
+
+@contextmanager
+def _recomputed_if_stopped(work: Sequence[Work]) -> Iterator[None]:
+    """Whatever stops a step half way leaves torn memories: drop them, their tokens are still known."""
+    try:
+        yield
+    except BaseException:
+        for w in work:
+            w.request.memory = None
+        raise

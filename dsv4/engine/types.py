@@ -1,0 +1,124 @@
+"""What passes through the engine: how to sample, a request on its way, news of it, and what came of it.
+
+Data only. What these mean to logits is sampler.py; who runs when is scheduler.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dsv4.cache import SequenceMemory
+from dsv4.engine.writer import TextWriter
+from dsv4.errors import UserError
+
+# "stop": eos or a stop string. "length": max_tokens, or the model's context is full. "error": the logits were not
+# finite (a damaged checkpoint, or overflow in a narrow dtype); the other requests of the batch go on.
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn and when a text ends; the defaults are what the published models recommend.
+
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. seed: the same seed draws the
+    same tokens whatever else is in the batch; None is a new one each time. max_tokens: new tokens at most. stop:
+    strings that end the text and are not part of it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 128
+    stop: tuple[str, ...] | list[str] = ()
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature!r} must be 0 (greedy) or positive and finite")
+        if not _is_whole(self.top_k) or self.top_k < 0:
+            raise UserError(f"top_k={self.top_k!r} must be a whole number from 1, or 0 to switch it off")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p!r} must be above 0 and at most 1; 1 switches it off")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p!r} must be from 0 to 1; 0 switches it off")
+        if self.seed is not None and (not _is_whole(self.seed) or not 0 <= self.seed < 2**63):
+            raise UserError(f"seed={self.seed!r} must be a whole number from 0 to 2**63 - 1, or None")
+        if not _is_whole(self.max_tokens) or self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens!r} must be a whole number of at least 1")
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise UserError(f"stop={self.stop!r} must be a list of non-empty strings")
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request. memory_bytes is what its memory had allocated at the end.
+
+    ids are all tokens drawn, with a final eos and the tokens of a stop string; text has neither.
+    """
+
+    request: int
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step's news of a request: the token drawn, the text that it let out; at the end, the completion.
+
+    token is None only with finish_reason "error". text may be empty: a character may be incomplete, or what is
+    there may be the beginning of a stop string. All texts of a request together are its completion's text.
+    """
+
+    request: int
+    token: int | None
+    text: str
+    finish_reason: FinishReason | None = None
+    completion: Completion | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way: `ids` is the prompt, then every token drawn; `memory` has seen the first of them.
+
+    Only ids count: a memory that was lost is computed again. `limit` is the length that ids may reach.
+    """
+
+    number: int
+    ids: list[int]
+    params: SamplingParams
+    limit: int
+    writer: TextWriter
+    generator: torch.Generator
+    memory: SequenceMemory | None = None
+    num_prompt: int = 0
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.ids)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the memory has not seen: what is left of the prompt, or the one token drawn last."""
+        return len(self.ids) - (self.memory.length if self.memory else 0)
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        ids, new = self.ids[: self.num_prompt], self.ids[self.num_prompt :]
+        held = self.memory.bytes() if self.memory else 0
+        return Completion(self.number, ids, new, self.text, self.finish_reason, held)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

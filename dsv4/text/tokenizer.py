@@ -1,0 +1,303 @@
+"""Tokenizers: text -> ids -> text, over the `tokenizers` library and, for bytes, over nothing at all.
+
+Both kinds offer the same few methods. Text is only ever text: a document that happens to spell a special
+token does not become that token (pass special=True where a prompt is rendered on purpose), and encoding adds
+neither bos nor eos. Decoding a stream token by token is stream.py; chat formats are left to others.
+"""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dsv4.errors import UserError
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what an id without a token decodes to
+SMALLEST_BPE = 2 + 256  # bos, eos and one token for each byte
+
+# The usual names of bos and eos, for a published tokenizer.json without a tokenizer_config.json beside it.
+KNOWN_BOS = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>", "[CLS]")
+KNOWN_EOS = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[SEP]")
+
+
+class Tokenizer(ABC):
+    """What the rest of dsv4 knows of a tokenizer."""
+
+    bos_id: int
+    eos_id: int
+    vocab_size: int  # one more than the largest id
+    exact_bytes: bool  # decoding is joining the bytes of the tokens, so bytes_of is exact
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text. special=True lets the names of special tokens in the text become those tokens."""
+        return self.encode_batch([text], special=special)[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """Ids of each text, in parallel where the library can; UserError for half a surrogate pair."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of ids; broken UTF-8 and ids without a token become U+FFFD, since a model may emit either."""
+
+    @property
+    @abstractmethod
+    def token_table(self) -> list[bytes]:
+        """[vocab_size] UTF-8 bytes that each id stands for; none for special tokens and unused ids."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """The contents of tokenizer.json."""
+
+    def token_bytes(self) -> list[int]:
+        """[vocab_size] number of UTF-8 bytes of each token, for bits per byte (0 for special tokens)."""
+        return [len(piece) for piece in self.token_table]
+
+    def bytes_of(self, ids: Iterable[int]) -> int:
+        """UTF-8 bytes that the ids stand for, special tokens not counted."""
+        return sum(len(self.token_table[i]) for i in ids)
+
+    def fingerprint(self) -> str:
+        """sha256 (64 hex digits) of what decides the ids; the layout of the JSON plays no part."""
+        facts = json.dumps([json.loads(self.to_json()), self.bos_id, self.eos_id], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes folder/tokenizer.json, which load_tokenizer reads, and returns its path."""
+        return _write(Path(folder), "tokenizer.json", self.to_json())
+
+
+class ByteTokenizer(Tokenizer):
+    """Every UTF-8 byte is a token: bos 0, eos 1, byte b is b + 2. Needs no training and no library."""
+
+    bos_id, eos_id, vocab_size, exact_bytes = 0, 1, 258, True
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        return [[byte + 2 for byte in _utf8(text)] for text in texts]  # its special tokens have no spelling
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        return _join(ids, self.token_table, {} if skip_special else {self.bos_id: BOS, self.eos_id: EOS})
+
+    @cached_property
+    def token_table(self) -> list[bytes]:
+        return [b"", b"", *(bytes([byte]) for byte in range(256))]
+
+    def to_json(self) -> str:
+        return '{"dsv4_tokenizer": "bytes"}\n'
+
+
+class BPETokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library: our own byte-level BPE, or any published one.
+
+    spec: the text of tokenizer.json. config: a published tokenizer_config.json, which names bos and eos;
+    without it they are found by their usual names. Anything but a byte-level vocabulary decodes through the
+    library, and its token_bytes are an estimate (exact_bytes is False).
+    """
+
+    def __init__(self, spec: str, config: dict[str, Any] | None = None):
+        from tokenizers import Tokenizer as Library
+
+        self._spec, self._config = spec, dict(config or {})
+        self._library = Library.from_str(spec)
+        self._literal = Library.from_str(spec)
+        self._literal.encode_special_tokens = True  # special names in a text stay letters
+        for library in (self._library, self._literal):
+            library.no_truncation()  # a published file may ask for either; neither may touch our data
+            library.no_padding()
+        vocab = self._library.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.bos_id = _special_id("bos_token", self._config, KNOWN_BOS, vocab)
+        self.eos_id = _special_id("eos_token", self._config, KNOWN_EOS, vocab)
+        self.exact_bytes = "ByteLevel" in _types(json.loads(spec).get("decoder"))
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        for text in texts:
+            _utf8(text)
+        library = self._library if special else self._literal
+        return [e.ids for e in library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        if not self.exact_bytes:
+            return self._library.decode(list(ids), skip_special_tokens=skip_special)
+        return _join(ids, self.token_table, {} if skip_special else self._special_names)
+
+    @cached_property
+    def token_table(self) -> list[bytes]:
+        added = self._library.get_added_tokens_decoder()
+        table = [b""] * self.vocab_size
+        for token, i in self._library.get_vocab(with_added_tokens=True).items():
+            if i in added:  # spelled literally, never in the byte alphabet
+                table[i] = b"" if added[i].special else added[i].content.encode()
+            else:
+                table[i] = _byte_level_piece(token) if self.exact_bytes else _estimated_piece(token)
+        return table
+
+    @cached_property
+    def _special_names(self) -> dict[int, str]:
+        return {i: t.content for i, t in self._library.get_added_tokens_decoder().items() if t.special}
+
+    def to_json(self) -> str:
+        return self._spec
+
+    def save(self, folder: str | Path) -> Path:
+        """Also writes tokenizer_config.json: bos and eos survive, and transformers can load the folder."""
+        bos, eos = (self._library.id_to_token(i) for i in (self.bos_id, self.eos_id))
+        ours = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+        config = ours | self._config
+        _write(Path(folder), "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        return super().save(folder)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Byte-level BPE learned from texts: bos 0, eos 1, the 256 bytes, then merges in order of discovery.
+
+    Digits are taken in groups of at most three, as the published tokenizer does, so that no number eats the
+    vocabulary. The same texts give the same tokenizer. vocab_size counts everything; fewer tokens come back
+    when the texts run out of pairs that occur twice. UserError for a vocab_size below 258 and for no text.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    if vocab_size < SMALLEST_BPE:
+        raise UserError(
+            f"a BPE vocabulary of {vocab_size} is too small: it must hold 2 special tokens and 256 bytes; "
+            f"ask for at least {SMALLEST_BPE}, or use the byte tokenizer"
+        )
+    library = Library(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), behavior="isolated")
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, words])  # type: ignore[assignment]
+    library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(_non_empty(texts), trainer)
+    return BPETokenizer(library.to_str())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer stored at path: a tokenizer.json, or a folder that holds one.
+
+    UserError when it is missing, unreadable, not a tokenizer, or does not say which tokens are bos and eos.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"no tokenizer at {path}: name a tokenizer.json or a folder that holds one")
+    spec = _read_json(file)
+    if spec.get("dsv4_tokenizer") == "bytes":
+        return ByteTokenizer()
+    beside = file.with_name("tokenizer_config.json")
+    config = _read_json(beside) if beside.exists() else None
+    try:
+        return BPETokenizer(file.read_text(encoding="utf-8"), config)
+    except UserError as error:
+        raise UserError(f"cannot use the tokenizer {file}: {error}") from None
+    except Exception as error:  # the library raises bare Exception for a JSON that is not a tokenizer
+        raise UserError(
+            f"{file} is not a tokenizer that the tokenizers library reads ({error}); save it again"
+        ) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} as JSON ({error}); copy or save it again") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise UserError(f"{file} must hold a JSON object, but holds a {kind}; save it again")
+    return value
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    """Writes a text file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{name}.{os.getpid()}.tmp"
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, folder / name)
+    return folder / name
+
+
+def _special_id(role: str, config: dict[str, Any], usual: tuple[str, ...], vocab: dict[str, int]) -> int:
+    """The id of bos_token or eos_token: as the config says, else the first usual name the vocabulary has."""
+    named = config.get(role)
+    if isinstance(named, dict):  # some publish {"content": "<s>", "lstrip": false, ...}
+        named = named.get("content")
+    for name in (named,) if named else usual:
+        if name in vocab:
+            return vocab[name]
+    if named:
+        raise UserError(f"its {role} {named!r} is not in its vocabulary; correct tokenizer_config.json")
+    raise UserError(f"it does not say what its {role} is; put a tokenizer_config.json that does beside it")
+
+
+def _types(part: Any) -> set[str]:
+    """The "type" of a tokenizer.json component and, for a Sequence, of its members."""
+    if not isinstance(part, dict):
+        return set()
+    return {part.get("type", "")}.union(*(_types(p) for p in part.get("decoders", ())))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The 256 characters in which a byte-level vocabulary is spelled -> the byte each stands for.
+
+    Printable Latin-1 characters stand for themselves; the other 68 bytes, in order, for U+0100 and following.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _byte_level_piece(token: str) -> bytes:
+    if all(c in _BYTE_OF for c in token):
+        return bytes(_BYTE_OF[c] for c in token)
+    return token.encode()
+
+
+def _estimated_piece(token: str) -> bytes:
+    """Bytes of a token that is not byte-level: ▁ is a space, <0x0A> a byte, ## joins to the word before."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.removeprefix("##").replace("▁", " ").encode()
+
+
+def _join(ids: Iterable[int], table: list[bytes], names: dict[int, str]) -> str:
+    """Decoding by bytes. names: special tokens to be spelled out."""
+    known = range(len(table))
+    pieces = (names[i].encode() if i in names else table[i] if i in known else UNKNOWN for i in ids)
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise UserError(
+            f"the text holds {half} at character {error.start}, half of a surrogate pair and no character; "
+            "remove it, or decode the text with errors='replace'"
+        ) from None
+
+
+def _non_empty(texts: Iterable[str]) -> Iterable[str]:
+    found = False
+    for text in texts:
+        _utf8(text)
+        found = found or bool(text)
+        yield text
+    if not found:
+        raise UserError("there is no text to train a tokenizer on: every document is empty; give some text")

@@ -1,0 +1,1 @@
+"""Training: data, losses, optimisers, schedules and the loop that joins them."""

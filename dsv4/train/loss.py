@@ -1,0 +1,103 @@
+"""What training minimises: next token, the token after it (MTP), and a small sequence-wise balance term.
+
+Also the router's balance bias, which is not trained by gradient but nudged after every step. All losses are fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4 import ops
+from dsv4.model import Segment, Transformer, Trunk
+from dsv4.model.moe import Gate, Routing
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is what to minimise (mean per token, with a graph); the rest are plain numbers for the log, in nats."""
+
+    total: Tensor
+    next_token: float
+    mtp: float
+    balance: float
+    tokens: int
+    loads: list[Tensor]  # per layer with a learned gate (trunk, then MTP): tokens sent to each expert, fp32 [X]
+
+
+def training_loss(
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    lengths: list[int],
+    *,
+    mtp_weight: float,
+    balance_weight: float,
+) -> Loss:
+    """ids, targets int64 [T] cut into documents of `lengths`; targets are -100 where there is nothing to predict.
+
+    The MTP target of row t is the target of row t+1, so nothing is predicted across a document's end.
+    """
+    targets = targets.to(model.device)
+    trunk = model.trunk(ids, [Segment(n) for n in lengths])
+    count = max(1, int((targets != IGNORE).sum()))
+    nll = ops.cross_entropy(trunk.hidden, model.head.weight, targets, IGNORE)
+    total, mtp = nll / count, 0.0
+    routed = [(r, trunk.run.segments) for r in trunk.routing]
+    if model.mtp and max(lengths) > 1:
+        hidden, rows, routing = model.predict_next(trunk, ids)
+        after = targets[rows + 1]
+        nll_mtp = ops.cross_entropy(hidden, model.head.weight, after, IGNORE) / max(1, int((after != IGNORE).sum()))
+        total, mtp = total + mtp_weight * nll_mtp, nll_mtp.item()
+        routed.append((routing, [Segment(n - 1) for n in lengths if n > 1]))
+    balance = torch.zeros((), device=model.device)
+    gates = learned_gates(model)
+    for routing, segments in (routed[layer] for layer in gates):
+        balance = balance + balance_loss(routing, [s.length for s in segments])
+    total = total + balance_weight * balance
+    loads = [_load(routed[layer][0]) for layer in gates]
+    return Loss(total, nll.item() / count, mtp, balance.item(), count, loads)
+
+
+def heldout_nll(model: Transformer, ids: Tensor, targets: Tensor, lengths: list[int]) -> float:
+    """Sum of -log p(target) over a packed batch, in nats, without a graph."""
+    with torch.no_grad():
+        trunk: Trunk = model.trunk(ids, [Segment(n) for n in lengths])
+        return ops.cross_entropy(trunk.hidden, model.head.weight, targets.to(model.device), IGNORE).item()
+
+
+def learned_gates(model: Transformer) -> dict[int, Gate]:
+    """Gates with a balance bias by layer number (hash layers have none); the MTP block is number n_layers."""
+    blocks = [*model.layers, *model.mtp]
+    return {i: block.ffn.gate for i, block in enumerate(blocks) if block.ffn.gate.bias is not None}  # type: ignore[union-attr, misc]
+
+
+def balance_loss(routing: Routing, lengths: list[int]) -> Tensor:
+    """Mean over sequences of sum_e f_e P_e (paper 2.1, as in V3): 1 when balanced, up to X/K when not.
+
+    f_e = X / (K T) x tokens sent to e, P_e = mean share of e in the scores; both within one sequence of T tokens.
+    """
+    scores, chosen = routing.scores, routing.chosen
+    tokens, num = scores.shape
+    sequence = torch.repeat_interleave(torch.tensor(lengths, device=scores.device))
+    per_sequence = torch.tensor(lengths, dtype=torch.float32, device=scores.device)[:, None]
+    sent = torch.zeros(len(lengths) * num, device=scores.device)
+    sent.scatter_add_(0, (sequence[:, None] * num + chosen).flatten(), torch.ones(chosen.numel(), device=scores.device))
+    fraction = sent.view(len(lengths), num) * (num / chosen.shape[1]) / per_sequence
+    share = scores / scores.sum(dim=1, keepdim=True)
+    mean_share = torch.zeros(len(lengths), num, device=scores.device).index_add(0, sequence, share) / per_sequence
+    return (fraction * mean_share).sum(dim=1).mean()
+
+
+def _load(routing: Routing) -> Tensor:
+    return torch.bincount(routing.chosen.flatten(), minlength=routing.scores.shape[1]).float()
+
+
+@torch.no_grad()
+def update_balance_bias(model: Transformer, loads: list[Tensor], speed: float) -> None:
+    """After a step: bias += speed for experts with less than the mean load, -= speed for those with more."""
+    for gate, load in zip(learned_gates(model).values(), loads, strict=True):
+        assert gate.bias is not None
+        gate.bias += speed * torch.sign(load.mean() - load)

@@ -1,0 +1,46 @@
+"""What every test stands on: one thread, fixed seeds, poisoned fresh memory, warnings as errors, no network.
+
+Fresh memory is filled with NaN (the largest integer, for integers), so that a kernel which reads what it
+never wrote fails here instead of working by luck. Hypothesis draws the same examples on every run.
+"""
+
+import os
+import random
+import socket
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmuls, should CUDA be used
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)  # what switches the next line on
+torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+assert torch.empty(3).isnan().all(), "this torch does not poison fresh memory: the tests would prove less"
+
+hypothesis.settings.register_profile("house", derandomize=True, deadline=None, max_examples=50, database=None)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def same_seed() -> None:
+    """Every test starts from the same random state, whatever ran before it and wherever."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that leaves the machine is an error, so a download cannot hide in a test."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address):
+        outside = self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost")
+        assert not outside, f"a test tried to reach {address}: tests run without network"
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
