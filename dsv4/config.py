@@ -188,8 +188,8 @@ _FIXED = {
 _IGNORED = {
     "architectures", "attention_dropout", "transformers_version", "use_cache", "pad_token_id", "torch_dtype", "dtype",
     "expert_dtype", "quantization_config", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-    "partial_rotary_factor", "intermediate_size", "scale_fmt", "scale_dtype", "max_batch_size", "max_seq_len", "auto_map",
-    "_name_or_path",
+    "partial_rotary_factor", "intermediate_size", "scale_fmt", "scale_dtype", "max_batch_size", "max_seq_len",
+    "auto_map", "_name_or_path",
 }  # fmt: skip
 _RATIO_OF_TYPE = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 
@@ -222,7 +222,7 @@ def _from_dict(data: dict[str, Any]) -> ModelConfig:
         if key not in names:
             raise UserError(f"unknown configuration key {key!r}{_nearest(key, names)}")
     if "compress_ratios" not in data and {"num_hidden_layers", "num_nextn_predict_layers"} & set(data):
-        raise UserError("the configuration names a number of layers but no compress_ratios: give one ratio per layer")
+        raise UserError("the configuration has a number of layers but no compress_ratios: give one ratio per layer")
     return ModelConfig(**data)
 
 
@@ -243,7 +243,7 @@ def _unfold_transformers(data: dict[str, Any]) -> None:
     if mlp is not None and "num_hash_layers" not in data:
         hashed = [kind == "hash_moe" for kind in mlp]
         if hashed != sorted(hashed, reverse=True):
-            raise UserError("mlp_layer_types must name the hash_moe layers first: only leading layers can be hash-routed")
+            raise UserError("mlp_layer_types must name the hash_moe layers first: only leading layers are hash-routed")
         data["num_hash_layers"] = sum(hashed)
 
 

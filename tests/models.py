@@ -14,8 +14,8 @@ from dsv4.config import ModelConfig, RopeScaling
 from dsv4.model import Transformer
 from dsv4.model.indexer import Indexer
 
-# Ratios of the trunk by the name of what it exercises; two layers, so that the second reads what the first made.
-KINDS: dict[str, tuple[int, ...]] = {"window": (0, 0), "csa": (4, 4), "hca": (128, 128), "whole": (0, 4, 128, 4)}
+# Ratios of the trunk by the name of what it exercises.
+KINDS: dict[str, tuple[int, ...]] = {"window": (0,), "csa": (4,), "hca": (128,), "whole": (0, 4, 128)}
 
 
 def small_config(ratios: tuple[int, ...] = KINDS["whole"], *, mtp: int = 0, **changes) -> ModelConfig:

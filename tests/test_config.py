@@ -18,7 +18,7 @@ def on_meta(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-# --- counts ----------------------------------------------------------------------------------------------------------
+# --- counts ---------------------------------------------------------------------------------------
 # The counting rule: parameters are what gradients train. Router biases (moved by the balance rule) and hash tables
 # (fixed) are buffers: published with the weights, loaded and saved, not counted. The MTP block is counted apart.
 
@@ -64,7 +64,7 @@ def test_bench_is_what_was_asked_for():
     assert (c.vocab_size, c.sliding_window) == (4096, 128)
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 PUBLISHED_FLASH = {
     "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "vocab_size": 129280,
@@ -176,7 +176,7 @@ def test_replaced_fields():
     assert hash(config) != hash(ModelConfig.preset("tiny"))
 
 
-# --- wrong use ---------------------------------------------------------------------------------------------------------
+# --- wrong use ------------------------------------------------------------------------------------
 
 
 def refused(build, *words: str) -> None:
@@ -207,7 +207,8 @@ def test_unknown_preset_lists_the_presets():
 
 @pytest.mark.parametrize("ratios", [(0, 4, 128, 4), (0, 4, 128, 4, 0, 0), ()])
 def test_ratio_list_of_the_wrong_length(ratios):
-    refused(lambda: small_config((0, 4, 128, 4), mtp=1, compress_ratios=ratios), "compress_ratios", str(len(ratios)), "5")
+    wrong = {"mtp": 1, "compress_ratios": ratios}
+    refused(lambda: small_config((0, 4, 128, 4), **wrong), "compress_ratios", str(len(ratios)), "5")
 
 
 def test_layers_without_ratios():

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"config", "ops"},
     "model": {"config", "ops", "cache"},
     "checkpoint": {"config", "ops", "model"},
-    "train": {"config", "ops", "model", "checkpoint", "text", "cost"},
+    "train": {"config", "ops", "model", "checkpoint", "text", "cost", "data"},  # data: the embedded corpus
     "engine": {"config", "model", "cache", "checkpoint", "text", "cost"},
     "serve": {"engine", "text"},
     "conform": {"config", "ops", "model", "cache", "checkpoint", "text"},

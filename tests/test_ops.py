@@ -6,6 +6,9 @@ Truth is ops/reference.py under autograd, in fp32. Tolerances are for fp32 sums 
 order one. The reference itself is held to independent arithmetic here where that is short, and by test_quirks.py.
 """
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,12 +29,16 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def agree(name: str, args: tuple, inputs: tuple[int, ...], tolerance: float, exact: bool = False) -> None:
-    """Both backends of op `name`: same first output, and same gradients for the arguments at places `inputs`."""
+    """Both backends of op `name`: same outputs, and same gradients for the arguments at places `inputs`."""
     results = []
     for backend in ("reference", "blocked"):
-        mine = [a.detach().clone().requires_grad_(i in inputs) if isinstance(a, Tensor) else a for i, a in enumerate(args)]
+        mine = list(args)
+        for i in inputs:
+            mine[i] = args[i].detach().clone().requires_grad_()
         out = ops.TABLE[name][backend](*mine)
-        outs = [out] if isinstance(out, Tensor) else [o for o in out if o.requires_grad or not inputs]
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        if name == "sparse_attention":
+            outs = outs[:1]  # the log-sum-exp carries no gradient; it has a test of its own
         if inputs:
             # a weighted sum, so that no symmetry of the plain sum hides an error
             sum((o.float() * normal(*o.shape, seed=7 + i)).sum() for i, o in enumerate(outs)).backward()
@@ -54,7 +61,7 @@ def differ_or_empty(a: Tensor, b: Tensor) -> float:
     return differ(a, b) if a.numel() or b.numel() else 0.0
 
 
-# --- the table ---------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def test_every_op_has_both_backends_and_one_docstring():
@@ -62,6 +69,14 @@ def test_every_op_has_both_backends_and_one_docstring():
         assert list(backends) == ["reference", "blocked"]
         assert getattr(ops, name).__doc__ and getattr(ops, name).__name__ == name
         assert ops.active(name) == "blocked", "the best backend serves unless asked otherwise"
+
+
+def test_every_op_is_compared_with_its_reference():
+    """An op that joins the table needs a test here, so that no fast form goes unchecked."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    compared = {name for name in ops.TABLE if f'agree("{name}"' in text}
+    # choices are compared as integers, in tests of their own
+    assert compared | {"index_scores_topk", "topk_lowest"} == set(ops.TABLE)
 
 
 def test_using_switches_every_op_and_switches_back():
@@ -85,7 +100,7 @@ def test_whole_models_agree(kind):
         with ops.using(backend):
             trunk = model.trunk(ids, [Segment(7), Segment(150), Segment(103)])
             drafted, _, _ = model.predict_next(trunk, ids)
-            (trunk.hidden.square().sum() + drafted.square().sum()).backward()
+            (trunk.hidden * normal(260, 48)).sum().add((drafted * normal(257, 48, seed=1)).sum()).backward()
         grads[backend] = {"hidden": trunk.hidden.detach()} | {n: p.grad for n, p in model.named_parameters()}
     for name, want in grads["reference"].items():
         got = grads["blocked"][name]
@@ -94,7 +109,7 @@ def test_whole_models_agree(kind):
             assert differ(want, got) <= 1e-4 * max(1.0, want.abs().max().item()), name
 
 
-# --- spans -------------------------------------------------------------------------------------------------------------
+# --- spans ----------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=40), st.integers(1, 9))
@@ -104,7 +119,8 @@ def test_spans_say_what_a_plain_loop_says(steps, size):
         start.append((start[-1] if start else 0) + move)
         stop.append(max(stop[-1] if stop else 0, start[-1] + length))
     spans = Spans(torch.tensor(start, dtype=torch.int64), torch.tensor(stop, dtype=torch.int64))
-    assert len(spans) == len(steps) and spans.longest == max((b - a for a, b in zip(start, stop, strict=True)), default=0)
+    assert len(spans) == len(steps)
+    assert spans.longest == max((b - a for a, b in zip(start, stop, strict=True)), default=0)
     covered = []
     for i, j in spans.blocks(size):
         assert 0 < j - i <= size
@@ -117,7 +133,7 @@ def test_spans_say_what_a_plain_loop_says(steps, size):
     assert covered == list(range(len(steps)))
 
 
-# --- top-k with the tie rule ---------------------------------------------------------------------------------------------
+# --- top-k with the tie rule ----------------------------------------------------------------------
 
 TIED = {
     "all equal": torch.zeros(2, 9),
@@ -149,7 +165,7 @@ def test_topk_follows_the_rule_on_any_list(row, data):
         assert ops.TABLE["topk_lowest"][backend](torch.tensor(row), k).tolist() == by_rule(row, k)
 
 
-# --- indexer -----------------------------------------------------------------------------------------------------------
+# --- indexer --------------------------------------------------------------------------------------
 
 
 def entry_spans(lengths: list[int], ratio: int = 4) -> tuple[Spans, int]:
@@ -229,7 +245,7 @@ def test_index_low_precision_inputs():
     assert torch.equal(reference.index_scores_topk(*args), blocked.index_scores_topk(*args))
 
 
-# --- attention -----------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def attention_case(n: int, lengths: list[int], k: int | None, dtype=torch.float32, ratio: int = 4, heads: int = 3):
@@ -247,9 +263,9 @@ def attention_case(n: int, lengths: list[int], k: int | None, dtype=torch.float3
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("k", [None, 2, 9, 200])
+@pytest.mark.parametrize("k", [None, 2, 5, 200])
 def test_sparse_attention(n, k):
-    """k = 2 gathers rows per query where the pool is large, 9 reads it dense, 200 has more room than entries."""
+    """k = 2 gathers rows per query, 5 only where the pool is large, 200 has more room than entries."""
     for lengths in ([n], cut(n)):
         agree("sparse_attention", attention_case(n, lengths, k), (0, 1, 3, 6), 2e-5)
 
@@ -271,8 +287,8 @@ def test_both_ways_to_read_chosen_entries_are_taken(monkeypatch):
         whole(self, keys, hidden, rows)
 
     monkeypatch.setattr(blocked._Piece, "__init__", watch)
-    blocked.sparse_attention(*attention_case(130, [130], 2))
-    assert {"rows", "interval"} <= set(ways) and ways.count("interval") > len(list(range(0, 130, 64))), ways
+    blocked.sparse_attention(*attention_case(130, [130], 5))
+    assert ways == ["interval", "interval", "interval", "rows", "interval", "rows"], "three blocks: window, entries"
 
 
 def test_window_only():
@@ -350,7 +366,7 @@ def test_attention_by_hand():
         assert abs(lse.item() - torch.tensor([1.0, 0.0, 0.5, -1.0]).logsumexp(0).item()) < 1e-6
 
 
-# --- compression ---------------------------------------------------------------------------------------------------------
+# --- compression ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -384,7 +400,7 @@ def test_compress_nothing():
     assert ops.compress(normal(3, 6), normal(3, 6), empty, empty.bool(), 4, True).shape == (0, 3)
 
 
-# --- hyper-connections ---------------------------------------------------------------------------------------------------
+# --- hyper-connections ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 3, 130, 4097])
@@ -448,17 +464,26 @@ def test_hyper_maps(n, dtype):
 
 def test_read_and_write_by_hand():
     """write sums over the FIRST index of comb: stream k gets sum_j comb[j, k] x_j."""
-    x, y, pre, post, comb = normal(2, 4, 3), normal(2, 3, seed=1), normal(2, 4, seed=2), normal(2, 4, seed=3), normal(2, 4, 4)
+    x, y, comb = normal(2, 4, 3), normal(2, 3, seed=1), normal(2, 4, 4, seed=4)
+    pre, post = normal(2, 4, seed=2), normal(2, 4, seed=3)
     u, new = ops.hyper_read(x, pre), ops.hyper_write(x, y, post, comb)
     for n in range(2):
         assert differ(u[n], sum(pre[n, j] * x[n, j] for j in range(4))) < 1e-6
         for k in range(4):
             want = post[n, k] * y[n] + sum(comb[n, j, k] * x[n, j] for j in range(4))
             assert differ(new[n, k], want) < 1e-6
-    assert ops.hyper_read(x.bfloat16(), pre).dtype == ops.hyper_write(x.bfloat16(), y, post, comb).dtype == torch.bfloat16
+    low = x.bfloat16()
+    assert ops.hyper_read(low, pre).dtype == ops.hyper_write(low, y, post, comb).dtype == torch.bfloat16
 
 
-# --- experts -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n", [1, 3, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hyper_write(n, dtype):
+    args = (normal(n, 4, 12).to(dtype), normal(n, 12, seed=1).to(dtype), normal(n, 4, seed=2), normal(n, 4, 4, seed=3))
+    agree("hyper_write", args, (0, 1, 2, 3), 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+# --- experts --------------------------------------------------------------------------------------
 
 
 def expert_case(n: int, dtype=torch.float32, experts: int = 5, k: int = 2, scale: float = 1.0):
@@ -496,16 +521,15 @@ def test_clamps_act_and_stop_gradients(scale):
 
 def test_clamp_by_hand():
     gate, up = torch.tensor([3.0, -3.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, -5.0, 5.0])
-    silu = torch.nn.functional.silu
-    want = torch.stack([silu(torch.tensor(2.0)), silu(torch.tensor(-3.0)), -2 * silu(torch.tensor(1.0)), 2 * silu(torch.tensor(1.0))])
-    assert differ(ops.swiglu(gate, up, 2.0), want) < 1e-6
+    want = [g / (1 + math.exp(-g)) * u for g, u in [(2, 1), (-3, 1), (1, -2), (1, 2)]]
+    assert differ(ops.swiglu(gate, up, 2.0), torch.tensor(want)) < 1e-6
 
 
 def test_experts_low_precision():
     agree("experts", expert_case(129, torch.bfloat16), (0, 2, 3, 4), 3e-2)
 
 
-# --- loss ----------------------------------------------------------------------------------------------------------------
+# --- loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -539,7 +563,7 @@ def test_cross_entropy_low_precision():
     agree("cross_entropy", args, (0, 1), 2e-2)
 
 
-# --- memory is linear ----------------------------------------------------------------------------------------------------
+# --- memory is linear -----------------------------------------------------------------------------
 
 
 class Largest(TorchDispatchMode):
@@ -581,9 +605,9 @@ NARROW: dict = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("topk", [8, 600])
+@pytest.mark.parametrize("topk", [8, 100])
 def test_memory_is_linear(topk):
-    """No tensor of S x S or S x S/4 elements, forward or backward, where entries are gathered (8) or read dense (600)."""
+    """No tensor of S x S or S x S/4 elements, forward or backward, where entries are gathered or read dense (100)."""
     model = small_model((0, 4, 128), mtp=1, index_topk=topk, **NARROW)
     short, long = 2048, 4096
     seen = {length: largest_tensor(model, length) for length in (short, long)}

@@ -132,6 +132,12 @@ def test_streaming_a_vocabulary_with_spaces_is_decoding_it(text: str):
     assert streamed(tokenizer, ids) == tokenizer.decode(ids) == text
 
 
+def test_words_of_a_vocabulary_with_spaces_come_out_one_by_one():
+    tokenizer = spaced_tokenizer()
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.push(i) for i in tokenizer.encode("ab a é")] == ["ab", " a", " ", "", "é"]
+
+
 def test_a_split_character_comes_out_when_it_is_complete():
     decoder = StreamDecoder(BYTES)
     assert [decoder.push(i) for i in BYTES.encode("é🐳!")] == ["", "é", "", "", "", "🐳", "!"]

@@ -59,7 +59,9 @@ class Entries:
 class Compressed:
     """What one compressor remembers: its entries, and the raw rows (value, score) of the open and previous group."""
 
-    def __init__(self, ratio: int, width: int, capacity: int, max_rewind: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, ratio: int, width: int, capacity: int, max_rewind: int, dtype: torch.dtype, device: torch.device
+    ):
         overlap = ratio == 4
         self.entries = Entries(-(-capacity // ratio), width, dtype, device)
         # fp32: pooling is fp32 up to the norm. With overlap the group before the open one is still needed.

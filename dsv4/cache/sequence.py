@@ -1,7 +1,7 @@
 """All layers of one sequence: how far it has come, and the operations on it (fork, rewind, snapshot, restore, bytes).
 
-A memory's state is its stores plus one number, `length`. The model calls `begin`, writes the stores and calls `advance`;
-a call that was stopped half way leaves the memory torn, and a torn memory refuses everything but `restore`.
+A memory's state is its stores plus one number, `length`. The model calls `begin`, writes the stores and calls
+`advance`; a call that was stopped half way leaves the memory torn, and a torn memory refuses all but `restore`.
 """
 
 import copy
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dsv4.cache.layer import Entries, LayerMemory
+from dsv4.cache.layer import Entries, LayerMemory, Ring
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 
@@ -43,7 +43,7 @@ class SequenceMemory:
 
     def begin(self) -> None:
         """Rows are about to be written; until `advance` the stores of different layers disagree."""
-        self._refuse_torn()
+        self.refuse_torn()
         self._torn = True
 
     def advance(self, count: int) -> None:
@@ -58,24 +58,24 @@ class SequenceMemory:
         Raises UserError when the rows that this needs have left the rings; nothing is changed then.
         """
         if not 0 <= count <= self.length:
-            raise UserError(f"cannot rewind {count} tokens: this memory holds {self.length}; give a number from 0 to that")
-        self._refuse_torn()
+            raise UserError(f"cannot rewind {count} tokens: this memory holds {self.length}; give at most that")
+        self.refuse_torn()
         back = self.newest - (self.length - count)
         if back > self.max_rewind:
             raise UserError(
-                f"cannot rewind to {back} tokens before the newest: this memory keeps rows for {self.max_rewind}; make it "
-                f"with max_rewind={back} or restore a snapshot"
+                f"cannot rewind to {back} tokens before the newest: this memory keeps rows for {self.max_rewind}; "
+                f"make it with max_rewind={back} or restore a snapshot"
             )
         self.length -= count
 
     def fork(self) -> "SequenceMemory":
         """An independent copy; the two then go their own ways."""
-        self._refuse_torn()
+        self.refuse_torn()
         return copy.deepcopy(self)
 
     def snapshot(self) -> Snapshot:
         """The whole state as named tensors (copies; entries without their spare room), ready for safetensors."""
-        self._refuse_torn()
+        self.refuse_torn()
         state = {"length": torch.tensor([self.length, self.newest])}
         for name, store, used in self._stores():
             state[name] = store.data[:used].clone()
@@ -85,7 +85,7 @@ class SequenceMemory:
         """Take over a snapshot of a memory of the same configuration; UserError (and no change) if it does not fit."""
         length, newest = self._check(snapshot)
         self.length, self.newest, self._torn = length, newest, False
-        for name, store, used in self._stores():
+        for name, store, _ in self._stores():
             if isinstance(store, Entries):
                 store.write(snapshot[name], 0)
             else:
@@ -95,11 +95,12 @@ class SequenceMemory:
         """Bytes allocated by all stores."""
         return sum(store.data.nbytes for _, store, _ in self._stores())
 
-    def _refuse_torn(self) -> None:
+    def refuse_torn(self) -> None:
+        """UserError if the last call on this memory did not come to its end."""
         if self._torn:
             raise UserError("a call on this memory was stopped half way: restore a snapshot or start a new memory")
 
-    def _stores(self) -> Iterator[tuple[str, "Entries | object", int]]:
+    def _stores(self) -> Iterator[tuple[str, "Ring | Entries", int]]:
         """(name, store, rows in use) of every store of every layer."""
         for i, layer in enumerate(self.layers):
             for name, store in layer.stores():

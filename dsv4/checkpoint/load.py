@@ -92,19 +92,19 @@ def _match(model: Transformer, tensors: dict[str, Any], layout: Layout, folder: 
             if file_name == "head.weight" and layout == "transformers" and "lm_head.weight" in tensors:
                 file_name = "lm_head.weight"
             if file_name not in tensors:
-                raise UserError(f"{folder} lacks tensor {file_name}: the checkpoint is incomplete or of another config")
+                raise UserError(f"{folder} lacks tensor {file_name}: it is incomplete or of another configuration")
             shape, want = tuple(tensors[file_name].get_shape()), tuple(tensor.shape[len(place) :])
             if shape != want:
                 raise UserError(f"tensor {file_name} in {folder} has shape {shape}, the configuration asks for {want}")
             if tensors[file_name].get_dtype() not in _PLAIN:
                 raise UserError(
-                    f"tensor {file_name} is {tensors[file_name].get_dtype()}: quantised checkpoints cannot be read yet; "
+                    f"tensor {file_name} is {tensors[file_name].get_dtype()}: quantised weights cannot be read yet; "
                     "convert it to BF16 first"
                 )
             left.discard(file_name)
             places[name].append((file_name, place))
     if left:
-        raise UserError(f"{folder} holds {len(left)} tensors that the configuration has no place for, such as {min(left)}")
+        raise UserError(f"{folder} holds {len(left)} tensors too many, such as {min(left)}: is its config.json right?")
     return places
 
 

@@ -49,7 +49,7 @@ def _named_by(latest: Path) -> Path:
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
     folder = latest.parent / name
     if name != folder.name or not folder.is_dir():
-        there = ", ".join(sorted(p.name for p in latest.parent.iterdir() if p.is_dir())) or "no folder"
+        there = ", ".join(sorted(p.name for p in latest.parent.glob("[!.]*") if p.is_dir())) or "no folder"
         raise UserError(f"{latest} names {name!r}, which is not a checkpoint beside it: name one of {there}")
     return folder
 

@@ -46,7 +46,8 @@ def demo(
     summary = summarise(run, out)
     plot_loss(out, {name: summary[f"heldout_bpb_{name}"] for name in ("bigram", "unigram")})
     summary |= _sample(out, prompt, tokens, device)
-    write_atomically(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1), encoding="utf-8"))
+    text = json.dumps(summary, indent=1)
+    write_atomically(out / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
     print(json.dumps(summary)) if as_json else _show(summary, out)
 
 
@@ -108,7 +109,7 @@ training loss        {s["loss_first"]:.3f} -> {s["loss_last"]:.3f} nats per toke
 held-out text        {s["heldout_bpb"]:.3f} bits per byte
   bigram, same text  {s["heldout_bpb_bigram"]:.3f}
   unigram            {s["heldout_bpb_unigram"]:.3f}
-cache                {s["cache_bytes_per_token"]:,.0f} bytes per token, and {s["cache_bytes_fixed"]:,.0f} that do not grow
+cache                {s["cache_bytes_per_token"]:,.0f} bytes per token, {s["cache_bytes_fixed"]:,.0f} that do not grow
 
 {s["prompt"]}|{s["continuation"]}
 

@@ -40,7 +40,8 @@ def examine() -> dict[str, Any]:
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "packages": {name: _version(name) for name in ("torch", "safetensors", "tokenizers", "numpy", "transformers")},
-        "ops": {name: f"{ops.active(name)} (of {', '.join(ops.TABLE[name])}; DSV4_OPS={ops.wanted()})" for name in ops.TABLE},
+        "ops, by DSV4_OPS": ops.wanted(),
+        "backends": {op: f"{ops.active(op)} of {', '.join(there)}" for op, there in ops.TABLE.items()},
         "self-test": _self_test(),
     }  # fmt: skip
 

@@ -40,7 +40,7 @@ def layer_parameters(config: ModelConfig, layer: int) -> dict[str, int]:
     series = 2 if r == 4 else 1  # two overlapping series
     rows = (2 + k.hc_mult) * k.hc_mult
     return {
-        "attention": d * ql + ql * heads * c + d * c + heads * c * k.o_lora_rank + k.o_groups * k.o_lora_rank * d + heads,
+        "attention": d * ql + ql * heads * c + d * c + (heads * c + k.o_groups * d) * k.o_lora_rank + heads,
         "compressor": (2 * d + r) * series * c + c if r else 0,
         "indexer": ql * ih * ic + d * ih + (2 * d + 4) * 2 * ic + ic if r == 4 else 0,
         "router": k.n_routed_experts * d,

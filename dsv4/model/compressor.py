@@ -31,7 +31,9 @@ class Compressor(nn.Module):
         """Values and gate scores (bias added) of every token: fp32 [T, c*d] each."""
         return self.wkv(x), self.wgate(x) + self.ape.float()[run.positions % self.ratio]
 
-    def forward(self, values: Tensor, scores: Tensor, piece: Piece, store: Compressed | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, values: Tensor, scores: Tensor, piece: Piece, store: Compressed | None, dtype: torch.dtype
+    ) -> Tensor:
         """The pool of entries [existing + new, d] of a piece, from its tokens' rows [n, c*d]; remembers both."""
         groups = piece.groups[self.ratio]
         if store is not None:

@@ -30,8 +30,8 @@ class Indexer(nn.Module):
     def forward(self, x: Tensor, qr: Tensor, run: Run, stores: list[Compressed | None]) -> list[Tensor | None]:
         """For each piece the chosen entries int64 [n, topk] (-1 = none), or None where all visible ones are read.
 
-        x [T, M] is the sublayer's input, qr [T, q_lora] the normed query latent, stores one per piece. While no query sees more than topk
-        entries there is nothing to choose; the keys are still remembered, for queries to come.
+        x [T, M] is the sublayer's input, qr [T, q_lora] the normed query latent, stores one per piece. While no
+        query sees more than topk entries there is nothing to choose; the keys are remembered for queries to come.
         """
         wanted = [piece.groups[4].visible.longest > self.topk for piece in run.pieces]
         if not any(wanted) and not run.memories():

@@ -1,4 +1,4 @@
-"""The two layers that everything is made of. Weights keep their own dtype and follow the activations where they meet."""
+"""The two layers that everything is made of. Weights keep their own dtype and follow that of the activations."""
 
 import torch
 import torch.nn.functional as F

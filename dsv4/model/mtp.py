@@ -1,7 +1,7 @@
-"""Multi-token prediction: one more block that, from the streams at t and the token at t+1, predicts the token at t+2."""
+"""Multi-token prediction: one more block that, from the streams at t and the token at t+1, predicts token t+2."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv4.config import ModelConfig
 from dsv4.model import hyper

@@ -89,7 +89,9 @@ def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device)
             j += 1
         lengths = [s.length for s in segments[i:j]]
         tokens = slice(offset, offset + sum(lengths))
-        pieces.append(_piece(config, ratios, tokens, segments[i].memory, starts[i], lengths, freq["compressed"], device))
+        pieces.append(
+            _piece(config, ratios, tokens, segments[i].memory, starts[i], lengths, freq["compressed"], device)
+        )
         i, offset = j, tokens.stop
     last = torch.tensor([s.length for s in segments]).cumsum(0) - 1
     turn = {name: turns(f, positions) for name, f in freq.items()}

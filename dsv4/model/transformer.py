@@ -46,7 +46,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype | str = torch.float32, *, recompute: bool = False):
         super().__init__()
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = as_dtype(dtype)
         self.config, self.dtype, self.recompute = config, dtype, recompute
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_hidden_layers))
@@ -108,6 +108,8 @@ class Transformer(nn.Module):
         run = plan(self.config, segments, self.device)
         memories = run.memories()
         for memory in memories:
+            memory.refuse_torn()
+        for memory in memories:
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
@@ -165,6 +167,14 @@ class Transformer(nn.Module):
             raise UserError(f"{len(batch)} rows of ids for a cache of {len(cache)}: make it with batch={len(batch)}")
         rows = [None] * len(batch) if cache is None else list(cache)
         return batch.flatten(), [Segment(batch.shape[1], memory) for memory in rows]
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype, also by its name ("bfloat16")."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype {dtype!r} is not a floating-point type: use float32, bfloat16 or float16")
+    return found
 
 
 def _segment(given: Segment | int | tuple[int, SequenceMemory | None]) -> Segment:

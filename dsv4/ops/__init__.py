@@ -11,19 +11,22 @@ from contextlib import contextmanager
 
 from dsv4.ops import blocked, reference
 from dsv4.ops.newton_schulz import newton_schulz
-from dsv4.ops.reference import hyper_read, hyper_write, index_scores, swiglu
+from dsv4.ops.reference import hyper_read, index_scores, swiglu
 from dsv4.ops.spans import Spans
 
 __all__ = [
     "Spans", "active", "compress", "cross_entropy", "experts", "hyper_maps", "hyper_read", "hyper_write",
-    "index_scores", "index_scores_topk", "newton_schulz", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "using",
-    "wanted",
+    "index_scores", "index_scores_topk", "newton_schulz", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest",
+    "using", "wanted",
 ]  # fmt: skip
 
-# Best backend last. Ops with a single form (compress, hyper_read, hyper_write, ...) are linear as they stand.
+# Best backend last. Ops with a single form (compress, hyper_read, ...) are linear as they stand.
+_NAMES = (
+    "sparse_attention", "index_scores_topk", "topk_lowest", "sinkhorn", "hyper_maps", "hyper_write", "experts",
+    "cross_entropy",
+)  # fmt: skip
 TABLE: dict[str, dict[str, Callable]] = {
-    name: {"reference": getattr(reference, name), "blocked": getattr(blocked, name)}
-    for name in ("sparse_attention", "index_scores_topk", "topk_lowest", "sinkhorn", "hyper_maps", "experts", "cross_entropy")
+    name: {"reference": getattr(reference, name), "blocked": getattr(blocked, name)} for name in _NAMES
 }
 BACKENDS = ("auto", "reference", "blocked")
 _wanted = os.environ.get("DSV4_OPS", "auto")
@@ -66,6 +69,7 @@ index_scores_topk = _op("index_scores_topk")
 topk_lowest = _op("topk_lowest")
 sinkhorn = _op("sinkhorn")
 hyper_maps = _op("hyper_maps")
+hyper_write = _op("hyper_write")
 experts = _op("experts")
 cross_entropy = _op("cross_entropy")
 compress = reference.compress

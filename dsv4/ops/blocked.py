@@ -67,9 +67,7 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor, visible: Spans, 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with an fp32 result: low-precision operands are multiplied as they are and summed in fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32) if a.ndim == 3 else torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
@@ -110,28 +108,39 @@ class _Piece:
 class _Plan:
     """How one call is cut: for each block of queries, the window piece and the entry piece."""
 
-    def __init__(self, window: Spans, visible: Spans | None, chosen: Tensor | None, heads: int, num_entries: int):
+    def __init__(
+        self,
+        q: Tensor,
+        window_kv: Tensor,
+        window: Spans,
+        entries: Tensor | None,
+        visible: Spans | None,
+        chosen: Tensor | None,
+    ):
         self.window, self.visible, self.chosen = window, visible, chosen
-        width = window.longest + (num_entries if chosen is None or visible is None else min(num_entries, 4 * chosen.shape[1]))
+        self.dtype = torch.promote_types(q.dtype, window_kv.dtype)  # fp32 queries may read a bf16 memory
+        num_entries, heads = 0 if entries is None else len(entries), q.shape[1]
+        width = window.longest + (num_entries if chosen is None else min(num_entries, 4 * chosen.shape[1]))
         self.rows = max(1, min(64, _BLOCK_NUMBERS // (heads * max(width, 1))))
 
     def pieces(self, i: int, j: int, kv: Tensor, entries: Tensor | None) -> list[_Piece]:
         lo, hi = self.window.union(i, j)
-        pieces = [_Piece(kv[lo:hi], self.window.hidden(i, j, lo, hi, kv.device), slice(lo, hi))]
-        if entries is None or self.visible is None:
+        pieces = [_Piece(kv[lo:hi].to(self.dtype), self.window.hidden(i, j, lo, hi, kv.device), slice(lo, hi))]
+        if entries is None:
             return pieces
-        lo, hi = self.visible.union(i, j)
+        lo, hi = (0, len(entries)) if self.visible is None else self.visible.union(i, j)
         if hi == lo:
             return pieces
         if self.chosen is None:
+            assert self.visible is not None, "entries are read by interval or as chosen rows"
             hidden = self.visible.hidden(i, j, lo, hi, kv.device)
-            return [*pieces, _Piece(entries[lo:hi], hidden, slice(lo, hi))]
+            return [*pieces, _Piece(entries[lo:hi].to(self.dtype), hidden, slice(lo, hi))]
         rows = self.chosen[i:j]
         if hi - lo <= 4 * rows.shape[1]:  # few entries: one dense product is cheaper than gathering per query
             hidden = torch.ones(j - i, hi - lo + 1, dtype=torch.bool, device=kv.device)
             hidden.scatter_(1, torch.where(rows < 0, 0, rows - lo + 1), False)
-            return [*pieces, _Piece(entries[lo:hi], hidden[:, 1:], slice(lo, hi))]
-        return [*pieces, _Piece(entries[rows.clamp_min(0)], rows < 0, rows)]
+            return [*pieces, _Piece(entries[lo:hi].to(self.dtype), hidden[:, 1:], slice(lo, hi))]
+        return [*pieces, _Piece(entries[rows.clamp_min(0)].to(self.dtype), rows < 0, rows)]
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -183,7 +192,8 @@ class _SparseAttention(torch.autograd.Function):
                 piece.add_grad(grad, ds, qb.float(), p, do.float())
             assert d_qb is not None
             d_q[i:j] = d_qb.to(q.dtype)
-        d_entries = None if d_entries is None else d_entries.to(entries.dtype)
+        if entries is not None and d_entries is not None:
+            d_entries = d_entries.to(entries.dtype)
         return d_q, d_kv.to(window_kv.dtype), d_entries, d_sink.to(sink.dtype), None, None
 
 
@@ -200,7 +210,7 @@ def sparse_attention(
     """Blocks of queries; within a block the pools are read as intervals, so one matrix product serves all heads."""
     if entries is not None and not len(entries):
         entries = None
-    plan = _Plan(window, visible, chosen, q.shape[1], 0 if entries is None else len(entries))
+    plan = _Plan(q, window_kv, window, entries, visible, chosen)
     return _SparseAttention.apply(q, window_kv, entries, sink, plan, scale)  # type: ignore[return-value]
 
 
@@ -259,11 +269,55 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     return _Sinkhorn.apply(logits, iters, eps)  # type: ignore[return-value]
 
 
+class _HyperProject(torch.autograd.Function):
+    """fn . (x / rms(x)) for x [n, N*M]; the norm is applied to the 24 results, and its gradient in one pass over x."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, fn: Tensor, norm_eps: float):
+        rho = (torch.linalg.vector_norm(flat, dim=1, keepdim=True).square() / flat.shape[1] + norm_eps).rsqrt()
+        product = flat @ fn.T
+        ctx.save_for_backward(flat, fn, rho, product)
+        return product * rho
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any):
+        flat, fn, rho, product = ctx.saved_tensors
+        d_product = grads[0] * rho
+        # d rho / d x = -rho^3 x / (N*M)
+        pull = (grads[0] * product).sum(dim=1, keepdim=True) * rho.pow(3) / -flat.shape[1]
+        return torch.addcmul(d_product @ fn, flat, pull), d_product.T @ flat, None
+
+
 def hyper_maps(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pre, post, comb = hyper_logits(x, fn, base, scale, norm_eps)
+    projected: Tensor = _HyperProject.apply(x.flatten(1).float(), fn.float(), norm_eps)  # type: ignore[assignment]
+    pre, post, comb = hyper_logits(projected, base, scale, x.shape[1])
     return torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), sinkhorn(comb, iters, eps)
+
+
+class _HyperWrite(torch.autograd.Function):
+    """The batched products of tiny matrices are fast only when the tiny matrix is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, post: Tensor, comb: Tensor):
+        ctx.save_for_backward(x, y, post, comb)
+        out = torch.bmm(comb.transpose(1, 2).contiguous(), x.float())
+        return out.addcmul_(post[:, :, None], y.float()[:, None]).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any):
+        x, y, post, comb = ctx.saved_tensors
+        g = grads[0].float()
+        d_x = torch.bmm(comb, g).to(x.dtype)
+        d_y = torch.bmm(post[:, None], g)[:, 0].to(y.dtype)
+        return d_x, d_y, (g * y.float()[:, None]).sum(dim=2), torch.bmm(x.float(), g.transpose(1, 2))
+
+
+def hyper_write(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    return _HyperWrite.apply(x, y, post, comb)  # type: ignore[return-value]
 
 
 # --- mixture of experts ----------------------------------------------------------------------------------------------

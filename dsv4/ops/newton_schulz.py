@@ -19,9 +19,7 @@ HYBRID: tuple[Coefficients, ...] = (_FAST,) * 8 + (_EXACT,) * 2  # paper section
 JORDAN: tuple[Coefficients, ...] = (_FAST,) * 5  # the usual Muon: no step settles at 1
 
 
-def newton_schulz(
-    m: Tensor, steps: tuple[Coefficients, ...] = HYBRID, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def newton_schulz(m: Tensor, steps: tuple[Coefficients, ...] = HYBRID, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The orthogonal factor of every matrix in `m`, approximately; `m` itself is never written to.
 
     A singular value s becomes p(s / ||m||_F), p being the composition of the step polynomials. With `HYBRID`

@@ -123,15 +123,12 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     return c
 
 
-def hyper_logits(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The 24 raw numbers of one token, fp32: three parts [n, N], [n, N], [n, N, N] (paper eq. 3-5).
+def hyper_logits(projected: Tensor, base: Tensor, scale: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw numbers of pre [n, N], post [n, N] and comb [n, N, N] from their dynamic parts `projected` [n, (2+N)*N].
 
-    x [n, N, M]; fn [(2+N)*N, N*M], base [(2+N)*N], scale [3], all fp32. The RMS runs over all N*M numbers, no gain.
+    Each part is scaled by its own learned scalar and added to its static base (paper eq. 3-5).
     """
-    num = x.shape[1]
-    flat = x.flatten(1).float()
-    rho = torch.rsqrt(flat.square().mean(dim=1, keepdim=True) + norm_eps)
-    pre, post, comb = (F.linear(flat, fn.float()) * rho).split([num, num, num * num], dim=1)
+    pre, post, comb = projected.split([num, num, num * num], dim=1)
     b_pre, b_post, b_comb = base.float().split([num, num, num * num])
     comb = (scale[2] * comb + b_comb).view(-1, num, num)
     return scale[0] * pre + b_pre, scale[1] * post + b_post, comb
@@ -142,9 +139,12 @@ def hyper_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How one sublayer reads and writes the streams (paper eq. 6-8): pre [n, N], post [n, N], comb [n, N, N], fp32.
 
-    Arguments as in `hyper_logits`. pre lies in (0, 1), post in (0, 2), comb is nearly doubly stochastic.
+    x [n, N, M]; fn [(2+N)*N, N*M], base [(2+N)*N], scale [3], all fp32. The RMS runs over all N*M numbers, no gain.
+    pre lies in (0, 1), post in (0, 2), comb is nearly doubly stochastic.
     """
-    pre, post, comb = hyper_logits(x, fn, base, scale, norm_eps)
+    flat = x.flatten(1).float()
+    rho = torch.rsqrt(flat.square().mean(dim=1, keepdim=True) + norm_eps)
+    pre, post, comb = hyper_logits(F.linear(flat, fn.float()) * rho, base, scale, x.shape[1])
     return torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), sinkhorn(comb, iters, eps)
 
 
@@ -169,8 +169,9 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor,
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(len(w13)):
         token, slot = torch.where(chosen == expert)
-        act = swiglu(F.linear(x[token], w13[expert, 0].to(x.dtype)), F.linear(x[token], w13[expert, 1].to(x.dtype)), limit)
-        act = (weights[token, slot, None] * act).to(x.dtype)
+        w1, w3 = w13[expert].to(x.dtype)
+        act = weights[token, slot, None] * swiglu(F.linear(x[token], w1), F.linear(x[token], w3), limit)
+        act = act.to(x.dtype)
         out = out.index_add(0, token, F.linear(act, w2[expert].to(x.dtype)).float())
     return out
 
@@ -184,6 +185,6 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
-    """Sum over tokens of -log p(target), fp32 scalar. hidden [n, M], head [V, M], targets int64 [n] (`ignore` = none)."""
+    """Sum over tokens of -log p(target), fp32 scalar; hidden [n, M], head [V, M], targets int64 [n] (ignore: none)."""
     logits = F.linear(hidden.float(), head.float())
     return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")

@@ -81,8 +81,9 @@ class RunConfig:
         check_schedule(s.steps, s.warmup, decay_steps(s.steps, s.decay_fraction), s.final)
         positive = {
             "data.seq_len": self.data.seq_len, "data.tokens_per_step": self.data.tokens_per_step,
-            "data.micro_batches": self.data.micro_batches, "save.every": self.save.every, "save.keep": self.save.keep,
-            "save.eval_every": self.save.eval_every, "save.eval_tokens": self.save.eval_tokens, "optim.lr": self.optim.lr,
+            "data.micro_batches": self.data.micro_batches, "optim.lr": self.optim.lr, "save.every": self.save.every,
+            "save.keep": self.save.keep, "save.eval_every": self.save.eval_every,
+            "save.eval_tokens": self.save.eval_tokens,
         }  # fmt: skip
         for name, value in positive.items():
             if value <= 0:

@@ -25,8 +25,7 @@ def prepare_data(config: RunConfig, folder: Path) -> tuple[Tokenizer, Packed, Pa
     target = folder / "data"
     tokenizer = _tokenizer(data, vocab, target)
     train, heldout = (
-        prepare(documents(data, split), tokenizer, target, split_name=split)
-        for split in ("train", "heldout")
+        prepare(documents(data, split), tokenizer, target, split_name=split) for split in ("train", "heldout")
     )
     for packed in (train, heldout):
         packed.check_vocab(vocab)
@@ -54,8 +53,8 @@ def _tokenizer(data: DataConfig, vocab: int, target: Path) -> Tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > vocab:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={vocab}: raise model.vocab_size or use "
-            "another tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={vocab}: raise model.vocab_size or "
+            "use another tokenizer"
         )
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)

@@ -17,9 +17,7 @@ def check_schedule(total: int, warmup: int, decay: int, final: float = 0.1) -> N
     if warmup < 0 or decay < 0:
         raise UserError(f"warm-up {warmup} and decay {decay} are lengths in steps: neither may be negative")
     if warmup + decay > total:
-        raise UserError(
-            f"warm-up {warmup} + decay {decay} exceed the {total} steps: shorten one or lengthen the run"
-        )
+        raise UserError(f"warm-up {warmup} + decay {decay} exceed the {total} steps: shorten one or lengthen the run")
     if not 0 <= final <= 1:
         raise UserError(f"the final rate {final} is a fraction of the peak rate: choose it between 0 and 1")
 
@@ -49,9 +47,7 @@ def lr_scale(step: int, total: int, warmup: int, decay: int, final: float = 0.1)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * into_decay / decay))
 
 
-def mtp_weight(
-    step: int, total: int, warmup: int, decay: int, *, before: float = 0.3, after: float = 0.1
-) -> float:
+def mtp_weight(step: int, total: int, warmup: int, decay: int, *, before: float = 0.3, after: float = 0.1) -> float:
     """Weight of the MTP loss at update number `step`: `after` from the first update of the decay on."""
     check_schedule(total, warmup, decay)
     return before if step < total - decay else after

@@ -39,7 +39,7 @@ def latest(folder: Path) -> Path | None:
         return None
     path = folder / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
     if not path.is_dir():
-        raise UserError(f"{pointer} names {path.name}, which is missing: write the name of an existing checkpoint into it")
+        raise UserError(f"{pointer} names {path.name}, which is missing: write the name of a checkpoint into it")
     return path
 
 
@@ -86,7 +86,7 @@ def load_state(path: Path, model: Transformer, optimizer: HybridOptimizer, setti
             f"the run was started with {different}: resume it with the same settings, or start anew with another --out"
         )
     if read_config(path) != model.config:
-        raise UserError(f"{path} holds a model of another configuration: resume the run with the one it was started with")
+        raise UserError(f"{path} holds a model of another configuration: resume with the one it was started with")
     loaded = load(path, dtype=torch.float32)
     with torch.no_grad():
         for own, saved in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True):

@@ -24,8 +24,8 @@ from dsv4.train.log import Log
 from dsv4.train.loss import Loss, heldout_nll, training_loss, update_balance_bias
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
 from dsv4.train.recipes import RunConfig
-from dsv4.train.schedule import decay_steps, lr_scale, mtp_weight
 from dsv4.train.rundata import prepare_data
+from dsv4.train.schedule import decay_steps, lr_scale, mtp_weight
 from dsv4.train.state import Progress, latest, load_state, save_state
 
 Record = dict[str, Any]
@@ -108,8 +108,8 @@ class Trainer:
         loss = sum(p.next_token for p in parts) / micro
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise FloatingPointError(
-                f"step {step + 1} has loss {loss} and gradient norm {norm}; the last good state is the newest checkpoint "
-                f"in {self.folder}: lower optim.lr or optim.clip and resume"
+                f"step {step + 1} has loss {loss} and gradient norm {norm}; the last good state is the newest "
+                f"checkpoint in {self.folder}: lower optim.lr or optim.clip and resume"
             )
         self.optimizer.step()
         loads = [torch.stack(layer).sum(dim=0) for layer in zip(*(p.loads for p in parts), strict=True)]
@@ -155,11 +155,11 @@ def _resume_point(folder: Path, resume: str) -> Path | None:
     if resume not in ("", "auto"):
         path = Path(resume)
         if not path.is_dir():
-            raise UserError(f"there is no checkpoint {path} to resume from: give a folder such as RUN/checkpoints/step-000100")
+            raise UserError(f"there is no checkpoint {path}: resume from a folder such as RUN/checkpoints/step-000100")
         return path
     found = latest(folder)
     if found is not None and not resume:
-        raise UserError(f"{folder} already holds a run ({found.name}): add --resume auto to go on, or choose another --out")
+        raise UserError(f"{folder} already holds a run ({found.name}): add --resume auto, or choose another --out")
     return found
 
 

@@ -1,0 +1,203 @@
+"""Failures caught here: `dsv4 generate` and `dsv4 chat` that open the wrong checkpoint, print something else than the
+engine says, or answer wrong use with anything but one sentence and exit code 2.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import small_model
+from typer.testing import CliRunner
+
+import dsv4.cli
+from dsv4.checkpoint import load, save
+from dsv4.cli.common import open_model, resolve_checkpoint, resolve_device
+from dsv4.engine import Completion, Engine, SamplingParams
+from dsv4.errors import UserError
+from dsv4.text import ByteTokenizer
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """A run with two checkpoints, of which `latest` names the second."""
+    folder = tmp_path_factory.mktemp("run")
+    for seed, name in enumerate(("step-000001", "step-000002")):
+        save(small_model(vocab_size=258, max_position_embeddings=300, seed=seed), folder / "checkpoints" / name)
+        ByteTokenizer().save(folder / "checkpoints" / name)
+    (folder / "checkpoints" / "latest").write_text("step-000002\n")
+    return folder
+
+
+@pytest.fixture
+def dsv4_run(monkeypatch, capfd):
+    """`dsv4 ...` as from a shell: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object, typed: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dsv4", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        capfd.readouterr()
+        try:
+            dsv4.cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def expected(folder: Path, prompts: list[str], **params) -> list[Completion]:
+    return Engine(*open_model(folder)).generate(prompts, SamplingParams(**params))
+
+
+GREEDY = {"temperature": 0, "max_tokens": 8}
+OPTIONS = ("--temperature", 0, "--max-tokens", 8)
+
+
+def test_a_run_folder_means_its_latest_checkpoint(run_folder, dsv4_run):
+    code, out, err = dsv4_run("generate", run_folder, "Call me", *OPTIONS)
+    text = expected(run_folder / "checkpoints" / "step-000002", ["Call me"], **GREEDY)[0].text
+    assert (code, out) == (0, f"Call me{text}\n")
+    assert "8 new tokens after 8 of prompt" in err and "tokens/s" in err and "bytes" in err
+    code, first, _ = dsv4_run("generate", run_folder / "checkpoints" / "step-000001", "Call me", *OPTIONS)
+    assert code == 0 and first.startswith("Call me") and first != out
+
+
+def test_several_prompts_in_order(run_folder, dsv4_run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("three three\n\nfour é\n", encoding="utf-8")
+    more = ("--prompt", "two", "--prompt-file", tmp_path / "prompts.txt")
+    code, out, _ = dsv4_run("generate", run_folder, "one", *more, *OPTIONS)
+    prompts = ["one", "two", "three three", "four é"]
+    done = expected(run_folder, prompts, **GREEDY)
+    assert code == 0
+    assert out == "\n".join(f"{p}{c.text}\n" for p, c in zip(prompts, done, strict=True))
+
+
+def test_json_is_one_object_with_everything(run_folder, dsv4_run):
+    options = ("--temperature", 0.8, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--seed", 3, "--max-tokens", 9)
+    code, out, _ = dsv4_run("generate", run_folder, "one", "--prompt", "", *options, "--json")
+    done = expected(run_folder, ["one", ""], temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, seed=3, max_tokens=9)
+    report = json.loads(out)
+    assert code == 0
+    assert [c["ids"] for c in report["completions"]] == [c.ids for c in done]
+    assert [c["text"] for c in report["completions"]] == [c.text for c in done]
+    assert [c["prompt_tokens"] for c in report["completions"]] == [4, 1]
+    assert report["new_tokens"] == sum(len(c.ids) for c in done)
+    assert report["memory_bytes"] == sum(c.memory_bytes for c in done)
+
+
+def test_stop_strings_and_no_prompt(run_folder, dsv4_run):
+    text = expected(run_folder, [""], **GREEDY)[0].text
+    assert dsv4_run("generate", run_folder, "--stop", text[3], *OPTIONS)[:2] == (0, text[: text.index(text[3])] + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere"], "nowhere does not exist: give the folder"),
+        (["RUN/checkpoints/latest"], "is a file: give the folder"),
+        (["EMPTY"], "holds neither config.json nor checkpoints/latest"),
+        (["RUN", "x", "--device", "cuda:99"], "device 'cuda:99' is not available: this machine has cpu"),
+        (["RUN", "x", "--dtype", "int8"], "dtype 'int8' is unknown: use one of float32"),
+        (["RUN", "x", "--top-p", "2"], "top_p=2.0 must be"),
+        (["RUN", "x" * 300], "max_position_embeddings=300; shorten the prompt"),
+        (["RUN", "--prompt-file", "nowhere"], "cannot read prompts from nowhere"),
+        (["RUN", "--prompt-file", "EMPTY/none.txt"], "holds no prompt"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_code_2(run_folder, dsv4_run, tmp_path, arguments, says):
+    (tmp_path / "none.txt").write_text("\n")
+    arguments = [a.replace("RUN", str(run_folder)).replace("EMPTY", str(tmp_path)) for a in arguments]
+    code, out, err = dsv4_run("generate", *arguments)
+    assert code == 2 and says in err and err.count("\n") == 1 and not out
+
+
+def test_usage_errors_of_the_shell(run_folder):
+    for arguments in (["generate"], ["generate", str(run_folder), "--no-such"], ["chat", str(run_folder), "a", "b"]):
+        assert CliRunner().invoke(dsv4.cli.app, arguments).exit_code == 2
+    for verb in ("generate", "chat"):
+        result = CliRunner().invoke(dsv4.cli.app, [verb, "--help"])
+        assert result.exit_code == 0 and f"Example: dsv4 {verb}" in result.output
+
+
+def test_what_a_folder_can_lack(run_folder, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    with pytest.raises(UserError, match="no finished checkpoint yet"):
+        resolve_checkpoint(tmp_path)
+    for name in ("step-000009", "../checkpoints", "", "."):
+        (checkpoints / "latest").write_text(name)
+        with pytest.raises(UserError, match="not a checkpoint beside it: name one of no folder"):
+            resolve_checkpoint(tmp_path)
+    save(load(resolve_checkpoint(run_folder)), checkpoints / "step-000009")
+    (checkpoints / "latest").write_text("step-000009")
+    with pytest.raises(UserError, match="has no tokenizer.json: copy in the one"):
+        open_model(tmp_path)
+    ByteTokenizer().save(checkpoints / "step-000009")
+    weights = checkpoints / "step-000009" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        open_model(tmp_path)
+
+
+def test_dtype_and_device(run_folder):
+    model, _ = open_model(run_folder, "cpu", "bfloat16")
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- chat ------------------------------------------------------------------------------------------------------------
+
+
+def chat_lines(out: str) -> list[str]:
+    """What followed each `you> `."""
+    return [part.removesuffix("\n") for part in out.split("you> ")[1:]]
+
+
+def test_chat_continues_one_text(run_folder, dsv4_run):
+    code, out, _ = dsv4_run("chat", run_folder, *OPTIONS, typed="It was\n\nThen\n/undo\nThen\n/quit\nnever\n")
+    engine = Engine(*open_model(run_folder))
+    ids, replies = [0], []
+    for said in (b"It was", b"", b"\nThen"):
+        ids += [b + 2 for b in said]
+        done = engine.generate([ids], SamplingParams(**GREEDY))[0]
+        ids += done.ids
+        replies.append(done.text)
+    assert code == 0 and out.startswith("The model continues your text; it was not taught to follow instructions")
+    assert chat_lines(out) == [*replies, "(taken back)", replies[2], ""]
+
+
+def test_chat_reset_and_what_it_does_not_know(run_folder, dsv4_run):
+    typed = "/undo\nIt was\n/reset\n/undo\nIt was\n/what now\n" + "x" * 300 + "\n"
+    code, out, _ = dsv4_run("chat", run_folder, *OPTIONS, typed=typed)  # ends with the input
+    lines = chat_lines(out)
+    assert code == 0 and lines[0] == lines[3] == "(there is nothing to take back)"
+    assert lines[1] == lines[4] and lines[5] == "(there is no /what: use /undo, /reset or /quit)"
+    assert "max_position_embeddings=300; shorten" in lines[6]
+
+
+def test_ctrl_c_stops_a_reply_and_the_chat_goes_on(run_folder, dsv4_run, monkeypatch):
+    """The interrupted reply is part of the text; taking it back gives the text before it."""
+    from dsv4.engine.runner import Runner
+
+    run, calls = Runner.run, []
+
+    def stopping(self, work):
+        calls.append(work)
+        if len(calls) == 12:  # the fourth token of the second reply
+            run(self, work)
+            raise KeyboardInterrupt
+        return run(self, work)
+
+    monkeypatch.setattr(Runner, "run", stopping)
+    code, out, _ = dsv4_run("chat", run_folder, *OPTIONS, typed="It was\nThen\n/undo\nThen\n/quit\n")
+    lines = chat_lines(out)
+    assert code == 0 and lines[1].endswith(" (stopped)") and lines[2] == "(taken back)"
+    assert lines[3].startswith(lines[1].removesuffix(" (stopped)")) and len(lines[3]) > 4
+
+
+def test_chat_needs_a_model(dsv4_run):
+    code, _, err = dsv4_run("chat", "nowhere")
+    assert code == 2 and "nowhere does not exist" in err
