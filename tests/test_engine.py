@@ -246,6 +246,25 @@ def test_text_does_not_depend_on_how_tokens_cut_it(data):
     assert out + writer.flush() == expected
 
 
+@given(st.lists(st.text("ab€", max_size=5), max_size=5), st.lists(st.text("ab€", min_size=1, max_size=4), max_size=3))
+def test_tokens_of_several_characters(pieces, stop):
+    """The same text whether it comes in pieces or character by character."""
+
+    class Pieces:
+        push, flush = staticmethod(str), staticmethod(str)
+
+    def written(parts: list[str]) -> str:
+        writer, out = TextWriter(TOKENIZER, stop), ""
+        writer.decoder = Pieces()  # type: ignore[assignment]
+        for part in parts:
+            out += writer.push(part)  # type: ignore[arg-type]
+            if writer.stopped:
+                return out
+        return out + writer.flush()
+
+    assert written(pieces) == written(list("".join(pieces)))
+
+
 def test_streamed_texts_are_the_completion(model, by_itself):
     for (ids, params), whole in zip(BATCH, by_itself, strict=True):
         events = list(Engine(model, TOKENIZER).stream(ids, params))

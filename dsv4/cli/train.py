@@ -10,6 +10,7 @@ import typer
 from dsv4.cli.common import resolve_device, resolve_dtype
 from dsv4.cli.progress import training_progress
 from dsv4.train.log import plot_loss
+from dsv4.train.memory import keep_freed_memory
 from dsv4.train.recipes import RunConfig, resolve
 from dsv4.train.trainer import Trainer
 
@@ -42,6 +43,7 @@ def run_training(
     run: RunConfig, out: Path, *, resume: str = "", device: str = "auto", dtype: str = "float32", as_json: bool = False
 ) -> bool:
     """Train with progress on stderr and draw the loss plot; True when the schedule was completed."""
+    keep_freed_memory()
     trainer = Trainer(run, out, resume=resume, device=str(resolve_device(device)), dtype=resolve_dtype(dtype))
     if as_json:
         finished = trainer.run(lambda record: print(json.dumps(record), flush=True))

@@ -29,7 +29,7 @@ def sample(
     if any(p.temperature for p in params):
         names = ("temperature", "top_k", "top_p", "min_p")
         settings = torch.tensor([[getattr(p, name) for p in params] for name in names], dtype=torch.float64)
-        uniform = [_uniform(g) if p.temperature else 0.0 for p, g in zip(params, generators, strict=True)]
+        uniform = [torch.rand((), generator=g, dtype=torch.float64).item() for g in generators]
         temperature, top_k, top_p, min_p = settings.to(logits.device)
         drawn = pick(
             probabilities(logits, temperature, top_k, top_p, min_p),
@@ -77,7 +77,3 @@ def pick(probs: Tensor, uniform: Tensor) -> Tensor:
     total = probs.cumsum(dim=1)
     total = total.masked_fill(probs == 0, 0.0)  # so that, however sums round, these are never picked
     return (total > uniform[:, None] * total.amax(dim=1, keepdim=True)).int().argmax(dim=1)
-
-
-def _uniform(generator: torch.Generator) -> float:
-    return torch.rand((), generator=generator, dtype=torch.float64).item()

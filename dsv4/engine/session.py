@@ -42,8 +42,7 @@ class Session:
         finally:
             ended = len(request.ids) > len(ids) and request.ids[-1] == self.engine.tokenizer.eos_id
             self.ids = request.ids[:-1] if ended else request.ids
-            self.memory = request.memory or self.memory  # the engine drops one whose step was stopped
-            self._recall(len(request.ids) - 1)
+            self.memory = request.memory or self.memory  # torn if a step was stopped: _recall mends it
 
     def undo(self) -> bool:
         """Take back the last turn; False if there is none."""

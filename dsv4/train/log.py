@@ -51,7 +51,8 @@ def plot_loss(folder: Path, baselines: dict[str, float] | None = None) -> Path:
     for (name, value), style in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):
         right.axhline(value, color="grey", linestyle=style, label=name)
     right.set(title="held-out text", xlabel="step", ylabel="bits per byte")
-    right.legend()
+    if held:
+        right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
     target = folder / "loss.png"

@@ -106,13 +106,17 @@ class RunConfig:
 
 
 def demo() -> RunConfig:
-    """About five minutes on two cores: a small model on the embedded corpus."""
+    """About five minutes on two cores: a model with every kind of layer, on the embedded corpus."""
+    model = ModelConfig.preset(
+        "small", num_hidden_layers=4, compress_ratios=(0, 4, 128, 4, 0), hidden_size=160, num_attention_heads=4,
+        q_lora_rank=96, o_groups=2, index_head_dim=32, index_topk=32, moe_intermediate_size=128, num_hash_layers=1,
+    )  # fmt: skip
     return RunConfig(
-        model=ModelConfig.preset("small"),
-        data=DataConfig(seq_len=512, tokens_per_step=4096),
-        optim=OptimConfig(lr=2e-3),
-        schedule=ScheduleConfig(steps=160, warmup=10, decay_fraction=0.5),
-        save=SaveConfig(every=80, keep=1, eval_every=40, eval_tokens=32768),
+        model=model,
+        data=DataConfig(seq_len=512, tokens_per_step=2048),
+        optim=OptimConfig(lr=4e-3),
+        schedule=ScheduleConfig(steps=340, warmup=15, decay_fraction=0.6),
+        save=SaveConfig(every=170, keep=1, eval_every=85, eval_tokens=32768),
     )
 
 
@@ -128,8 +132,12 @@ def tiny() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """The demo's model trained for an hour or so on two cores."""
-    return replace(demo(), schedule=ScheduleConfig(steps=3000, warmup=50, decay_fraction=0.4), save=SaveConfig())
+    """About 10M parameters: an hour or two on two cores."""
+    return RunConfig(
+        data=DataConfig(seq_len=1024, tokens_per_step=8192),
+        optim=OptimConfig(lr=2e-3),
+        schedule=ScheduleConfig(steps=1000, warmup=30, decay_fraction=0.5),
+    )
 
 
 def base() -> RunConfig:
