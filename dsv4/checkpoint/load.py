@@ -62,7 +62,7 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        listed = _listed(index)
         missing = sorted(listed - {f.name for f in files})
         if missing:
             raise UserError(f"{folder} lacks {missing[0]}, which its index lists: fetch the missing file")
@@ -82,6 +82,14 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return tensors
 
 
+def _listed(index: Path) -> set[str]:
+    """The files that an index names."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{index} is damaged: fetch it again, or remove it if no file is missing") from None
+
+
 def _match(model: Transformer, tensors: dict[str, Any], layout: Layout, folder: Path) -> dict[str, list]:
     """For each model tensor its file tensors with their places; UserError unless the two sides match exactly."""
     places: dict[str, list] = {}
@@ -93,14 +101,14 @@ def _match(model: Transformer, tensors: dict[str, Any], layout: Layout, folder: 
                 file_name = "lm_head.weight"
             if file_name not in tensors:
                 raise UserError(f"{folder} lacks tensor {file_name}: it is incomplete or of another configuration")
-            shape, want = tuple(tensors[file_name].get_shape()), tuple(tensor.shape[len(place) :])
-            if shape != want:
-                raise UserError(f"tensor {file_name} in {folder} has shape {shape}, the configuration asks for {want}")
             if tensors[file_name].get_dtype() not in _PLAIN:
                 raise UserError(
                     f"tensor {file_name} is {tensors[file_name].get_dtype()}: quantised weights cannot be read yet; "
                     "convert it to BF16 first"
                 )
+            shape, want = tuple(tensors[file_name].get_shape()), tuple(tensor.shape[len(place) :])
+            if shape != want:
+                raise UserError(f"tensor {file_name} in {folder} has shape {shape}, the configuration asks for {want}")
             left.discard(file_name)
             places[name].append((file_name, place))
     if left:

@@ -33,11 +33,16 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(model, layout, dtype, max_shard_bytes)
     names, weight_map, total, new = [], {}, 0, []
-    for number, shard in enumerate(shards, 1):
-        new.append(folder / f".shard-{number:05d}.tmp")
-        save_file(shard, new[-1], metadata={"format": "pt"})
-        names.append(list(shard))
-        total += sum(t.nbytes for t in shard.values())
+    try:
+        for number, shard in enumerate(shards, 1):
+            new.append(folder / f".shard-{number:05d}.tmp")
+            save_file(shard, new[-1], metadata={"format": "pt"})
+            names.append(list(shard))
+            total += sum(t.nbytes for t in shard.values())
+    except BaseException:  # a full disk, an interrupt: leave the folder as it was
+        for temporary in new:
+            temporary.unlink(missing_ok=True)
+        raise
     targets = ["model.safetensors"]
     if len(new) > 1:
         targets = [f"model-{i:05d}-of-{len(new):05d}.safetensors" for i in range(1, len(new) + 1)]
@@ -64,7 +69,11 @@ def save(
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path`, then rename it: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
 
 

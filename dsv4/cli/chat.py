@@ -32,8 +32,10 @@ def chat(
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
     session = Session(Engine(*common.open_model(model_folder, device, dtype), max_batch=1))
     typer.echo(HELLO)
-    while (line := _read()) not in (None, "/quit"):
-        if line == "/reset":
+    while (line := _read()) != "/quit":
+        if line is None:
+            typer.echo("(/quit leaves)")
+        elif line == "/reset":
             session.reset()
         elif line == "/undo":
             typer.echo("(taken back)" if session.undo() else "(there is nothing to take back)")
@@ -44,10 +46,13 @@ def chat(
 
 
 def _read() -> str | None:
-    """A line; None at the end of the input or on Ctrl-C."""
+    """A line; /quit at the end of the input, None on Ctrl-C, which may have come just after a reply's end."""
     try:
         return input("you> ")
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
+        typer.echo()
+        return "/quit"
+    except KeyboardInterrupt:
         typer.echo()
         return None
 

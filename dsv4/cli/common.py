@@ -54,9 +54,7 @@ def _named_by(latest: Path) -> Path:
     return folder
 
 
-def open_model(
-    path: str | Path, device: str = "auto", dtype: str = "float32"
-) -> tuple[Transformer, Tokenizer]:
+def open_model(path: str | Path, device: str = "auto", dtype: str = "float32") -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a run or checkpoint folder; UserError, before weights are read, if one is missing."""
     folder = resolve_checkpoint(path)
     place, number_format = resolve_device(device), resolve_dtype(dtype)

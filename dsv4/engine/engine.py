@@ -92,9 +92,7 @@ class Engine:
         finally:
             self.cancel(number)
 
-    def stream(
-        self, prompt: str | list[int], params: SamplingParams | None = None
-    ) -> Generator[Event, None, None]:
+    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Event, None, None]:
         """The events of a new request as they happen; the last one has its completion. Checked at once."""
         return self.follow(self.add(prompt, params))
 
@@ -129,9 +127,7 @@ class Engine:
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         return list(prompt) or [self.tokenizer.bos_id]
 
-    def prepare(
-        self, ids: list[int], params: SamplingParams, memory: SequenceMemory | None = None
-    ) -> Request:
+    def prepare(self, ids: list[int], params: SamplingParams, memory: SequenceMemory | None = None) -> Request:
         """A checked request that is not in line yet; `memory` has seen the first tokens of ids already."""
         for i in ids:
             if not isinstance(i, int) or not 0 <= i < self.config.vocab_size:

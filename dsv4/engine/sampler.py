@@ -17,9 +17,7 @@ from dsv4.engine.types import SamplingParams
 BROKEN = -1  # what is "drawn" from a row that is not finite
 
 
-def sample(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-) -> list[int]:
+def sample(logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> list[int]:
     """One token id for each row of logits fp32 [n, V], or BROKEN where the row holds a NaN or an infinity.
 
     A row that is not greedy takes exactly one number from its own CPU generator: what a request draws depends
@@ -29,12 +27,11 @@ def sample(
     if any(p.temperature for p in params):
         names = ("temperature", "top_k", "top_p", "min_p")
         settings = torch.tensor([[getattr(p, name) for p in params] for name in names], dtype=torch.float64)
-        uniform = [torch.rand((), generator=g, dtype=torch.float64).item() for g in generators]
         temperature, top_k, top_p, min_p = settings.to(logits.device)
-        drawn = pick(
-            probabilities(logits, temperature, top_k, top_p, min_p),
-            torch.tensor(uniform, dtype=torch.float64, device=logits.device),
-        )
+        probs = probabilities(logits, temperature, top_k, top_p, min_p)
+        # only now: had this failed above (out of memory), no number would have been lost
+        uniform = [torch.rand((), generator=g, dtype=torch.float64).item() for g in generators]
+        drawn = pick(probs, torch.tensor(uniform, dtype=torch.float64, device=logits.device))
         ids = ids.where(temperature == 0, drawn)
     return ids.where(logits.isfinite().all(dim=1), BROKEN).tolist()
 

@@ -59,16 +59,18 @@ def hash_table(config: ModelConfig, layer: int) -> Tensor:
     """A valid balanced table int64 [V, K]: K distinct experts per token id, every expert in equally many rows (+-1).
 
     A shuffled deck of all experts is dealt round and round in hands of K until hands and deck end together; then comes
-    a new deck. The table depends on the layer only, not on the global seed. On the meta device nothing is computed.
+    a new deck. The table depends on the layer only, not on the global seed; it lies on the device that the parameters
+    are being made on. On the meta device nothing is computed.
     """
     vocab, experts, k = config.vocab_size, config.n_routed_experts, config.num_experts_per_tok
-    if torch.empty(0).device.type == "meta":
+    here = torch.empty(0).device
+    if here.type == "meta":
         return torch.empty(vocab, k, dtype=torch.int64)
     seed = torch.Generator().manual_seed(0x5EED + layer)
     hands = experts // math.gcd(experts, k)
     place = torch.arange(hands * k, device="cpu").view(hands, k) % experts
     deck = torch.rand(-(-vocab // hands), experts, generator=seed, device="cpu").argsort(dim=1)
-    return deck[:, place].reshape(-1, k)[:vocab].clone()
+    return deck[:, place].reshape(-1, k)[:vocab].clone().to(here)
 
 
 def check_hash_table(table: Tensor, config: ModelConfig, name: str) -> None:

@@ -79,7 +79,7 @@ def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device)
     """Plan a run; UserError for an empty or too long segment, or a memory that appears twice."""
     _check(config, segments)
     starts = [s.start for s in segments]
-    positions = torch.cat([torch.arange(a, a + s.length) for a, s in zip(starts, segments, strict=True)]).to(device)
+    positions = torch.cat([_range(a, a + s.length) for a, s in zip(starts, segments, strict=True)]).to(device)
     freq = {"window": frequencies(config, "window"), "compressed": frequencies(config, "csa")}
     ratios = sorted(set(config.trunk_ratios) - {0})
     pieces, i, offset = [], 0, 0
@@ -93,7 +93,7 @@ def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device)
             _piece(config, ratios, tokens, segments[i].memory, starts[i], lengths, freq["compressed"], device)
         )
         i, offset = j, tokens.stop
-    last = torch.tensor([s.length for s in segments]).cumsum(0) - 1
+    last = _tensor([s.length for s in segments]).cumsum(0) - 1
     turn = {name: turns(f, positions) for name, f in freq.items()}
     return Run(list(segments), positions, turn, pieces, last.to(device))
 
@@ -124,9 +124,10 @@ def _piece(
 ) -> Piece:
     reach = config.sliding_window - 1  # the window counts the token itself
     history = min(start, reach)
-    first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)  # each document's first row in the piece
-    own = torch.arange(sum(lengths))
-    document_first = torch.repeat_interleave(first, torch.tensor(lengths))
+    counts = _tensor(lengths)
+    first = counts.cumsum(0) - counts  # each document's first row in the piece
+    own = _range(0, sum(lengths))
+    document_first = torch.repeat_interleave(first, counts)
     positions = own - document_first + start
     row = own + history
     # only a piece with memory has rows before its document's first own row, and it is a single document
@@ -141,10 +142,10 @@ def _groups(
     existing = start // r
     carried = start % r + (r if r == 4 and existing else 0)
     documents = list(zip(first.tolist(), lengths, strict=True))
-    group = [torch.arange(existing, (start + n) // r) for _, n in documents]
+    group = [_range(existing, (start + n) // r) for _, n in documents]
     rows = [carried + a + w * r - start for (a, _), w in zip(documents, group, strict=True)]
-    count = torch.tensor([len(w) for w in group])
-    base = torch.repeat_interleave(count.cumsum(0) - count, torch.tensor(lengths))
+    count = _tensor([len(w) for w in group])
+    base = torch.repeat_interleave(count.cumsum(0) - count, _tensor(lengths))
     index = torch.cat(group)
     return Groups(
         ratio=r,
@@ -155,3 +156,13 @@ def _groups(
         turn=turns(freq, (index * r).to(device)),  # an entry rotates at the position of its group's first token
         visible=Spans(base, base + (positions + 1) // r),  # a group is visible from its last token on
     )
+
+
+def _range(start: int, stop: int) -> Tensor:
+    """start .. stop-1 on the host, whatever torch's default device is."""
+    return torch.arange(start, stop, device="cpu")
+
+
+def _tensor(numbers: list[int]) -> Tensor:
+    """int64 on the host, whatever torch's default device is."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

@@ -113,7 +113,7 @@ class Transformer(nn.Module):
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
-            x = self.embed(ids)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+            x = self.embed(ids).to(self.dtype)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
             routing = []
             for i, block in enumerate(self.layers):
                 views = [None if p.memory is None else p.memory.layers[i] for p in run.pieces]
@@ -137,6 +137,7 @@ class Transformer(nn.Module):
         """
         assert self.mtp and not trunk.run.memories()
         lengths = [s.length - 1 for s in trunk.run.segments if s.length > 1]
+        assert lengths, "no segment has a next token"
         keep = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         keep[trunk.run.last] = False
         rows = keep.nonzero()[:, 0]
@@ -144,7 +145,7 @@ class Transformer(nn.Module):
         run = plan(self.config, [Segment(n) for n in lengths], self.device)
         block = self.mtp[0]
         assert isinstance(block, MTPBlock)
-        hidden, _, routing = block.draft(trunk.streams[rows], self.embed(following), following, run)
+        hidden, _, routing = block.draft(trunk.streams[rows], self.embed(following).to(self.dtype), following, run)
         return hidden, rows, routing
 
     def _cut(self, ids: Tensor, cache: BatchMemory | None, segments: Segments | None) -> tuple[Tensor, list[Segment]]:
