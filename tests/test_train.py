@@ -1,6 +1,6 @@
-"""Failures caught here: a loss that counts the wrong tokens, a balance bias that pushes the wrong way, a resumed run that
-is not the uninterrupted one bit for bit, a stopped or broken-off run that loses what was written, bad settings that start
-to work before they are refused.
+"""Failures caught here: a loss that counts the wrong tokens, a balance bias that pushes the wrong way, a resumed run
+that is not the uninterrupted one bit for bit, a stopped or broken-off run that loses what was written, bad settings
+that start to work before they are refused.
 """
 
 import json
@@ -39,7 +39,9 @@ def text(tmp_path: Path) -> Path:
 
 
 def config_for(text: Path, steps: int = 6) -> RunConfig:
-    tiny = ModelConfig.preset("tiny", vocab_size=258, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), hidden_size=32)
+    tiny = ModelConfig.preset(
+        "tiny", vocab_size=258, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), hidden_size=32
+    )
     changes = {
         "data": {"path": str(text), "tokenizer": "bytes", "seq_len": 150, "tokens_per_step": 320},
         "schedule": {"steps": steps, "warmup": 1},
@@ -278,9 +280,18 @@ def test_yaml_errors(tmp_path: Path) -> None:
         read_yaml(tmp_path / "b.yaml")
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_anything_is_written(text: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_before_anything_is_written(
+    text: Path, tmp_path: Path
+) -> None:
     config = config_for(text)
     small = replace(config, model=config.model.with_(vocab_size=100))
     with pytest.raises(UserError, match="258 tokens but model.vocab_size=100"):
         Trainer(small, tmp_path / "run")
     assert not (tmp_path / "run" / "data" / "tokenizer.json").exists()
+
+
+def test_data_prepared_for_another_tokenizer_is_not_used_silently(text: Path, tmp_path: Path) -> None:
+    Trainer(config_for(text), tmp_path / "run")
+    other = merge(config_for(text), {"data": {"tokenizer": "bpe"}, "model": {"vocab_size": 300}})
+    with pytest.raises(UserError, match="was prepared for"):
+        Trainer(other, tmp_path / "run")

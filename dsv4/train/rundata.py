@@ -1,11 +1,13 @@
 """From a run's data settings to a tokenizer and packed tokens: the embedded corpus, or the user's own text."""
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from dsv4 import data as corpus
+from dsv4.checkpoint import write_atomically
 from dsv4.errors import UserError
 from dsv4.text import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from dsv4.train.data import Packed, prepare
@@ -42,11 +44,15 @@ def documents(data: DataConfig, split: Split) -> Iterator[str]:
 
 
 def _tokenizer(data: DataConfig, vocab: int, target: Path) -> Tokenizer:
-    """The run's tokenizer: the one it was prepared with, else a new one or a given one."""
-    if (target / "tokenizer.json").exists():
-        return load_tokenizer(target)
-    if data.tokenizer == "bytes":
-        tokenizer: Tokenizer = ByteTokenizer()
+    """The run's tokenizer: the one its data were prepared with, else a new one or a given one, which is then kept."""
+    asked, note = {"tokenizer": data.tokenizer, "vocab_size": vocab}, target / "prepared_for.json"
+    kept = note.exists()
+    if kept:
+        if (was := json.loads(note.read_text(encoding="utf-8"))) != asked:
+            raise UserError(f"{target} was prepared for {was}, not {asked}: choose another --out")
+        tokenizer: Tokenizer = load_tokenizer(target)
+    elif data.tokenizer == "bytes":
+        tokenizer = ByteTokenizer()
     elif data.tokenizer == "bpe":
         tokenizer = train_bpe(islice(documents(data, "train"), BPE_DOCUMENTS), vocab)
     else:
@@ -56,6 +62,9 @@ def _tokenizer(data: DataConfig, vocab: int, target: Path) -> Tokenizer:
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={vocab}: raise model.vocab_size or "
             "use another tokenizer"
         )
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(target)
+    if not kept:
+        target.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(target)
+        text = json.dumps(asked)
+        write_atomically(note, lambda path: path.write_text(text, encoding="utf-8"))
     return tokenizer

@@ -1,0 +1,164 @@
+"""What the parity of single ops is tried on: for every op a few calls with fixed random arguments, made on the CPU.
+
+The sizes are awkward on purpose: several documents, blocks that end inside one, more than one block, experts without
+tokens. What is compared, and how closely, belongs to parity.py. Legend: see ops/reference.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4 import ops
+from dsv4.ops import Spans
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of op `op`. `grads` and `low` are places in `args`: what gets a gradient, what may be in bf16.
+
+    exact: integers, or fp32 sums of small integers, so every device must give the same bits. through: how many of the
+    outputs carry a gradient (None = all). fp32_only: an iteration that bf16 inputs would only blur.
+    """
+
+    op: str
+    label: str
+    args: tuple[Any, ...]
+    grads: tuple[int, ...] = ()
+    low: tuple[int, ...] = ()
+    exact: bool = False
+    through: int | None = None
+    fp32_only: bool = False
+    tolerance: float | None = None  # in fp32, where the op's arithmetic asks for another one than the rest
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} ({self.label})" if self.label else self.op
+
+
+# Ops with a single form: the same lines everywhere, held to the CPU all the same.
+SINGLE: dict[str, Callable] = {
+    "compress": ops.compress, "hyper_read": ops.hyper_read, "newton_schulz": ops.newton_schulz,
+}  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """All of them; every op of `ops.TABLE` is there at least once."""
+    return [*_attention(), *_choices(), *_hyper(), *_experts(), *_rest()]
+
+
+def _normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _integers(low: int, high: int, *shape: int, seed: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _entry_spans(lengths: list[int], ratio: int) -> tuple[Spans, int]:
+    """What each token of packed documents sees of their entries, and how many entries there are."""
+    start, stop, base = [], [], 0
+    for length in lengths:
+        start += [base] * length
+        stop += [base + (t + 1) // ratio for t in range(length)]
+        base += length // ratio
+    return Spans(torch.tensor(start), torch.tensor(stop)), base
+
+
+def _window_spans(lengths: list[int], window: int = 128) -> Spans:
+    start, stop, base = [], [], 0
+    for length in lengths:
+        start += [base + max(0, t + 1 - window) for t in range(length)]
+        stop += [base + t + 1 for t in range(length)]
+        base += length
+    return Spans(torch.tensor(start), torch.tensor(stop))
+
+
+def _chosen(visible: Spans, k: int, seed: int) -> Tensor:
+    """k random visible rows of every query in ascending order, -1 first where there are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.full((len(visible), k), -1)
+    for i, (lo, hi) in enumerate(zip(visible.start.tolist(), visible.stop.tolist(), strict=True)):
+        picked = lo + torch.randperm(hi - lo, generator=generator)[:k].sort().values
+        rows[i, k - len(picked) :] = picked
+    return rows
+
+
+def _attention() -> list[Case]:
+    """`dense` and `gather` are the two ways in which chosen entries are read: few of them, many of them."""
+    heads, width = 4, 48
+    found = []
+    for label, lengths, ratio, k in (
+        ("window", [130, 71], 0, 0),
+        ("interval", [257, 150], 128, 0),
+        ("dense", [130, 71], 4, 16),
+        ("gather", [300, 40], 4, 8),
+    ):
+        n = sum(lengths)
+        visible, count = _entry_spans(lengths, ratio) if ratio else (None, 0)
+        entries = _normal(count, width, seed=2) if count else None
+        chosen = _chosen(visible, k, seed=3) if visible is not None and k else None
+        args = (
+            _normal(n, heads, width, seed=0), _normal(n, width, seed=1), _window_spans(lengths), entries, visible,
+            chosen, _normal(heads, seed=4), width**-0.5,
+        )  # fmt: skip
+        places = (0, 1, 3) if count else (0, 1)
+        found.append(Case("sparse_attention", label, args, (*places, 6), places, through=1))
+    return found
+
+
+def _choices() -> list[Case]:
+    """Small integers make every score exact on every device, and ties plenty: the tie rule decides many a choice."""
+    visible, count = _entry_spans([300, 40], 4)
+    q = _integers(-2, 3, sum((300, 40)), 8, 16, seed=10).float()
+    weights = _integers(-2, 3, len(q), 8, seed=11).float()
+    keys = _integers(-2, 3, count, 16, seed=12).float()
+    scores = _integers(-3, 4, 200, 24, seed=13).float()
+    return [
+        Case("index_scores_topk", "many ties", (q, weights, keys, visible, 8), low=(0, 1, 2), exact=True),
+        Case("index_scores_topk", "fewer than k", (q, weights, keys, visible, 100), low=(0, 1, 2), exact=True),
+        Case("topk_lowest", "many ties", (scores, 4), low=(0,), exact=True),
+    ]
+
+
+def _hyper() -> list[Case]:
+    n, streams, width = 130, 4, 64
+    x, rows = _normal(n, streams, width, seed=20), (2 + streams) * streams
+    logits = _normal(n, streams, streams, seed=21, scale=3.0)
+    fn, base = _normal(rows, streams * width, seed=22, scale=0.1), _normal(rows, seed=23)
+    y, post = _normal(n, width, seed=24), _normal(n, streams, seed=25).sigmoid()
+    comb = _normal(n, streams, streams, seed=26).softmax(dim=-1)
+    scale = torch.tensor([0.5, -0.7, 1.1])
+    return [
+        Case("sinkhorn", "", (logits, 20, 1e-6), (0,)),
+        Case("hyper_maps", "", (x, fn, base, scale, 20, 1e-6, 1e-6), (0, 1, 2, 3), (0,)),
+        Case("hyper_write", "", (x, y, post, comb), (0, 1, 2, 3), (0, 1)),
+        Case("hyper_read", "", (x, post), (0, 1), (0,)),
+    ]
+
+
+def _experts() -> list[Case]:
+    """Expert 3 of 6 gets no token; pre-activations reach the limit, so that the clamps act."""
+    n, width, inner, limit = 200, 64, 48, 10.0
+    order = _normal(n, 6, seed=30)
+    order[:, 3] = float("-inf")
+    chosen = order.argsort(dim=1, descending=True)[:, :2].contiguous()
+    w13, w2 = _normal(6, 2, inner, width, seed=31, scale=0.4), _normal(6, width, inner, seed=32, scale=0.4)
+    args = (_normal(n, width, seed=33), chosen, _normal(n, 2, seed=34).sigmoid(), w13, w2, limit)
+    return [Case("experts", "", args, (0, 2, 3, 4), (0, 3, 4))]
+
+
+def _rest() -> list[Case]:
+    hidden, head = _normal(200, 64, seed=40), _normal(500, 64, seed=41, scale=0.3)
+    targets = _integers(0, 500, 200, seed=42)
+    targets[::7] = -100
+    found = [Case("cross_entropy", "", (hidden, head, targets), (0, 1), (0, 1))]
+    for r, overlap in ((4, True), (128, False)):
+        values, scores = _normal(5 * r, 48, seed=43), _normal(5 * r, 48, seed=44)
+        first, has_previous = torch.tensor([0, r, 3 * r]), torch.tensor([False, True, False])
+        label = "overlap" if overlap else "no overlap"
+        found.append(Case("compress", label, (values, scores, first, has_previous, r, overlap), (0, 1)))
+    matrices = _normal(3, 32, 64, seed=45)
+    return [*found, Case("newton_schulz", "", (matrices,), low=(0,), fp32_only=True, tolerance=1e-4)]

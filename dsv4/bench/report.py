@@ -1,0 +1,75 @@
+"""The report of a check: one JSON file that is whole after every row, and the same rows as lines for a person."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+SECTIONS = ("parity", "ceilings", "speed", "skipped", "failed")
+
+
+class Report:
+    """Rows by section under a header. Each change is written at once, so a stopped run leaves what it has."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]):
+        self.path = path
+        self.data: dict[str, Any] = {**header, "finished": False, "elapsed_seconds": 0.0}
+        self.data |= {section: [] for section in SECTIONS}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def add(self, section: str, row: Row) -> None:
+        self.data[section].append(row)
+        print(line(section, row), flush=True)
+        self.write()
+
+    def __getitem__(self, section: str) -> list[Row]:
+        return self.data[section]
+
+    def write(self) -> None:
+        """Atomic: a reader sees the old file or the new one. Numbers that JSON lacks become null."""
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text(json.dumps(_plain(self.data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def broken(self) -> list[str]:
+        """What says that the model is wrong on this device: rows out of tolerance, and work of ours that raised."""
+        return [row["name"] for row in self["parity"] if not row["passed"]] + [row["what"] for row in self["failed"]]
+
+
+def line(section: str, row: Row) -> str:
+    """One row for a person."""
+    if section == "parity":
+        verdict = "ok    " if row["passed"] else "FAILED"
+        found = row["error"] or f"{row[row['measure']]:.1e} of {row['tolerance']:.0e} allowed ({row['measure']})"
+        return f"{verdict} {row['dtype']:9s} {row['name']:52s} {found}"
+    if section == "ceilings":
+        return f"{row['name']:62s} {row['value']:10.1f} {row['unit']}"
+    if section == "speed":
+        return _speed_line(row)
+    return f"{section}: {row['what']}: {row['why']}"
+
+
+def _speed_line(row: Row) -> str:
+    what = f"{row['who']} {row['preset']} {row['what']}, context {row['context']}, batch {row['batch']}"
+    parts = [f"{what:62s} {row['tokens_per_second']:10.0f} tok/s", f"{row['tflops']:7.2f} TFLOP/s"]
+    if row["share_of_matmul"] is not None:
+        parts.append(f"{row['share_of_matmul']:6.2%} of matmul")
+    if row["share_of_copy"] is not None:
+        parts.append(f"{row['share_of_copy']:6.2%} of copy")
+    if row["peak_bytes"] is not None:
+        parts.append(f"{row['peak_bytes'] / 2**30:6.2f} GiB")
+    if row["times_transformers"] is not None:
+        parts.append(f"{row['times_transformers']:.2f} x transformers")
+    return "  ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
