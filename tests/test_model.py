@@ -327,6 +327,8 @@ def test_memories_that_do_not_fit_the_call(model):
     refused(model, "one memory appears in two segments", ids, segments=[(5, memory[0]), (5, memory[0])])
     refused(model, "2 rows of ids for a cache of 1: make it with batch=2", ids.view(2, 5), cache=memory)
     refused(model, "not a batch of 2", ids, segments=[(10, model.new_cache(batch=2))])
+    other = small_model((4, 0, 128), max_position_embeddings=64).new_cache()
+    refused(model, "another configuration", ids, cache=other)
     assert memory.lengths == [0] and torch.equal(model(ids, cache=memory), model(ids, cache=model.new_cache()))
 
 

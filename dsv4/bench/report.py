@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ class Report:
     """Rows by section under a header. Each change is written at once, so a stopped run leaves what it has."""
 
     def __init__(self, path: Path, header: Mapping[str, Any]):
-        self.path = path
+        self.path, self.began = path, time.perf_counter()
         self.data: dict[str, Any] = {**header, "finished": False, "elapsed_seconds": 0.0}
         self.data |= {section: [] for section in SECTIONS}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +32,7 @@ class Report:
 
     def write(self) -> None:
         """Atomic: a reader sees the old file or the new one. Numbers that JSON lacks become null."""
+        self.data["elapsed_seconds"] = round(time.perf_counter() - self.began, 1)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text(json.dumps(_plain(self.data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from dsv4.checkpoint import write_atomically
@@ -13,6 +12,7 @@ from dsv4.cli.common import open_model
 from dsv4.cli.train import run_training
 from dsv4.cost import flops_per_token, parameters
 from dsv4.engine import Engine, SamplingParams
+from dsv4.model import Transformer
 from dsv4.train.data import Batches, Packed, heldout_batches
 from dsv4.train.log import plot_loss, read_log
 from dsv4.train.ngram import ngram_bits_per_byte
@@ -82,15 +82,20 @@ def _sample(out: Path, prompt: str, tokens: int, device: str) -> dict[str, Any]:
     engine = Engine(model, tokenizer)
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=tokens)
     completion = engine.generate([prompt], params)[0]
-    return {"prompt": prompt, "continuation": completion.text, **_memory_of(model, 4096)}
+    return {
+        "prompt": prompt,
+        "continuation": completion.text,
+        "sample_tokens": len(completion.prompt_ids) + len(completion.ids),
+        "sample_cache_bytes": completion.memory_bytes,
+        **_memory_of(model),
+    }
 
 
-@torch.no_grad()
-def _memory_of(model: Any, context: int) -> dict[str, float]:
-    """Bytes a memory of `context` tokens holds: what does not grow, and what each token adds on average."""
-    short, long = model.new_cache(capacity=128, max_rewind=0), model.new_cache(capacity=128 + context, max_rewind=0)
-    per_token = (long.bytes() - short.bytes()) / context
-    return {"cache_bytes_per_token": per_token, "cache_bytes_fixed": short.bytes() - 128 * per_token}
+def _memory_of(model: Transformer, tokens: int = 4096) -> dict[str, float]:
+    """Bytes that memories really allocate: what each token adds on average, and what is there from the start."""
+    short, long = (model.new_cache(capacity=n, max_rewind=0).bytes() for n in (128, 128 + tokens))
+    per_token = (long - short) / tokens
+    return {"cache_bytes_per_token": per_token, "cache_bytes_fixed": short - 128 * per_token}
 
 
 def _introduce(run: RunConfig) -> None:
@@ -110,6 +115,7 @@ held-out text        {s["heldout_bpb"]:.3f} bits per byte
   bigram, same text  {s["heldout_bpb_bigram"]:.3f}
   unigram            {s["heldout_bpb_unigram"]:.3f}
 cache                {s["cache_bytes_per_token"]:,.0f} bytes per token, {s["cache_bytes_fixed"]:,.0f} that do not grow
+                     ({s["sample_cache_bytes"]:,} held for the {s["sample_tokens"]} tokens below)
 
 {s["prompt"]}|{s["continuation"]}
 

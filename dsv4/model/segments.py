@@ -105,6 +105,8 @@ def _check(config: ModelConfig, segments: Sequence[Segment]) -> None:
     for s in segments:
         if s.length < 1:
             raise UserError(f"a segment has {s.length} tokens: every segment needs at least 1")
+        if s.memory is not None and s.memory.config is not config and s.memory.config != config:
+            raise UserError("a memory was made for another configuration: make it with this model's new_cache")
         if s.start + s.length > config.max_position_embeddings:
             raise UserError(
                 f"{s.start + s.length} tokens do not fit: max_position_embeddings={config.max_position_embeddings}; "

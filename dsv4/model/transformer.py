@@ -67,7 +67,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        cache: BatchMemory | None = None,
+        cache: BatchMemory | SequenceMemory | None = None,
         segments: Segments | None = None,
         *,
         last: bool = False,
@@ -148,7 +148,9 @@ class Transformer(nn.Module):
         hidden, _, routing = block.draft(trunk.streams[rows], self.embed(following).to(self.dtype), following, run)
         return hidden, rows, routing
 
-    def _cut(self, ids: Tensor, cache: BatchMemory | None, segments: Segments | None) -> tuple[Tensor, list[Segment]]:
+    def _cut(
+        self, ids: Tensor, cache: BatchMemory | SequenceMemory | None, segments: Segments | None
+    ) -> tuple[Tensor, list[Segment]]:
         """Bring the three input forms to flat ids and segments, and check them."""
         if ids.dtype not in (torch.int64, torch.int32) or ids.ndim not in (1, 2) or not ids.numel():
             raise UserError(f"ids must be a non-empty integer tensor [T] or [B, T], not {tuple(ids.shape)} {ids.dtype}")
@@ -164,6 +166,7 @@ class Transformer(nn.Module):
                 raise UserError(f"segments of {sum(s.length for s in cut)} tokens for {len(ids)} ids: they must add up")
             return ids, cut
         batch = ids if ids.ndim == 2 else ids[None]
+        cache = BatchMemory([cache]) if isinstance(cache, SequenceMemory) else cache
         if cache is not None and len(cache) != len(batch):
             raise UserError(f"{len(batch)} rows of ids for a cache of {len(cache)}: make it with batch={len(batch)}")
         rows = [None] * len(batch) if cache is None else list(cache)

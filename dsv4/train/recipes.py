@@ -115,6 +115,7 @@ def demo() -> RunConfig:
         model=model,
         data=DataConfig(seq_len=512, tokens_per_step=2048),
         optim=OptimConfig(lr=4e-3),
+        loss=LossConfig(bias_speed=1e-2),  # a short run has to find its balance sooner
         schedule=ScheduleConfig(steps=340, warmup=15, decay_fraction=0.6),
         save=SaveConfig(every=170, keep=1, eval_every=85, eval_tokens=32768),
     )

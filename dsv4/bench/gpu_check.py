@@ -1,0 +1,200 @@
+"""`python -m dsv4.bench.gpu_check`: is the model right on this GPU, and how fast? One command, under ten minutes.
+
+Needs torch with CUDA and nothing else. In order of interest: every op and two whole models against the CPU reference
+in fp32 and bf16; what the device can do at best; prefill, decode and training of the presets beside that, and beside
+transformers where it is installed. reports/gpu.json is whole after every row; what no longer fits the budget is listed
+there as skipped. Exit code 0; 1 when something of ours is wrong or raised; 2 for wrong use. `--dry` runs the same
+script on a CPU with small sizes, to see that the script itself works.
+"""
+
+import argparse
+import gc
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv4 import __version__
+from dsv4.bench import parity, peers, speed, whole
+from dsv4.bench.cases import cases
+from dsv4.bench.ceilings import ceiling_rows
+from dsv4.bench.clock import Budget, Skip
+from dsv4.bench.report import Report, Row, line
+from dsv4.bench.sizes import DRY, FULL, Sizes
+from dsv4.errors import UserError
+
+DTYPES = (torch.float32, torch.bfloat16)
+STAGES = ("parity", "ceilings", "speed", "peers")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the check; returns the exit code."""
+    try:
+        options = _options(arguments)
+        check = Check(options.device, DRY if options.dry else FULL, Budget(options.minutes), _report(options))
+    except UserError as error:
+        print(f"dsv4 gpu-check: {error}", file=sys.stderr)
+        return 2
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 off: fp32 means fp32 here
+    try:
+        check.run(options.stages)
+    except KeyboardInterrupt:
+        print(f"stopped; what was found so far is in {check.report.path}", file=sys.stderr)
+        return 1
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return check.conclude()
+
+
+class Check:
+    """One run: its device, sizes, budget and report."""
+
+    def __init__(self, device: torch.device, sizes: Sizes, budget: Budget, report: Report):
+        self.device, self.sizes, self.budget, self.report = device, sizes, budget, report
+
+    def run(self, stages: Sequence[str]) -> None:
+        """The stages asked for, in order; nothing that goes wrong in one keeps the others from running."""
+        for stage in STAGES:
+            if stage in stages:
+                print(f"--- {stage}", flush=True)
+                getattr(self, f"_{stage}")()
+            else:
+                self.report.add("skipped", {"what": stage, "why": "not among the stages asked for"})
+
+    def _parity(self) -> None:
+        for dtype in DTYPES:
+            for case in cases():
+                self._compare(case.name, dtype, 2, partial(parity.op_rows, case, self.device, dtype))
+        for dtype in DTYPES:
+            for name in whole.MODELS:
+                rows = partial(whole.model_rows, name, self.device, dtype, self.sizes)
+                self._compare(f"{name} model", dtype, 45, rows)
+
+    def _ceilings(self) -> None:
+        rows = partial(ceiling_rows, self.device, self.sizes, self.budget)
+        self._attempt("ceilings", 10, lambda: self._add_all("ceilings", rows()))
+
+    def _speed(self) -> None:
+        for preset in self.sizes.presets:
+            self._time(f"dsv4 {preset}", partial(speed.jobs, preset), ours=True)
+
+    def _peers(self) -> None:
+        for preset in self.sizes.presets:
+            self._time(f"transformers {preset}", partial(peers.jobs, preset), ours=False)
+        peers.compare(self.report["speed"])
+
+    def conclude(self) -> int:
+        """Finish the report, say what came out, return the exit code."""
+        data = self.report.data
+        broken = self.report.broken()
+        data["finished"], data["passed"] = True, not broken
+        self.report.write()
+        print("--- speeds")
+        for row in data["speed"]:
+            print(line("speed", row))
+        print(f"--- {len(data['parity'])} comparisons, {len(data['skipped'])} pieces of work skipped", end=", ")
+        print(f"{data['elapsed_seconds']:.0f} s, written to {self.report.path}")
+        for name in broken:
+            print(f"FAILED: {name}")
+        return 1 if broken else 0
+
+    def _compare(self, name: str, dtype: torch.dtype, seconds: float, rows: Callable[[], Iterable[Row]]) -> None:
+        """Add parity rows; a comparison that raises has not been passed."""
+
+        def work() -> None:
+            try:
+                self._add_all("parity", rows())
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self.report.add("parity", parity.broken_row(name, dtype, _one_line(error)))
+
+        self._attempt(f"{name} in {str(dtype).removeprefix('torch.')}", seconds, work)
+
+    def _time(self, name: str, jobs: Callable[..., Iterable[speed.Job]], *, ours: bool) -> None:
+        def work() -> None:
+            for what, seconds, job in jobs(self.device, self.sizes, self.budget, self.report["ceilings"]):
+                self._attempt(what, seconds, lambda job=job: self.report.add("speed", job()), ours=ours)
+
+        self._attempt(f"timings of {name}", 5, work, ours=ours)
+        gc.collect()  # the next peak memory should not count what is no longer used
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _attempt(self, what: str, seconds: float, work: Callable[[], None], *, ours: bool = True) -> None:
+        """Do a piece of work if it fits; whatever stops it goes into the report, and the check goes on."""
+        try:
+            self.budget.require(seconds * self.sizes.pace, what)
+            work()
+        except (Skip, torch.OutOfMemoryError) as reason:
+            self.report.add("skipped", {"what": what, "why": _one_line(reason)})
+        except Exception as error:
+            self.report.add("failed" if ours else "skipped", {"what": what, "why": _one_line(error)})
+
+    def _add_all(self, section: str, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.report.add(section, row)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dsv4 gpu-check", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--dry", action="store_true", help="run the script on the CPU with small sizes")
+    parser.add_argument("--out", type=Path, help="the report (default reports/gpu.json, reports/gpu-dry.json if dry)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="budget; what does not fit is skipped (default 9)")
+    parser.add_argument("--only", default=",".join(STAGES), help=f"stages, of {','.join(STAGES)}")
+    options = parser.parse_args(arguments)
+    options.stages = options.only.split(",")
+    for stage in options.stages:
+        if stage not in STAGES:
+            raise UserError(f"--only names the stage {stage!r}: choose from {', '.join(STAGES)}")
+    if not options.minutes > 0:
+        raise UserError(f"--minutes {options.minutes} must be positive")
+    if not options.dry and not torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} sees no CUDA device here: run this on a machine with a GPU, or add --dry "
+            "to try the script on the CPU"
+        )
+    options.device = torch.device("cpu" if options.dry else "cuda")
+    options.out = options.out or Path("reports", "gpu-dry.json" if options.dry else "gpu.json")
+    return options
+
+
+def _report(options: argparse.Namespace) -> Report:
+    """A report that can be written, found out before any work is done."""
+    header = {
+        "command": "dsv4.bench.gpu_check", "dsv4": __version__, "dry": options.dry, "minutes": options.minutes,
+        "device": _device(options.device), "torch": torch.__version__, "python": platform.python_version(),
+        "passed": None,
+    }  # fmt: skip
+    for key, value in header.items():
+        print(f"{key:10s} {value}")
+    try:
+        return Report(options.out, header)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror}; choose another place with --out") from None
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"type": "cpu", "name": platform.machine(), "capability": capability, "threads": torch.get_num_threads()}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "type": "cuda", "name": found.name, "capability": f"{found.major}.{found.minor}",
+        "memory_bytes": found.total_memory, "cuda": torch.version.cuda,
+    }  # fmt: skip
+
+
+def _one_line(error: BaseException) -> str:
+    """Kind and first line of an error; the rest of a device's message is advice for debuggers."""
+    text = str(error).strip().partition("\n")[0][:300]
+    return text if isinstance(error, Skip) else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
