@@ -304,7 +304,7 @@ PRESETS: dict[str, ModelConfig] = {
     "small": ModelConfig(
         vocab_size=2048, hidden_size=256, num_hidden_layers=6, compress_ratios=(0, 0, 4, 128, 4, 128, 0),
         num_attention_heads=8, head_dim=64, qk_rope_head_dim=32, q_lora_rank=128, o_groups=4, o_lora_rank=64,
-        sliding_window=128, index_n_heads=4, index_head_dim=64, index_topk=64, moe_intermediate_size=160,
+        sliding_window=128, index_n_heads=4, index_head_dim=64, index_topk=256, moe_intermediate_size=160,
         n_routed_experts=8, num_experts_per_tok=2, num_hash_layers=2, rope_scaling=_SMALL_ROPE,
         max_position_embeddings=65536,
     ),
@@ -317,7 +317,7 @@ PRESETS: dict[str, ModelConfig] = {
     "base": ModelConfig(
         vocab_size=8192, hidden_size=640, num_hidden_layers=10, compress_ratios=(0, 0, *(4, 128) * 4, 0),
         num_attention_heads=10, head_dim=128, qk_rope_head_dim=32, q_lora_rank=320, o_groups=5, o_lora_rank=128,
-        sliding_window=128, index_n_heads=8, index_head_dim=64, index_topk=128, moe_intermediate_size=256,
+        sliding_window=128, index_n_heads=8, index_head_dim=64, index_topk=512, moe_intermediate_size=256,
         n_routed_experts=16, num_experts_per_tok=4, num_hash_layers=3,
     ),
     "flash": ModelConfig(),

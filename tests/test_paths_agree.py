@@ -292,6 +292,36 @@ def test_refused_rewind_changes_nothing(count, words):
     assert differ(whole(model, ids)[60:], logits_of(model, ids[60:], memory)) < EXACT
 
 
+@pytest.mark.parametrize("through_a_snapshot", [False, True])
+def test_the_limit_counts_from_the_newest_row_ever_written(through_a_snapshot):
+    """A rewind, and tokens after it, bring no lost row back: the rings still end at the newest one."""
+    model = build("whole, window 16")
+    memory = model.new_cache(max_rewind=20)[0]
+    logits_of(model, tokens(model, 100), memory)
+    for feed, back, allowed in (
+        (0, 12, True),
+        (0, 9, False),
+        (5, 14, False),
+        (0, 13, True),
+        (0, 1, False),
+        (19, 20, False),
+    ):
+        if feed:
+            logits_of(model, tokens(model, feed, seed=1), memory)
+        if through_a_snapshot:
+            snapshot, memory = memory.snapshot(), model.new_cache(max_rewind=20)[0]
+            memory.restore(snapshot)
+        length = memory.length
+        if allowed:
+            memory.rewind(back)
+            assert memory.length == length - back
+        else:
+            with pytest.raises(UserError, match="keeps rows for 20"):
+                memory.rewind(back)
+            assert memory.length == length
+    assert (memory.length, memory.newest) == (99, 100)
+
+
 def test_refused_rewind_of_a_batch_changes_no_row():
     model = build("whole")
     batch = model.new_cache(batch=2, max_rewind=20)

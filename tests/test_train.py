@@ -96,6 +96,14 @@ def test_the_loss_is_that_of_each_document_alone(model: Transformer) -> None:
     assert heldout_nll(model, ids, targets, lengths) == pytest.approx(nll, rel=1e-5)
 
 
+def test_documents_of_one_token_have_no_mtp(model: Transformer) -> None:
+    ids = torch.randint(0, 512, (3,))
+    loss = training_loss(model, ids, torch.full((3,), -100), [1, 1, 1], mtp_weight=0.3, balance_weight=1.0)
+    assert loss.mtp == loss.next_token == 0.0
+    assert list(loss.loads) == [2, 3, 4]
+    update_balance_bias(model, loss.loads, 0.001)
+
+
 def test_balance_loss_by_hand() -> None:
     # 4 experts, 1 per token; first sequence sends both tokens to expert 0, the second is balanced over 0 and 1
     scores = torch.tensor([[3.0, 1, 0, 0], [1, 1, 1, 1], [2, 2, 0, 0], [0, 0, 2, 2]])
@@ -114,7 +122,7 @@ def test_balance_loss_is_one_for_a_balanced_gate() -> None:
 def test_the_bias_moves_towards_idle_experts_and_hash_layers_have_none(model: Transformer) -> None:
     gates = learned_gates(model)
     assert list(gates) == [2, 3, 4, 5]  # layers 0 and 1 are hash-routed, 5 is the MTP block
-    loads = [torch.tensor([9.0, 1, 5, 5, 5, 5, 5, 5]) for _ in gates]
+    loads = {layer: torch.tensor([9.0, 1, 5, 5, 5, 5, 5, 5]) for layer in gates}
     update_balance_bias(model, loads, 0.001)
     for gate in gates.values():
         assert gate.bias is not None

@@ -84,9 +84,15 @@ class Check:
             self._time(f"dsv4 {preset}", partial(speed.jobs, preset), ours=True)
 
     def _peers(self) -> None:
+        self._attempt("transformers", 20, self._note_peer, ours=False)
+        if not self.report.data["transformers"]:
+            return
         for preset in self.sizes.presets:
             self._time(f"transformers {preset}", partial(peers.jobs, preset), ours=False)
         peers.compare(self.report["speed"])
+
+    def _note_peer(self) -> None:
+        self.report.data["transformers"] = peers.installed()
 
     def conclude(self) -> int:
         """Finish the report, say what came out, return the exit code."""
@@ -169,10 +175,10 @@ def _report(options: argparse.Namespace) -> Report:
     header = {
         "command": "dsv4.bench.gpu_check", "dsv4": __version__, "dry": options.dry, "minutes": options.minutes,
         "device": _device(options.device), "torch": torch.__version__, "python": platform.python_version(),
-        "passed": None,
+        "transformers": None, "passed": None,
     }  # fmt: skip
     for key, value in header.items():
-        print(f"{key:10s} {value}")
+        print(f"{key:12s} {value}")
     try:
         return Report(options.out, header)
     except OSError as error:

@@ -1,8 +1,8 @@
 """The same weights in transformers, timed the same way, where a transformers with DeepSeek-V4 is installed.
 
-It is loaded from a folder that our `save` writes, and its logits are compared with ours before it is timed: a ratio of
-speeds means something only between models that compute the same. Its prefill holds tokens x tokens numbers, so long
-prompts are left to us.
+It is loaded from a folder that our `save` writes, and its logits are compared with ours in fp32 before it is timed in
+bf16: a ratio of speeds means something only between models that compute the same. Its prefill holds tokens x tokens
+numbers, so long prompts are left to us.
 """
 
 import tempfile
@@ -28,6 +28,7 @@ def installed() -> str:
     try:
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         transformers.DeepseekV4ForCausalLM  # noqa: B018 (a lazy attribute: asking for it imports it)
     except Exception as error:  # whatever ails somebody else's import, it is a reason to go on without
         raise Skip(f"transformers cannot be compared with: {type(error).__name__}: {error}") from None
@@ -35,7 +36,7 @@ def installed() -> str:
 
 
 def jobs(preset: str, device: torch.device, sizes: Sizes, budget: Budget, ceilings: list[Row]) -> Iterator[Job]:
-    """The rows of speed.jobs, as far as the peer goes. Skip where it cannot be loaded."""
+    """The rows of speed.jobs, as far as the peer goes; each says how far its logits were from ours."""
     config = trunk_only(ModelConfig.preset(preset))
     peer, apart = _load(config, device)
 
@@ -71,22 +72,21 @@ def compare(rows: list[Row]) -> None:
 
 
 def _load(config: ModelConfig, device: torch.device) -> tuple[Any, float]:
-    """The peer in bf16 with the weights of one of our models, and how far its logits are from ours (rms, relative)."""
-    installed()
+    """The peer in bf16 with the weights of one of our models, and how far apart the two are in fp32 (rms, relative)."""
     from transformers import DeepseekV4ForCausalLM
 
     from dsv4.checkpoint import save  # needs safetensors, which comes with transformers
 
     torch.manual_seed(0)
-    ours = Transformer(config, DTYPE)
+    ours = Transformer(config)
     with tempfile.TemporaryDirectory() as folder:
         save(ours, folder, "transformers")
-        peer = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=DTYPE).to(device).eval()
+        wide, peer = (DeepseekV4ForCausalLM.from_pretrained(folder, dtype=d).to(device) for d in (torch.float32, DTYPE))
     ids = tokens(config, 96)
     with torch.no_grad():
         want = ours.to(device)(ids)
-        got = peer(ids[None].to(device), use_cache=False).logits[0].float()
-    return peer, difference(got, want)["rms_rel"]
+        got = wide.eval()(ids[None].to(device), use_cache=False).logits[0]
+    return peer.eval(), difference(got, want)["rms_rel"]
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def line(section: str, row: Row) -> str:
 
 def _speed_line(row: Row) -> str:
     what = f"{row['who']} {row['preset']} {row['what']}, context {row['context']}, batch {row['batch']}"
-    parts = [f"{what:62s} {row['tokens_per_second']:10.0f} tok/s", f"{row['tflops']:7.2f} TFLOP/s"]
+    parts = [f"{what:62s} {row['tokens_per_second']:10.0f} tok/s", f"{row['tflops']:8.3g} TFLOP/s"]
     if row["share_of_matmul"] is not None:
         parts.append(f"{row['share_of_matmul']:6.2%} of matmul")
     if row["share_of_copy"] is not None:

@@ -39,10 +39,11 @@ def _csa() -> ModelConfig:
 
 
 # What is compared: the tiny preset, and a model whose CSA layers choose 8 of up to 75 entries by gathering rows. With
-# these seeds no choice of an expert or an entry hangs on a rounding, so all choices in fp32 must be the same.
+# these seeds no choice of an expert or an entry hangs on a rounding (the closest runner-up is more than 1e-4 of the
+# scores' spread behind), so all choices in fp32 must be the same.
 MODELS: dict[str, Callable[[], Transformer]] = {
     "tiny": lambda: lively(ModelConfig.preset("tiny"), seed=0),
-    "csa": lambda: lively(_csa(), seed=0),
+    "csa": lambda: lively(_csa(), seed=10),
 }
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dsv4.errors import UserError
 from dsv4.ops import blocked, reference
 from dsv4.ops.newton_schulz import newton_schulz
 from dsv4.ops.reference import hyper_read, index_scores, swiglu
@@ -30,12 +31,12 @@ TABLE: dict[str, dict[str, Callable]] = {
 }
 BACKENDS = ("auto", "reference", "blocked")
 _wanted = os.environ.get("DSV4_OPS", "auto")
-if _wanted not in BACKENDS:
-    raise ValueError(f"DSV4_OPS={_wanted!r} is unknown: use one of {', '.join(BACKENDS)}")
 
 
 def active(name: str) -> str:
-    """The backend that serves an op now."""
+    """The backend that serves an op now; UserError for an unknown DSV4_OPS."""
+    if _wanted not in BACKENDS:
+        raise UserError(f"DSV4_OPS={_wanted!r} is unknown: use one of {', '.join(BACKENDS)}")
     return _wanted if _wanted in TABLE[name] else list(TABLE[name])[-1]
 
 

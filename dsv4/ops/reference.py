@@ -61,7 +61,7 @@ def sparse_attention(
 
     q [n, H, D]; window_kv [P, D] with one interval per query; entries [E, D] read either whole by interval (`visible`)
     or as rows `chosen` int64 [n, K] (-1 = none); sink [H] fp32, a logit whose value is zero, not scaled.
-    Returns out [n, H, D] in q's dtype and the log-sum-exp [n, H] fp32 (sink included).
+    Returns out [n, H, D] in q's dtype and the log-sum-exp [n, H] fp32 (sink included; it carries no gradient).
     """
     keys, masks = [window_kv], [window.hidden(0, len(q), 0, len(window_kv), q.device)]
     if entries is not None and len(entries):
@@ -79,7 +79,7 @@ def sparse_attention(
     logits = torch.cat([scores, sink.float()[None, :, None].expand(len(q), -1, 1)], dim=-1)
     lse = logits.logsumexp(-1)
     out = torch.einsum("nhk,kd->nhd", (scores - lse[..., None]).exp(), key)
-    return out.to(q.dtype), lse
+    return out.to(q.dtype), lse.detach()
 
 
 # --- compression -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Loss:
     mtp: float
     balance: float
     tokens: int
-    loads: list[Tensor]  # per layer with a learned gate (trunk, then MTP): tokens sent to each expert, fp32 [X]
+    loads: dict[int, Tensor]  # by number of a layer with a learned gate: tokens sent to each expert, fp32 [X]
 
 
 def training_loss(
@@ -45,19 +45,19 @@ def training_loss(
     count = max(1, int((targets != IGNORE).sum()))
     nll = ops.cross_entropy(trunk.hidden, model.head.weight, targets, IGNORE)
     total, mtp = nll / count, 0.0
-    routed = [(r, trunk.run.segments) for r in trunk.routing]
+    routed = {layer: (r, lengths) for layer, r in enumerate(trunk.routing)}
     if model.mtp and max(lengths) > 1:
         hidden, rows, routing = model.predict_next(trunk, ids)
         after = targets[rows + 1]
         nll_mtp = ops.cross_entropy(hidden, model.head.weight, after, IGNORE) / max(1, int((after != IGNORE).sum()))
         total, mtp = total + mtp_weight * nll_mtp, nll_mtp.item()
-        routed.append((routing, [Segment(n - 1) for n in lengths if n > 1]))
+        routed[len(trunk.routing)] = (routing, [n - 1 for n in lengths if n > 1])
     balance = torch.zeros((), device=model.device)
-    gates = learned_gates(model)
-    for routing, segments in (routed[layer] for layer in gates):
-        balance = balance + balance_loss(routing, [s.length for s in segments])
+    learned = {layer: routed[layer] for layer in learned_gates(model) if layer in routed}
+    for routing, sequences in learned.values():
+        balance = balance + balance_loss(routing, sequences)
     total = total + balance_weight * balance
-    loads = [_load(routed[layer][0]) for layer in gates]
+    loads = {layer: _load(routing) for layer, (routing, _) in learned.items()}
     return Loss(total, nll.item() / count, mtp, balance.item(), count, loads)
 
 
@@ -96,8 +96,10 @@ def _load(routing: Routing) -> Tensor:
 
 
 @torch.no_grad()
-def update_balance_bias(model: Transformer, loads: list[Tensor], speed: float) -> None:
+def update_balance_bias(model: Transformer, loads: dict[int, Tensor], speed: float) -> None:
     """After a step: bias += speed for experts with less than the mean load, -= speed for those with more."""
-    for gate, load in zip(learned_gates(model).values(), loads, strict=True):
-        assert gate.bias is not None
-        gate.bias += speed * torch.sign(load.mean() - load)
+    gates = learned_gates(model)
+    for layer, load in loads.items():
+        bias = gates[layer].bias
+        assert bias is not None
+        bias += speed * torch.sign(load.mean() - load)

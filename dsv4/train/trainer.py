@@ -112,7 +112,9 @@ class Trainer:
                 f"checkpoint in {self.folder}: lower optim.lr or optim.clip and resume"
             )
         self.optimizer.step()
-        loads = [torch.stack(layer).sum(dim=0) for layer in zip(*(p.loads for p in parts), strict=True)]
+        loads: dict[int, torch.Tensor] = {}
+        for layer, load in (item for part in parts for item in part.loads.items()):
+            loads[layer] = loads.get(layer, 0) + load
         update_balance_bias(self.model, loads, config.loss.bias_speed)
         seconds = time.perf_counter() - began
         self.progress.step += 1
@@ -123,7 +125,7 @@ class Trainer:
             "loss": loss,
             "mtp_loss": sum(p.mtp for p in parts) / micro,
             "balance": sum(p.balance for p in parts) / micro / max(1, len(loads)),
-            "load_max": max((float(load.max() / load.mean()) for load in loads), default=1.0),
+            "load_max": max((float(load.max() / load.mean()) for load in loads.values()), default=1.0),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             "tokens": self.progress.tokens,
