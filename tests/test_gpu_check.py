@@ -17,8 +17,11 @@ from test_imports import ONLY_TORCH, ROOT
 from dsv4 import ops
 from dsv4.bench import clock, gpu_check, parity, peers, report, sizes, speed, whole
 from dsv4.bench.cases import SINGLE, cases
+from dsv4.cache import SequenceMemory
 from dsv4.config import ModelConfig
 from dsv4.cost import flops_by_component, flops_per_token
+from dsv4.model import Segment, Transformer
+from dsv4.model.segments import plan
 from dsv4.ops import blocked, reference
 
 SMALLEST = replace(
@@ -306,6 +309,28 @@ def test_it_runs_with_torch_alone(tmp_path):
     ]  # fmt: skip
     assert [row["what"] for row in found["skipped"]] == ["transformers"]
     assert "not installed" in found["skipped"][0]["why"]
+
+
+# --- what a device asks of the model ------------------------------------------------------------------------------
+
+
+def test_fp32_weights_compute_in_the_dtype_of_the_model():
+    """As in training on a GPU: with fp32 weights it is `dtype` that makes the activations bf16."""
+    model = Transformer(ModelConfig.preset("tiny"))
+    model.dtype = torch.bfloat16
+    ids = whole.tokens(model.config, 20)
+    trunk = model.trunk(ids, [Segment(20)])
+    hidden, _, _ = model.predict_next(trunk, ids)
+    assert trunk.streams.dtype == trunk.hidden.dtype == hidden.dtype == torch.bfloat16
+    trunk.hidden.float().sum().backward()
+    assert model.embed.weight.grad is not None and model.embed.weight.grad.dtype == torch.float32
+
+
+def test_a_run_is_planned_on_the_host_whatever_the_default_device():
+    config, memory = ModelConfig.preset("tiny"), SequenceMemory(ModelConfig.preset("tiny"))
+    with torch.device("meta"):  # stands for any device that is not the CPU
+        run = plan(config, [Segment(9), Segment(150), Segment(7, memory)], torch.device("cpu"))
+    assert run.positions.device.type == "cpu" and run.positions.tolist() == [*range(9), *range(150), *range(7)]
 
 
 # --- what the numbers mean ------------------------------------------------------------------------------------------

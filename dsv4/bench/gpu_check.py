@@ -9,6 +9,7 @@ script on a CPU with small sizes, to see that the script itself works.
 
 import argparse
 import gc
+import hashlib
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 
-from dsv4 import __version__
 from dsv4.bench import parity, peers, speed, whole
 from dsv4.bench.cases import cases
 from dsv4.bench.ceilings import ceiling_rows
@@ -173,7 +173,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _report(options: argparse.Namespace) -> Report:
     """A report that can be written, found out before any work is done."""
     header = {
-        "command": "dsv4.bench.gpu_check", "dsv4": __version__, "dry": options.dry, "minutes": options.minutes,
+        "command": "dsv4.bench.gpu_check", "code": _code(), "dry": options.dry, "minutes": options.minutes,
         "device": _device(options.device), "torch": torch.__version__, "python": platform.python_version(),
         "transformers": None, "passed": None,
     }  # fmt: skip
@@ -183,6 +183,13 @@ def _report(options: argparse.Namespace) -> Report:
         return Report(options.out, header)
     except OSError as error:
         raise UserError(f"cannot write {options.out}: {error.strerror}; choose another place with --out") from None
+
+
+def _code() -> str:
+    """A digest of the package's sources, so that a report tells which code it speaks of, also where there is no git."""
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(package.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _device(device: torch.device) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from torch import Tensor
 from dsv4 import ops
 from dsv4.bench.cases import SINGLE, Case
 from dsv4.bench.report import Row
-from dsv4.ops import Spans
 
 # fp32: the largest difference over the largest number, a few hundred roundings of 6e-8 with room for another order of
 # the sums. bf16: the root mean square of the difference over that of the numbers; one rounding is 2e-3 of a number.
 MEASURES = ("max_abs", "max_rel", "rms_rel", "typical_rel")
 MEASURE = {torch.float32: "max_rel", torch.bfloat16: "rms_rel"}
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def op_rows(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
@@ -103,12 +102,12 @@ def _evaluate(
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(900 + i)).to(rounding)
         total = total + (out.float() * weight.float().to(device)).sum()
     total.backward()
-    return [out.detach() for out in outputs], [args[i].grad for i in case.grads]
+    return [out.detach() for out in outputs], [g for i in case.grads if (g := args[i].grad) is not None]
 
 
 def _place(arg, device: torch.device, rounding: torch.dtype | None, dtype: torch.dtype):
     """An argument on the device; `Spans` stay on the host, where they belong."""
-    if not isinstance(arg, Tensor) or isinstance(arg, Spans):
+    if not isinstance(arg, Tensor):
         return arg
     arg = arg if rounding is None else arg.to(rounding).to(dtype)
     return arg.detach().clone().to(device)

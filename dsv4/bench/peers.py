@@ -81,12 +81,13 @@ def _load(config: ModelConfig, device: torch.device) -> tuple[Any, float]:
     ours = Transformer(config)
     with tempfile.TemporaryDirectory() as folder:
         save(ours, folder, "transformers")
-        wide, peer = (DeepseekV4ForCausalLM.from_pretrained(folder, dtype=d).to(device) for d in (torch.float32, DTYPE))
+        wide: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        peer: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=DTYPE)
     ids = tokens(config, 96)
     with torch.no_grad():
         want = ours.to(device)(ids)
-        got = wide.eval()(ids[None].to(device), use_cache=False).logits[0]
-    return peer.eval(), difference(got, want)["rms_rel"]
+        got = wide.to(device).eval()(ids[None].to(device), use_cache=False).logits[0]
+    return peer.to(device).eval(), difference(got, want)["rms_rel"]
 
 
 @torch.no_grad()

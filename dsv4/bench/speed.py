@@ -7,6 +7,7 @@ done), so their share of the measured matmul ceiling says how much of the device
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from dsv4.bench.ceilings import ceiling
 from dsv4.bench.clock import Budget, Timing, measure
 from dsv4.bench.report import Row
 from dsv4.bench.sizes import Sizes
-from dsv4.cache import BatchMemory
 from dsv4.config import ModelConfig
 from dsv4.cost import flops_by_component, flops_per_token, parameters
 from dsv4.model import Transformer
@@ -54,10 +54,10 @@ def jobs(preset: str, device: torch.device, sizes: Sizes, budget: Budget, ceilin
 
 
 @torch.no_grad()
-def prefill_once(model: Transformer, length: int) -> BatchMemory:
-    """A prompt of random ids into a new memory, and the logits of its last token."""
-    memory = model.new_cache(capacity=length + 1024)
-    model(_ids(model.config, length), cache=memory, last=True)
+def prefill_once(model: Transformer, length: int) -> Any:
+    """Read a prompt of random ids, up to the logits of its last token; returns the memory it went into."""
+    memory = model.new_cache(capacity=length + 1024)[0]
+    model(_ids(model.config, length), segments=[(length, memory)], last=True)
     return memory
 
 
@@ -65,16 +65,15 @@ class Decoding:
     """Sequences that have read `context` tokens each; a call decodes `steps` more greedily, one at a time."""
 
     def __init__(self, model: Transformer, context: int, batch: int, steps: int):
-        memory = prefill_once(model, context)[0]
+        memory = prefill_once(model, context)
         self.model, self.steps = model, steps
-        self.memory = BatchMemory([memory.fork() for _ in range(batch)])
-        self.next = _ids(model.config, batch)[:, None]
+        self.segments = [(1, memory.fork()) for _ in range(batch)]
+        self.next = _ids(model.config, batch)
 
     @torch.no_grad()
     def __call__(self) -> None:
         for _ in range(self.steps):
-            logits = self.model(self.next, cache=self.memory)
-            self.next = logits[:, -1:].argmax(dim=-1).cpu()
+            self.next = self.model(self.next, segments=self.segments).argmax(dim=-1).cpu()
 
 
 class TrainingStep:

@@ -125,8 +125,8 @@ def _beside_others(model: Transformer, ids: Tensor) -> Tensor:
     half = len(ids) // 2
     other, (mine, decoding) = ids.flip(0), model.new_cache(2)
     first = model(ids[:half], segments=[(half, mine)])
-    model(other[:70], segments=[(70, decoding)])
-    run = torch.cat([other[70:71], ids[half:], other[:9], other[:5]])
+    model(other[:half], segments=[(half, decoding)])
+    run = torch.cat([other[half : half + 1], ids[half:], other[:9], other[:5]])
     logits = model(run, segments=[(1, decoding), (len(ids) - half, mine), 9, 5])
     return torch.cat([first, logits[1 : 1 + len(ids) - half]])
 
@@ -144,13 +144,11 @@ def _gradients(name: str, truth: Transformer, subject: Transformer, sizes: Sizes
         step(truth)
     with replaying(tape if dtype != torch.float32 else None):
         step(subject)
-    pairs = {
-        n: (a.grad, b.grad)
-        for (n, a), b in zip(subject.named_parameters(), truth.parameters(), strict=True)
-        if b.grad is not None
-    }
-    missing = [n for n, (a, _) in pairs.items() if a is None]
-    assert not missing, f"{missing[0]} has no gradient"
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for (n, a), b in zip(subject.named_parameters(), truth.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), f"{n} has a gradient on one side only"
+        if a.grad is not None and b.grad is not None:
+            pairs[n] = (a.grad, b.grad)
     if dtype == torch.float32:
         rows = [row(f"{name} model: gradient of {n}", dtype, [a], [b], GRADIENTS[dtype]) for n, (a, b) in pairs.items()]
         return max(rows, key=lambda r: r["max_rel"])
