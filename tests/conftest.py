@@ -44,3 +44,17 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--differences", action="store_true", help="print the largest difference of each test (with -n 0)")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not config.getoption("--differences"):
+        return
+    from models import LARGEST
+
+    terminalreporter.section("largest absolute differences")
+    for test, largest in LARGEST.items():
+        terminalreporter.write_line(f"{largest:9.2e}  {test}")

@@ -4,6 +4,7 @@ A freshly initialised model is nearly linear: sinks, positional biases and dynam
 mistake would not change a logit. `randomise` gives every parameter and buffer a size at which it matters.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -96,9 +97,15 @@ def choices(model: Transformer) -> Iterator[dict[str, list[tuple[int, ...]]]]:
             handle.remove()
 
 
+LARGEST: dict[str, float] = {}  # test function -> the largest difference it measured, for `pytest --differences`
+
+
 def differ(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference; infinite for different shapes or anything that is not a number."""
     if a.shape != b.shape:
         return float("inf")
     largest = (a.detach().double() - b.detach().double()).abs().max().item()
-    return largest if largest == largest else float("inf")
+    largest = largest if largest == largest else float("inf")
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("[")[0].partition(" ")[0]
+    LARGEST[test] = max(largest, LARGEST.get(test, 0.0))
+    return largest

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_imports import ONLY_TORCH, ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsv4 import ops
 from dsv4.bench import clock, gpu_check, parity, peers, report, sizes, speed, whole
@@ -331,6 +333,59 @@ def test_a_run_is_planned_on_the_host_whatever_the_default_device():
     with torch.device("meta"):  # stands for any device that is not the CPU
         run = plan(config, [Segment(9), Segment(150), Segment(7, memory)], torch.device("cpu"))
     assert run.positions.device.type == "cpu" and run.positions.tolist() == [*range(9), *range(150), *range(7)]
+
+
+class Counts:
+    """What stands for `bincount`: the number of rows of each expert is the one thing that a layer waits for."""
+
+    def __init__(self, chosen: torch.Tensor, minlength: int):
+        each, self.device = chosen.numel() // minlength, chosen.device
+        self.counts = [*[each] * (minlength - 1), chosen.numel() - each * (minlength - 1)]
+
+    def tolist(self) -> list[int]:
+        return self.counts
+
+
+class OneDevice(TorchDispatchMode):
+    """Raises when an op other than a copy gets tensors of two devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device.type for t in tensors if t.ndim}
+        assert len(devices) < 2 or "copy" in str(func), f"{func} mixes {devices}"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_waits_for_the_device_or_mixes_devices(dtype, monkeypatch):
+    """The meta device stands for a GPU: it has no numbers, so asking for one raises."""
+    monkeypatch.setattr(torch, "bincount", Counts)
+    with torch.device("meta"):
+        model = Transformer(whole.MODELS["csa"]().config, dtype)
+    ids = torch.zeros(400, dtype=torch.int64)
+    with OneDevice():
+        trunk = model.trunk(ids, [Segment(300), Segment(100)])
+        loss = ops.cross_entropy(trunk.hidden, model.head.weight, ids.to("meta"))
+        loss.backward()
+        with torch.no_grad():
+            first, second = model.new_cache(2)
+            model(ids[:300], segments=[(300, first)])
+            assert model(ids[:7], segments=[(1, first), (4, second), 2], last=True).shape == (3, 256)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) > 100 and all(grad.is_meta for grad in grads)
+
+
+def test_the_watch_sees_mixed_devices():
+    here, there = torch.ones(3, 3), torch.ones(3, 3, device="meta")
+    rows = torch.zeros(3, 1, dtype=torch.int64)
+    for mix in (
+        lambda: here @ there,
+        lambda: there.gather(1, rows),
+        lambda: there[rows],
+        lambda: here[rows.to("meta")],
+    ):
+        with OneDevice(), pytest.raises(AssertionError, match="mixes"):
+            mix()
 
 
 # --- what the numbers mean ------------------------------------------------------------------------------------------

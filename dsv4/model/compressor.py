@@ -5,6 +5,7 @@ Everything up to the norm is fp32. A tail shorter than a group emits nothing and
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
@@ -29,7 +30,7 @@ class Compressor(nn.Module):
 
     def project(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """Values and gate scores (bias added) of every token: fp32 [T, c*d] each."""
-        return self.wkv(x), self.wgate(x) + self.ape.float()[run.positions % self.ratio]
+        return self.wkv(x), self.wgate(x) + F.embedding(run.positions % self.ratio, self.ape.float())
 
     def forward(
         self, values: Tensor, scores: Tensor, piece: Piece, store: Compressed | None, dtype: torch.dtype

@@ -121,8 +121,8 @@ def demo() -> RunConfig:
         data=DataConfig(seq_len=512, tokens_per_step=2048),
         optim=OptimConfig(lr=4e-3),
         loss=LossConfig(bias_speed=1e-2),  # a short run has to find its balance sooner
-        schedule=ScheduleConfig(steps=520, warmup=15, decay_fraction=0.8),
-        save=SaveConfig(every=260, keep=1, eval_every=130, eval_tokens=32768),
+        schedule=ScheduleConfig(steps=440, warmup=15, decay_fraction=0.8),
+        save=SaveConfig(every=220, keep=1, eval_every=110, eval_tokens=32768),
     )
 
 
