@@ -139,6 +139,10 @@ def _check(c: ModelConfig) -> None:
             f"qk_rope_head_dim={c.qk_rope_head_dim} must be even and at most head_dim={c.head_dim} and "
             f"index_head_dim={c.index_head_dim}"
         )
+    if c.head_dim % 2 or c.index_head_dim % 2:
+        raise UserError(
+            f"head_dim={c.head_dim} and index_head_dim={c.index_head_dim} must be even: channels rotate in pairs"
+        )
     if c.num_attention_heads % c.o_groups:
         raise UserError(f"num_attention_heads={c.num_attention_heads} must be a multiple of o_groups={c.o_groups}")
     if c.num_experts_per_tok > c.n_routed_experts:

@@ -30,7 +30,7 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], generators: Sequenc
         temperature, top_k, top_p, min_p = settings.to(logits.device)
         probs = probabilities(logits, temperature, top_k, top_p, min_p)
         # only now: had this failed above (out of memory), no number would have been lost
-        uniform = [torch.rand((), generator=g, dtype=torch.float64).item() for g in generators]
+        uniform = [torch.rand((), generator=g, dtype=torch.float64, device="cpu").item() for g in generators]
         drawn = pick(probs, torch.tensor(uniform, dtype=torch.float64, device=logits.device))
         ids = ids.where(temperature == 0, drawn)
     return ids.where(logits.isfinite().all(dim=1), BROKEN).tolist()

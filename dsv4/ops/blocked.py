@@ -360,7 +360,7 @@ class _Experts(torch.autograd.Function):
             sig = torch.sigmoid(g)
             silu = g * sig
             act = silu * u
-            torch.mm(dy[lo:hi].T.to(w2.dtype), (ws[lo:hi] * act).to(w2.dtype), out=d_w2[e])
+            d_w2[e] = _dot(dy[lo:hi].T, (ws[lo:hi] * act).to(x.dtype))
             da = (dy[lo:hi] @ w2[e].to(x.dtype)).float()
             d_ws[lo:hi] = (da * act).sum(dim=1)
             da = da * ws[lo:hi]
@@ -368,7 +368,7 @@ class _Experts(torch.autograd.Function):
             d_gate = da * u * (sig + silu * (1 - sig)) * (gate <= limit)
             d_up = da * silu * (up.abs() <= limit)
             d_hidden = torch.cat([d_gate, d_up], dim=1).to(x.dtype)
-            torch.mm(d_hidden.T.to(w13.dtype), xs[lo:hi].to(w13.dtype), out=d_w13[e].flatten(0, 1))
+            d_w13[e] = _dot(d_hidden.T, xs[lo:hi]).view_as(d_w13[e])
             torch.mm(d_hidden, w13[e].flatten(0, 1).to(x.dtype), out=d_xs[lo:hi])
         d_x = d_xs[back].view(len(x), k, -1).float().sum(dim=1).to(x.dtype)
         return d_x, None, d_ws[back].view_as(weights), d_w13, d_w2, None
