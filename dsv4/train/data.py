@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4.checkpoint import write_atomically
 from dsv4.errors import UserError
 from dsv4.text import Tokenizer
 from dsv4.train.sources import hold_out, read_documents
@@ -75,8 +76,10 @@ def prepare(
         for file in scratch.values():
             file.unlink(missing_ok=True)
     manifest["splits"][split_name] = facts
-    _write_whole(folder / "token_bytes.bin", np.asarray(tokenizer.token_bytes(), dtype="<i4").tobytes())
-    _write_whole(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    token_bytes = np.asarray(tokenizer.token_bytes(), dtype="<i4").tobytes()
+    write_atomically(folder / "token_bytes.bin", lambda path: path.write_bytes(token_bytes))
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_atomically(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
     return Packed.open(folder, split_name)
 
 
@@ -149,13 +152,6 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _write_whole(file: Path, contents: bytes) -> None:
-    """The file has either its old contents or the new ones, whatever happens."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(contents)
-    os.replace(scratch, file)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
