@@ -1,12 +1,51 @@
-"""Failures caught here: a count that is not the model's, or that misses a component."""
+"""Failures caught here: a count that is not the model's; a published figure that is no longer reproduced; a cost that
+falls when the context grows; a format that changes what it should not; a wrong question answered instead of refused.
+"""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsv4 import ModelConfig, Transformer
-from dsv4.config import PRESETS
-from dsv4.cost import flops_by_component, flops_per_token, parameters
-from dsv4.cost.flops import attended
+from dsv4 import ModelConfig, Transformer, UserError
+from dsv4.config import CONTROLS, PRESETS, AnyConfig, read_any
+from dsv4.cost import (
+    compare,
+    decode,
+    flops_by_component,
+    flops_per_token,
+    hardware,
+    kv_bytes,
+    parameters,
+    prefill,
+    train,
+    weighted,
+)
+from dsv4.cost.causes import (
+    CACHE_CAUSES,
+    FLOP_CAUSES,
+    bundled,
+    cache_causes,
+    cache_switched,
+    flops_causes,
+    flops_switched,
+    shapley,
+    verdicts,
+)
+from dsv4.cost.flops import SCHEMES, attended, by_component, scheme_weights
+from dsv4.cost.params import active_by_component, active_bytes, families, on_file, weight_bytes
+
+K = 1024
+MILLION = 1024 * K
+MODELS: dict[str, AnyConfig] = {
+    "pro": ModelConfig.preset("pro"), "flash": ModelConfig.preset("flash"), **CONTROLS
+}  # fmt: skip
+EVERY = {**PRESETS, **CONTROLS}
+NAMES, FORMATS = st.sampled_from(sorted(EVERY)), st.sampled_from(kv_bytes.FORMATS)
+CONTEXT = st.integers(1, 4 * MILLION)
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -17,13 +56,51 @@ def test_counted_parameters_are_those_of_the_model(name: str) -> None:
     counted = parameters(config)
     assert counted["total"] == model.num_parameters()
     assert counted["total"] + counted["mtp"] == model.num_parameters(mtp=True)
+    biases = sum(b.numel() for n, b in model.named_buffers() if n.endswith("gate.bias") and not n.startswith("mtp."))
+    assert counted["routing_biases"] == biases
 
 
 def test_published_counts() -> None:
-    """Total and activated parameters of the released models: 284B / 13B and 1.6T / 49B."""
-    flash, pro = parameters(ModelConfig.preset("flash")), parameters(ModelConfig.preset("pro"))
-    assert (flash["total"], pro["total"]) == (284_332_230_231, 1_572_997_179_491)
-    assert round(flash["active"] / 1e9) == 13 and round(pro["active"] / 1e9) == 49
+    """To the last unit, without the routing biases, which are buffers, and with them."""
+    counted = {name: parameters(config) for name, config in MODELS.items()}
+    assert {name: p["total"] for name, p in counted.items()} == {
+        "pro": 1_572_997_179_491, "flash": 284_332_230_231, "v3.2": 671_877_929_216, "llama-405b": 405_853_388_800,
+    }  # fmt: skip
+    assert {name: p["routing_biases"] for name, p in counted.items()} == {
+        "pro": 22_272, "flash": 10_240, "v3.2": 14_848, "llama-405b": 0,
+    }  # fmt: skip
+    assert {name: p["active"] for name, p in counted.items()} == {
+        "pro": 48_852_402_019, "flash": 13_270_101_591, "v3.2": 37_477_143_296, "llama-405b": 403_752_042_496,
+    }  # fmt: skip
+    assert counted["flash"]["total"] + counted["flash"]["mtp"] == 290_942_278_866
+    assert round((counted["pro"]["total"] + counted["pro"]["mtp"]) / 1e7) == 159_884
+
+
+def test_bytes_of_the_released_files() -> None:
+    """Elements and bytes of all shards with MTP, scales and hash tables; the listing of Pro's files says the same."""
+    elements, size = on_file(ModelConfig.preset("pro"))
+    assert elements == 861_608_274_846 and f"{size / 2**30:.2f}" == "805.32"
+    assert f"{on_file(ModelConfig.preset('flash'))[1] / 1e9:.1f}" == "159.6"
+
+
+def test_active_bytes() -> None:
+    assert {name: active_bytes(config) for name, config in MODELS.items()} == {
+        "pro": 39_666_618_316, "flash": 11_217_580_252, "v3.2": 38_548_208_144, "llama-405b": 807_504_117_760,
+    }  # fmt: skip
+    assert active_bytes(CONTROLS["llama-405b"], "fp8") == 405_882_081_280
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_batch_reads_more_weights_but_never_more_than_all(name: str) -> None:
+    config = EVERY[name]
+    reads = [active_bytes(config, "published", batch) for batch in (1, 2, 8, 64, 4096)]
+    rows = 2 * config.hidden_size  # embedding rows are read once for each token
+    assert reads == sorted(reads)
+    assert reads[-1] <= weight_bytes(config) + 4096 * rows
+    assert reads[1] < 2 * reads[0]
+
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
 def test_rows_that_a_query_reads() -> None:
@@ -33,26 +110,366 @@ def test_rows_that_a_query_reads() -> None:
     assert attended(flash, 4, 7) == 7 + 1
 
 
-def test_flops_are_the_matrix_products_that_run() -> None:
-    """Torch's own counter over the products of one forward pass at a context where attention is a small part."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from dsv4 import ops
-
-    config = ModelConfig.preset("tiny", index_topk=8192)
-    model, tokens = Transformer(config), 16
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, ops.using("reference"):
-        model(torch.randint(0, 512, (tokens,)))
-    counted = flops_by_component(config, tokens)
-    weights = sum(v for k, v in counted.items() if k not in ("core attention", "indexer scores", "hyper-connections"))
-    weights += config.num_hidden_layers * 2 * 2 * 24 * 4 * 96 + 2 * 4 * 4 * 96  # hyper-connection maps
-    # not products of weights: attention scores and mixing, and the streams' mixing
-    extra = counter.get_total_flops() - tokens * weights
-    assert 0 <= extra < 0.25 * tokens * weights
-    assert flops_per_token(config, tokens) == sum(counted.values())
+AT_A_MILLION = {  # scheme: V3.2, Pro, Flash
+    "A": (1157720178688, 303261155328, 140353208320), "B": (1157720178688, 238836645888, 95256051712),
+    "C": (1196685131776, 319491407872, 120714690560), "D": (1196685131776, 327678689280, 123600371712),
+    "E": (1192516124672, 315508523008, 118861594624), "F": (1196685131776, 307402375168, 117468299264),
+    "G": (1192978415616, 315364474880, 118427222016), "H": (1082767966208, 205520896000, 113799856128),
+    "I": (1117563912192, 217768263680, 92308242432), "J": (148713111552, 255066898432, 75617533952),
+}  # fmt: skip
 
 
-def test_flops_grow_with_the_context() -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_flops_of_every_scheme(scheme: str) -> None:
+    assert tuple(weighted(decode(MODELS[n], MILLION), scheme) for n in ("v3.2", "pro", "flash")) == AT_A_MILLION[scheme]
+
+
+def test_llama_costs() -> None:
+    """In T of FP8 equivalents, from 4K to 1M."""
+    costs = [weighted(decode(CONTROLS["llama-405b"], n * K), "C") / 1e12 for n in (4, 128, 1024)]
+    assert [round(c, 4) for c in costs] == [1.6826, 3.7797, 18.9323]
+
+
+def head_flops(config: AnyConfig) -> int:
+    return 2 * config.vocab_size * config.hidden_size
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *CONTROLS])
+@pytest.mark.parametrize("tokens", [1, 3, 127, 128, 129, 515, 2500])
+def test_a_prompt_is_the_sum_of_its_tokens(name: str, tokens: int) -> None:
+    config = EVERY[name]
+    one_by_one = sum(flops_per_token(config, t) for t in range(1, tokens + 1))
+    assert weighted(prefill(config, tokens)) == one_by_one - (tokens - 1) * head_flops(config)
+
+
+def test_a_training_token_costs_three_forward_ones() -> None:
+    """But for the indexer, which has no backward pass; the MTP block comes on top, with the head once more."""
+    config, n = ModelConfig.preset("small"), 300
+    forward = by_component(prefill(config, n)) | {"head": n * head_flops(config)}
+    trained = by_component(train(config, n))
+    mtp = trained.pop("MTP")
+    assert {k: v / forward[k] for k, v in trained.items()} == {k: 1 if k.startswith("indexer") else 3 for k in forward}
+    d, active = config.hidden_size, active_by_component(config)
+    layers = config.num_hidden_layers
+    like_a_layer = active["experts"] / layers + active["router"] / layers + 2 * d * d + head_flops(config) / 2
+    assert mtp > 3 * (n - 1) * 2 * like_a_layer
+    assert "MTP" not in by_component(train(config, n, mtp=False))
+
+
+def test_weights_of_ones_own() -> None:
+    work = decode(ModelConfig.preset("flash"), MILLION)
+    assert weighted(work, {"core": 2, "idx4": 0.5, **dict.fromkeys(("absorb", "aux", "head", "mhc", "llm"), 2)}) == (
+        weighted(work, "C")
+    )
+    assert weighted(work, {"sum": 1}) - weighted(work, "A") == 21 * 2 * 64 * (MILLION // 4)
+
+
+@given(NAMES, CONTEXT, CONTEXT, st.sampled_from("ACHI"))
+def test_flops_grow_with_the_context_and_are_sums_of_components(name: str, a: int, b: int, scheme: str) -> None:
+    config, (a, b) = EVERY[name], sorted((a, b))
+    for count in (decode, prefill, train):
+        assert weighted(count(config, a), scheme) <= weighted(count(config, b), scheme)
+    work = decode(config, b)
+    assert sum(by_component(work, scheme).values()) == pytest.approx(weighted(work, scheme), rel=1e-12)
+
+
+def windows_only(config: ModelConfig) -> ModelConfig:
+    return config.with_(compress_ratios=(0,) * len(config.compress_ratios))
+
+
+@given(st.sampled_from(["tiny", "small", "flash", "pro"]), st.integers(1, MILLION))
+def test_ratio_zero_everywhere_is_plain_window_attention(name: str, context: int) -> None:
+    """No indexer, no compressor, a core and a cache that stop growing at the window."""
+    k = windows_only(ModelConfig.preset(name))
+    parts = flops_by_component(k, context)
+    rows = min(context, k.sliding_window)
+    assert parts["core: window"] == k.num_hidden_layers * 4 * k.num_attention_heads * k.head_dim * rows
+    assert not [p for p in parts if "indexer" in p or "compressor" in p or p in ("core: csa", "core: hca")]
+    row = kv_bytes.row_bytes(k, "published")[0]
+    assert kv_bytes.held(k, context) == {"window: window": k.num_hidden_layers * rows * row}
+
+
+# --- cache bytes -----------------------------------------------------------------------------------------------------
+
+HELD = {
+    4: (43879168, 29814784, 196886528, 2113929216), 16: (105705472, 72997888, 787546112, 8455716864),
+    32: (188140544, 130575360, 1575092224, 16911433728), 64: (353010688, 245730304, 3150184448, 33822867456),
+    128: (682750976, 476040192, 6300368896, 67645734912), 256: (1342231552, 936659968, 12600737792, 135291469824),
+    512: (2661192704, 1857899520, 25201475584, 270582939648),
+    1024: (5299115008, 3700378624, 50402951168, 541165879296),
+}  # fmt: skip
+READ = {
+    4: (27626240, 13049856, 114933760, 2113929216), 32: (46304256, 25902080, 345800704, 16911433728),
+    128: (110343168, 69966848, 1137344512, 67645734912), 1024: (708039680, 481238016, 8525086720, 541165879296),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thousands", HELD)
+def test_bytes_held(thousands: int) -> None:
+    assert tuple(sum(kv_bytes.held(c, thousands * K).values()) for c in MODELS.values()) == HELD[thousands]
+
+
+@pytest.mark.parametrize("thousands", READ)
+def test_bytes_read(thousands: int) -> None:
+    assert tuple(sum(kv_bytes.read(c, thousands * K).values()) for c in MODELS.values()) == READ[thousands]
+
+
+def test_row_sizes() -> None:
+    pro, v32 = MODELS["pro"], MODELS["v3.2"]
+    assert [kv_bytes.row_bytes(pro, f) for f in kv_bytes.FORMATS] == [(584, 68), (584, 132), (1024, 256), (2048, 512)]
+    assert [kv_bytes.row_bytes(v32, f) for f in kv_bytes.FORMATS] == [(656, 132), (656, 132), (1152, 256), (2304, 512)]
+
+
+def test_two_numbers_per_layer_kind() -> None:
+    """163 bytes per token and CSA layer, 584 / 128 per HCA layer; what does not grow stands apart."""
+    two = kv_bytes.fixed_and_per_token(MODELS["pro"])
+    assert float(two["csa"][1]) == 30 * 163 and float(two["hca"][1]) == 31 * 584 / 128
+    assert two["csa"][0] == 30 * (128 * 584 + 8 * 2 * 8 * (512 + 128))
+    context = 512 * K
+    assert sum(f + int(p * context) for f, p in two.values()) == sum(kv_bytes.held(MODELS["pro"], context).values())
+
+
+@given(NAMES, CONTEXT, CONTEXT, FORMATS)
+def test_bytes_grow_with_the_context(name: str, a: int, b: int, format: str) -> None:
+    config, (a, b) = EVERY[name], sorted((a, b))
+    for count in (kv_bytes.held, kv_bytes.read):
+        assert sum(count(config, a, format).values()) <= sum(count(config, b, format).values())
+    held, read = kv_bytes.held(config, b, format), kv_bytes.read(config, b, format)
+    assert all(size <= held[part] for part, size in read.items()), "no more is read than is held"
+    exact, paged = (sum(kv_bytes.held(config, b, format, page_tokens=n).values()) for n in (1, 256))
+    growing = (s for s in kv_bytes.stores(config, format) if s.per_token)
+    assert exact <= paged <= exact + sum(s.layers * s.row_bytes * -(-256 // s.every) for s in growing)
+
+
+@given(st.sampled_from(["tiny", "bench", "flash", "pro", "v3.2"]), st.integers(1, MILLION))
+def test_a_format_changes_only_what_it_should(name: str, context: int) -> None:
+    """FP8 index keys change the keys; BF16 to FP32 doubles rows and leaves the fp32 open groups; no FLOP changes."""
+    config = EVERY[name]
+    held = {f: kv_bytes.held(config, context, f) for f in kv_bytes.FORMATS}
+    assert {p for p in held["fp8"] if held["fp8"][p] != held["published"][p]} <= {"csa: index keys"}
+    for part, size in held["bfloat16"].items():
+        assert held["float32"][part] == (size if "open groups" in part else 2 * size)
+    assert set(held["published"]) == set(held["float32"])
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.sampled_from(kv_bytes.FORMATS))
+def test_weight_formats_change_weights_alone(name: str, dtype: str) -> None:
+    config = EVERY[name]
+    elements = sum(f.count for f in families(config))
+    assert weight_bytes(config, "bfloat16") < weight_bytes(config, "float32") == 4 * elements
+    assert weight_bytes(config, "published") <= weight_bytes(config, "fp8") <= weight_bytes(config, "bfloat16")
+    assert active_bytes(config, dtype) <= weight_bytes(config, dtype)
+
+
+# --- machines --------------------------------------------------------------------------------------------------------
+
+
+def test_roofline_of_one_h200() -> None:
+    """Milliseconds for memory and for compute, tokens per second, FLOPs per byte, at batch 1."""
+    h200 = hardware.machine("h200")
+    want = {
+        ("v3.2", 4): (8.05, 0.077, 124, 2.9), ("pro", 4): (8.27, 0.062, 121, 2.7),
+        ("flash", 4): (2.34, 0.017, 427, 2.6), ("v3.2", 1024): (9.81, 0.605, 102, 24.6),
+        ("pro", 1024): (8.41, 0.194, 119, 7.5), ("flash", 1024): (2.44, 0.084, 410, 12.0),
+        ("llama-405b", 1024): (280.97, 9.567, 4, 7.0),
+    }  # fmt: skip
+    for (name, thousands), (memory, compute, rate, intensity) in want.items():
+        step = hardware.step(MODELS[name], h200, thousands * K)
+        assert round(1e3 * step.memory_seconds, 2) == memory and round(1e3 * step.compute_seconds, 3) == compute
+        assert round(step.tokens_per_second) == rate and step.bound == "memory"
+        assert round(step.flops / (step.weight_bytes + step.cache_bytes), 1) == intensity
+
+
+def test_what_fits_on_eight_h200() -> None:
+    eight = hardware.machine("H200x8")
+    fits = {name: hardware.sequences(config, eight, MILLION) for name, config in MODELS.items() if name != "llama-405b"}
+    assert fits == {"pro": 31, "flash": 232, "v3.2": 6}
+    assert hardware.sequences(CONTROLS["llama-405b"], eight, MILLION, "fp8") == 1
+    assert hardware.sequences(MODELS["pro"], hardware.machine("h200"), MILLION) == -1
+
+
+@given(
+    st.sampled_from(["flash", "pro", "v3.2"]), st.sampled_from(sorted(hardware.ACCELERATORS)), st.integers(1, 256),
+    st.integers(1, 512), st.integers(1, MILLION), st.sampled_from(kv_bytes.FORMATS),
+)  # fmt: skip
+def test_steps_grow_with_batch_and_context(
+    name: str, device: str, count: int, batch: int, context: int, dtype: str
+) -> None:
+    config, on = MODELS[name], hardware.machine(f"{device}x{count}")
+    step, wider, longer = (
+        hardware.step(config, on, c, b, dtype)
+        for c, b in ((context, batch), (context, batch + 1), (context + 1000, batch))
+    )
+    for more in (wider, longer):
+        assert more.memory_seconds >= step.memory_seconds and more.compute_seconds >= step.compute_seconds
+    assert wider.batch / wider.seconds >= step.batch / step.seconds * (1 - 1e-9), "a batch never costs throughput"
+    assert hardware.sequences(config, on, context + 1000, dtype) <= hardware.sequences(config, on, context, dtype)
+
+
+def test_the_smallest_machine_serves_the_load_and_a_smaller_one_does_not() -> None:
+    flash = MODELS["flash"]
+    found = hardware.smallest(flash, MILLION, 8, 30.0)
+    assert found == sorted(found, key=lambda m: (m.usable_bytes, m.count)) and len(found) > 10
+    for on in found:
+        assert hardware.sequences(flash, on, MILLION) >= 8
+        assert hardware.step(flash, on, MILLION, 8).tokens_per_second >= 30
+        fewer = [n for n in hardware.COUNTS if n < on.count]
+        if fewer:
+            less = hardware.Machine(on.device, fewer[-1])
+            fits = hardware.sequences(flash, less, MILLION) >= 8
+            assert not fits or hardware.step(flash, less, MILLION, 8).tokens_per_second < 30
+
+
+def test_the_table_of_accelerators_is_plausible() -> None:
+    """Wider formats are never faster, and every row says where it is from."""
+    for a in hardware.ACCELERATORS.values():
+        rates = [a.flops(f) for f in ("fp4", "fp8", "bf16", "fp32")]
+        assert rates == sorted(rates, reverse=True) and a.source
+        assert 10 < a.memory < 400 and 0.1 < a.bandwidth < 10
+
+
+def test_critical_batch() -> None:
+    batches = [round(hardware.critical_batch(MODELS[n], MILLION)) for n in ("v3.2", "pro", "flash")]
+    assert batches == [5, 56, 23]
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def test_the_five_claims_within_half_a_point() -> None:
+    claims = compare.claims()
+    assert [c.said for c in claims] == [27, 10, 10, 7, 2, 2]
+    for claim in claims:
+        assert abs(claim.error) <= 0.5, claim
+    million = compare.claims(1_000_000)
+    assert [round(c.counted, 2) for c in million[:2]] == [27.03, 10.16]
+
+
+def test_other_ways_of_counting_miss() -> None:
+    """Only FP8 equivalents (and near relatives) give both labels; the cache needs FP4 keys."""
+    rows = compare.flops_alternatives()
+    off = {letter: max(abs(r["pro error"]), abs(r["flash error"])) for letter, r in rows.items()}
+    assert off["C"] < 0.5 and off["A"] > 2 and off["B"] > 6 and off["H"] > 8 and off["J"] > 100
+    assert [round(rows[s]["pro %"], 1) for s in "KLM"] == [26.2, 26.5, 20.7]
+    caches = {r["what"]: (round(r["pro x"], 2), round(r["flash x"], 2)) for r in compare.cache_alternatives()}
+    assert list(caches.values()) == [(9.55, 13.67), (9.51, 13.62), (8.71, 12.47), (8.71, 12.47), (17.06, 24.42)]
+
+
+def test_no_other_reading_fits_the_labels() -> None:
+    tried, hits = compare.grid()
+    assert (tried, len(hits)) == (1728, 42)
+    assert {(h["idx4"], h["core"], h["expert"]) for h in hits} == {(0.5, 2, 1)}
+    assert round(hits[0]["pro x"], 3) == 3.688 and round(hits[0]["flash x"], 3) == 9.805
+
+
+@pytest.mark.parametrize(
+    ("context", "scheme", "idx4", "core"),
+    [
+        (10**6, "A", (0.522, 0.48, 0.56), (2.00, 1.87, 2.14)),
+        (10**6, "C", (0.511, 0.47, 0.55), (1.98, 1.84, 2.12)),
+        (MILLION, "C", (0.504, 0.47, 0.54), (2.05, 1.92, 2.19)),
+        (MILLION, "D", (0.496, 0.46, 0.53), (1.95, 1.81, 2.08)),
+    ],
+)
+def test_free_weights_come_out_as_a_half_and_two(context, scheme, idx4, core) -> None:
+    fit = compare.free_fit(context, scheme)
+    for got, want in ((fit["idx4"], idx4), (fit["core"], core)):
+        assert got == pytest.approx(want, abs=0.006)
+
+
+def test_causes_multiply_to_the_saving() -> None:
+    v32, nothing = weighted(decode(CONTROLS["v3.2"], MILLION), "C"), frozenset()
+    for k in compare.targets().values():
+        assert flops_switched(k, frozenset(FLOP_CAUSES), MILLION) == pytest.approx(weighted(decode(k, MILLION), "C"))
+        assert flops_switched(k, nothing, MILLION) == pytest.approx(v32)
+        smaller = cache_switched(k, nothing, MILLION) / cache_switched(k, frozenset(CACHE_CAUSES), MILLION)
+        for shares, total in (
+            (flops_causes(k), 1 / compare.flops_share(k, MILLION)),
+            (cache_causes(k), smaller),
+        ):
+            product = 1.0
+            for share in shares.values():
+                product *= share.shapley
+            assert product == pytest.approx(total)
+
+
+def test_shares_of_the_causes() -> None:
+    pro, flash = compare.targets().values()
+    shapley_of = lambda shares: [round(s.shapley, 2) for s in shares.values()]  # noqa: E731
+    assert shapley_of(flops_causes(pro)) == [2.19, 1.16, 1.47, 1.05, 0.95]
+    assert shapley_of(flops_causes(flash)) == [2.49, 1.31, 1.57, 1.07, 1.82]
+    assert shapley_of(cache_causes(pro)) == [3.96, 2.00, 1.09, 1.11, 1.00]
+    assert shapley_of(cache_causes(flash)) == [3.96, 2.02, 1.09, 1.11, 1.42]
+    split = bundled(lambda on: flops_switched(pro, on, MILLION, "A"))
+    assert [round(s.alone, 2) for s in split.values()] == [3.26, 1.71, 0.98]
+    assert [round(s.last, 2) for s in split.values()] == [2.30, 1.25, 0.92]
+
+
+def test_shapley_of_known_games() -> None:
+    """Independent factors keep their own; two causes of which either does all share it evenly."""
+    own = shapley(("a", "b"), lambda on: 1 / (3 ** ("a" in on) * 5 ** ("b" in on)))
+    assert [own[c].shapley for c in "ab"] == pytest.approx([3, 5])
+    either = shapley(("a", "b"), lambda on: 1 / 4 if on else 1)
+    assert [either[c].shapley for c in "ab"] == pytest.approx([2, 2])
+    assert either["a"].alone == pytest.approx(4) and either["a"].last == pytest.approx(1)
+
+
+def test_which_public_decompositions_hold() -> None:
+    assert [v.holds for v in verdicts()] == [True, False, False]
+
+
+def test_crossovers() -> None:
+    pro, flash = compare.targets().values()
+    assert compare.csa_cheaper_than_hca(pro) == 257 * K and compare.csa_cheaper_than_hca(flash) is None
+    for config in MODELS.values():
+        at = compare.cache_outweighs_weights(config, 16)
+        assert at is not None
+        for context, beyond in ((at, True), (at - K, False)):
+            cache = 16 * sum(kv_bytes.read(config, context).values())
+            assert (cache > active_bytes(config, "published", 16)) == beyond
+    assert compare.cache_outweighs_weights(windows_only(flash)) is None
+
+
+def test_other_hybrids() -> None:
+    rounded = {name: (round(f, 1), round(c, 1)) for name, (f, c) in compare.hybrids().items()}
+    assert rounded == {
+        "as released": (26.7, 10.5), "all CSA": (22.7, 20.7), "all HCA": (30.6, 0.6), "indexer in FP8": (32.1, 10.5),
+    }  # fmt: skip
+
+
+# --- wrong questions -------------------------------------------------------------------------------------------------
+
+
+def refused(part: str, function, *args, **kwargs) -> None:
+    with pytest.raises(UserError, match=part) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_questions_are_refused() -> None:
     flash = ModelConfig.preset("flash")
-    costs = [flops_per_token(flash, 1 << n) for n in range(21)]
-    assert costs == sorted(costs)
+    refused("model_type 'gpt2' is not V4-like", read_any, {"model_type": "gpt2", "n_layer": 12})
+    refused("lacks 'hidden_size'", read_any, {"model_type": "llama", "vocab_size": 10})
+    refused("untied", read_any, {"model_type": "llama", "tie_word_embeddings": True})
+    refused("did you mean 'h200'", hardware.machine, "h2000x8")
+    refused("without accelerators", hardware.machine, "h200x0")
+    refused("give at least 1", decode, flash, 0)
+    refused("must not be negative", kv_bytes.held, flash, -1)
+    refused("cache format 'int4' is unknown", kv_bytes.held, flash, 10, "int4")
+    refused("dtype 'int4' is unknown", weight_bytes, flash, "int4")
+    refused("scheme 'Z' is unknown", scheme_weights, "Z")
+    refused("did you mean 'core'", scheme_weights, {"cores": 2})
+    refused("at least 0", scheme_weights, {"core": -1})
+    refused("batch=0", hardware.step, flash, hardware.machine("h200"), 10, 0)
+
+
+def test_a_config_of_a_control_is_read() -> None:
+    llama = {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 96, "max_position_embeddings": 512, "rope_scaling": {"rope_type": "llama3"},
+    }  # fmt: skip
+    config = read_any(llama)
+    assert parameters(config)["total"] == 2 * 32000 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
+    v32 = {f: getattr(CONTROLS["v3.2"], f) for f in CONTROLS["v3.2"].__dataclass_fields__ if f != "rope_scaling"}
+    assert read_any({"model_type": "deepseek_v32", **v32, "rope_scaling": {"type": "yarn"}}) == CONTROLS["v3.2"]
+    assert read_any(ModelConfig.preset("pro").to_json()) == MODELS["pro"]

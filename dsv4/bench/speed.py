@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4 import cost
 from dsv4.bench.ceilings import ceiling
 from dsv4.bench.clock import Budget, Timing, measure
 from dsv4.bench.report import Row
 from dsv4.bench.sizes import Sizes
 from dsv4.config import ModelConfig
-from dsv4.cost import flops_by_component, flops_per_token, parameters
+from dsv4.cost import flops_per_token, parameters
 from dsv4.model import Transformer
 from dsv4.train.loss import training_loss
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
@@ -124,15 +125,11 @@ def speed_row(
 
 
 def _flops(config: ModelConfig, what: str, context: int) -> float:
-    """FLOPs per token: at the end of the context for decode, else the mean over its positions; backward costs twice."""
+    """FLOPs per token: at the end of the context for decode, else the mean over a whole one."""
     if what == "decode":
         return flops_per_token(config, context)
-    step = max(1, context // 64)
-    places = range(step // 2, context, step)
-    mean = sum(flops_per_token(config, place + 1) for place in places) / len(places)
-    if what == "prefill":  # only the last token goes through the head
-        return mean - flops_by_component(config, context)["head"] * (1 - 1 / context)
-    return 3 * mean
+    work = cost.prefill(config, context) if what == "prefill" else cost.train(config, context, mtp=False)
+    return cost.weighted(work) / context
 
 
 def _ids(config: ModelConfig, count: int) -> Tensor:

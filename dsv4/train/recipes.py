@@ -1,6 +1,5 @@
 """A run is one frozen RunConfig; a recipe is a function that returns a whole one. YAML and `a.b=value` go on top."""
 
-import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import yaml
 
 from dsv4.config import ModelConfig
-from dsv4.errors import UserError
+from dsv4.errors import UserError, nearest
 from dsv4.train.schedule import check_schedule, decay_steps
 
 
@@ -203,9 +202,8 @@ def merge(config: Any, changes: dict[str, Any], where: str = "") -> Any:
     for key, value in changes.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            raise UserError(f"unknown configuration key {name!r}; {hint}")
+            hint = nearest(str(key), known) or f"; known here: {', '.join(known)}"
+            raise UserError(f"unknown configuration key {name!r}{hint}")
         new[key] = _converted(known[key], value, name)
     return replace(config, **new)
 

@@ -1,0 +1,9 @@
+"""What a model is, as frozen data: V4 (v4.py, read by published.py) and what it is compared with (controls.py)."""
+
+from dsv4.config.controls import CONTROLS, AnyConfig, LlamaConfig, V32Config, read_any
+from dsv4.config.v4 import KIND_OF_RATIO, PRESETS, LayerKind, ModelConfig, RopeScaling
+
+__all__ = [
+    "CONTROLS", "KIND_OF_RATIO", "PRESETS", "AnyConfig", "LayerKind", "LlamaConfig", "ModelConfig", "RopeScaling",
+    "V32Config", "read_any",
+]  # fmt: skip
