@@ -33,7 +33,7 @@ from dsv4.cost.causes import (
     verdicts,
 )
 from dsv4.cost.flops import SCHEMES, attended, by_component, scheme_weights
-from dsv4.cost.params import active_by_component, active_bytes, families, on_file, weight_bytes
+from dsv4.cost.params import active_by_component, active_bytes, families, mtp_families, on_file, weight_bytes
 
 K = 1024
 MILLION = 1024 * K
@@ -58,6 +58,22 @@ def test_counted_parameters_are_those_of_the_model(name: str) -> None:
     assert counted["total"] + counted["mtp"] == model.num_parameters(mtp=True)
     biases = sum(b.numel() for n, b in model.named_buffers() if n.endswith("gate.bias") and not n.startswith("mtp."))
     assert counted["routing_biases"] == biases
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_tensor_belongs_to_one_family_of_its_size(name: str) -> None:
+    """Family by family, not only in total: routing biases too, the MTP block apart."""
+    config = ModelConfig.preset(name)
+    with torch.device("meta"):
+        model = Transformer(config)
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("gate.bias")}
+    for of_mtp, found in ((False, families(config)), (True, mtp_families(config))):
+        sizes = dict.fromkeys((f.name for f in found), 0)
+        for tensor_name, tensor in tensors.items():
+            if tensor_name.startswith("mtp.") == of_mtp:
+                (family,) = [f for f in found if f.matches(tensor_name)]
+                sizes[family.name] += tensor.numel()
+        assert sizes == {f.name: f.count for f in found}
 
 
 def test_published_counts() -> None:

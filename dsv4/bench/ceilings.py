@@ -1,5 +1,6 @@
 """What the device can do at best, measured in the same run: matrix products and copies. Speeds are read against it."""
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from dsv4.bench.clock import Budget, measure
 from dsv4.bench.report import Row
 from dsv4.bench.sizes import Sizes
+from dsv4.cost.hardware import Accelerator
 
 INNER = 8  # calls timed together, so that launching one does not count
 
@@ -15,28 +17,55 @@ def ceiling_rows(device: torch.device, sizes: Sizes, budget: Budget) -> Iterator
     """TFLOP/s of square matrix products in bf16 and fp32 (without TF32), GB/s of copies (read + written)."""
     n = sizes.matmul
     for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-
-        def multiply(a=a, b=b, out=out) -> None:
-            for _ in range(INNER):
-                torch.mm(a, b, out=out)
-
+        rate = _multiply_rate(device, dtype, n, budget)
         name = str(dtype).removeprefix("torch.")
-        seconds = measure(multiply, device, budget).median / INNER
-        yield {"name": f"matmul {name}, {n} x {n}", "value": 2 * n**3 / seconds / 1e12, "unit": "TFLOP/s"}
-    source = torch.zeros(sizes.copy_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        for _ in range(INNER):
-            target.copy_(source)
-
-    seconds = measure(copy, device, budget).median / INNER
-    yield {"name": f"copy, {source.nbytes / 2**20:.0f} MiB", "value": 2 * source.nbytes / seconds / 1e9, "unit": "GB/s"}
+        yield {"name": f"matmul {name}, {n} x {n}", "value": rate / 1e12, "unit": "TFLOP/s"}
+    rate = _copy_rate(device, sizes.copy_bytes, budget)
+    yield {"name": f"copy, {sizes.copy_bytes / 2**20:.0f} MiB", "value": rate / 1e9, "unit": "GB/s"}
 
 
 def ceiling(rows: list[Row], kind: str) -> float | None:
     """The measured ceiling whose name starts with `kind`, in FLOP/s or bytes/s; None if it was not measured."""
     factor = {"TFLOP/s": 1e12, "GB/s": 1e9}
     return next((row["value"] * factor[row["unit"]] for row in rows if row["name"].startswith(kind)), None)
+
+
+def measured_cpu() -> Accelerator:
+    """This machine's processor as an accelerator: matrix products and copies, measured now, in a few seconds."""
+    cpu, budget = torch.device("cpu"), Budget(1)
+    rate = dict.fromkeys(("bfloat16", "float32"), 0.0)
+    for n in (256, 512, 1024, 2048):  # small ones first: without bf16 units a large product takes minutes
+        for name, best in rate.items():
+            seconds = 2 * INNER * n**3 / best if best else 0.0
+            if seconds < 0.5:
+                rate[name] = max(best, _multiply_rate(cpu, getattr(torch, name), n, budget))
+    copied = _copy_rate(cpu, 1 << 28, budget)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return Accelerator(
+        "cpu", f"this CPU, {torch.get_num_threads()} threads", memory, copied / 1e12, rate["bfloat16"] / 1e12,
+        None, None, "measured: square matrix products, copies", rate["float32"] / 1e12,
+    )  # fmt: skip
+
+
+def _multiply_rate(device: torch.device, dtype: torch.dtype, n: int, budget: Budget) -> float:
+    """FLOP/s of n x n products."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def multiply() -> None:
+        for _ in range(INNER):
+            torch.mm(a, b, out=out)
+
+    return 2 * INNER * n**3 / measure(multiply, device, budget).median
+
+
+def _copy_rate(device: torch.device, size: int, budget: Budget) -> float:
+    """Bytes per second, read and written, of copies of `size` bytes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(INNER):
+            target.copy_(source)
+
+    return 2 * INNER * size / measure(copy, device, budget).median

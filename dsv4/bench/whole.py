@@ -164,18 +164,21 @@ def _same_choices(name: str, got: Choices, want: Choices) -> Row:
     return row(f"{name} of {len(pairs)} queries", torch.float32, [differing], [torch.zeros(1)], 0.0)
 
 
+_CHOOSING = ("topk_lowest", "index_scores_topk")
+
+
 @contextmanager
 def recording(tape: list[Tensor]) -> Iterator[None]:
     """Keeps what the ops that choose experts and entries return, in order of the calls."""
 
-    def keep(op: Callable) -> Callable:
+    def keep(name: str, op: Callable) -> Callable:
         def call(*args) -> Tensor:
             tape.append(op(*args))
             return tape[-1]
 
         return call
 
-    with _choosing(keep):
+    with ops.wrapped(_CHOOSING, keep):
         yield
 
 
@@ -189,23 +192,9 @@ def replaying(tape: list[Tensor] | None) -> Iterator[None]:
         yield
         return
     kept = iter(tape)
-    with _choosing(lambda op: lambda *args: next(kept).to(args[0].device)):
+    with ops.wrapped(_CHOOSING, lambda name, op: lambda *args: next(kept).to(args[0].device)):
         yield
     assert next(kept, None) is None, "the two runs chose a different number of times"
-
-
-@contextmanager
-def _choosing(wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Wraps every backend of the choosing ops in the op table."""
-    names = ("topk_lowest", "index_scores_topk")
-    before = {name: dict(ops.TABLE[name]) for name in names}
-    try:
-        for name in names:
-            ops.TABLE[name].update({backend: wrap(op) for backend, op in before[name].items()})
-        yield
-    finally:
-        for name in names:
-            ops.TABLE[name].update(before[name])
 
 
 @contextmanager

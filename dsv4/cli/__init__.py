@@ -9,6 +9,7 @@ import sys
 import typer
 
 from dsv4.cli.chat import chat
+from dsv4.cli.cost import cost
 from dsv4.cli.demo import demo
 from dsv4.cli.doctor import doctor
 from dsv4.cli.generate import generate
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, train, generate, chat, doctor):
+for verb in (demo, train, generate, chat, cost, doctor):
     app.command()(verb)
 
 

@@ -2,15 +2,16 @@
 
 Ceilings, not promises: a step takes at least as long as reading its bytes and as doing its FLOPs; GPUs of a machine are
 taken as one with so many times the memory, bandwidth and rate. Not modelled: communication, launches, activations,
-norms, prefill, speculation.
+norms, speculation.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.cost import kv_bytes
-from dsv4.cost.flops import decode
+from dsv4.cost.flops import Work, decode, prefill, weighted
 from dsv4.cost.params import active_bytes, weight_bytes
 from dsv4.errors import UserError, nearest
 
@@ -35,11 +36,10 @@ class Accelerator:
     fp32: float | None = None
 
     def flops(self, format: str) -> float:
-        """FLOP/s for products in fp4, fp8, bf16 or fp32; a missing mode runs in the next wider one."""
-        if format == "fp32":
-            return 1e12 * (self.fp32 or self.bf16 / 2)
-        rates = {"fp4": self.fp4 or self.fp8, "fp8": self.fp8, "bf16": self.bf16}
-        return 1e12 * (rates[format] or self.bf16)
+        """FLOP/s for products in fp4, fp8, bf16 or fp32: in a wider mode where that is faster or the only one."""
+        rates = {"fp4": self.fp4, "fp8": self.fp8, "bf16": self.bf16, "fp32": self.fp32 or self.bf16 / 2}
+        formats = list(rates)
+        return 1e12 * max(rates[f] or 0.0 for f in formats[formats.index(format) :])
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        return f"{self.device.key}x{self.count}"
+        return f"{self.device.key.removesuffix('x')}x{self.count}"
 
     @property
     def usable_bytes(self) -> int:
@@ -87,12 +87,15 @@ class Step:
 
 def machine(text: str, measured: Accelerator | None = None) -> Machine:
     """A machine by its name, h200 or h200x8; cpu needs `measured`. UserError for an unknown name."""
-    found = re.fullmatch(r"(.+?)(?:x(\d+))?", text.strip().lower())
-    key, count = (found[1], int(found[2] or 1)) if found else (text, 1)
     devices = {**ACCELERATORS, **({"cpu": measured} if measured else {})}
+    text = text.strip().lower()
+    found = re.fullmatch(r"(.+)x(\d+)", text)
+    key, count = (found[1], int(found[2])) if found else (text, 1)
+    if key not in devices and f"{key}x" in devices:  # mi355x8 is eight of mi355x
+        key = f"{key}x"
     if key not in devices:
-        hint = nearest(key, devices) or ""
-        raise UserError(f"accelerator {key!r} is unknown: use one of {', '.join(sorted(devices))}, as in h200x8{hint}")
+        known = ", ".join(sorted(devices))
+        raise UserError(f"accelerator {key!r} is unknown: use one of {known}, as in h200x8{nearest(key, devices)}")
     if count < 1:
         raise UserError(f"{text!r} is a machine without accelerators: give at least one, as in {key}x8")
     return Machine(devices[key], count)
@@ -120,14 +123,25 @@ def step(config: AnyConfig, on: Machine, context: int, batch: int = 1, dtype: st
     """The roofline of one decoding step: every active weight once, the cache rows read, the FLOPs, `batch` times."""
     if batch < 1:
         raise UserError(f"batch={batch} must be at least 1")
-    work = [w for w in decode(config, context) if w.kind != "sum"]
+    work = decode(config, context)
     weights = active_bytes(config, dtype, batch)
     cache = batch * sum(kv_bytes.read(config, context, dtype).values())
-    compute = sum(batch * w.flops / on.device.flops(runs_in(w.kind, dtype)) for w in work)
     return Step(
-        on.name, batch, context, weights, cache, batch * sum(w.flops for w in work),
-        (weights + cache) / (on.count * on.device.bandwidth * 1e12), compute / on.count,
+        on.name, batch, context, weights, cache, batch * int(weighted(work)),
+        (weights + cache) / (on.count * on.device.bandwidth * 1e12), batch * compute_seconds(work, on, dtype),
     )  # fmt: skip
+
+
+def compute_seconds(work: Iterable[Work], on: Machine, dtype: str = "published") -> float:
+    """The least time for the FLOPs of some work, each kind at the rate of its format."""
+    done = (w for w in work if w.kind != "sum")
+    return sum(w.flops / on.device.flops(runs_in(w.kind, dtype)) for w in done) / on.count
+
+
+def prefill_seconds(config: AnyConfig, on: Machine, tokens: int, dtype: str = "published") -> float:
+    """The least time to read a prompt: its FLOPs, or every weight once where the prompt is short."""
+    weights = active_bytes(config, dtype, tokens) / (on.count * on.device.bandwidth * 1e12)
+    return max(compute_seconds(prefill(config, tokens), on, dtype), weights)
 
 
 def sequences(config: AnyConfig, on: Machine, context: int, dtype: str = "published") -> int:

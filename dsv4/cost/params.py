@@ -6,6 +6,7 @@ are buffers there, so `total` leaves them out; they stand apart as `routing_bias
 Symbols: d hidden, c head width, r compress ratio, E experts, I their inner width.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -35,7 +36,7 @@ DTYPES = tuple(_AS)
 
 @dataclass(frozen=True)
 class Family:
-    """Tensors of one name over all layers.
+    """Tensors of one name over all layers; `name` is a pattern of their names in the model.
 
     count: elements. active: elements that one token multiplies by (or reads), at batch 1. storage: a key of
     STORAGE_BYTES. kind: what sort of matrix product it takes part in (a column of flops.SCHEMES), "" for none.
@@ -47,6 +48,10 @@ class Family:
     active: int
     storage: str
     kind: str = ""
+
+    def matches(self, tensor: str) -> bool:
+        """Whether a tensor of the model belongs here."""
+        return re.search(self.name, tensor) is not None
 
 
 @lru_cache
@@ -69,8 +74,8 @@ def mtp_families(config: ModelConfig) -> tuple[Family, ...]:
     d, n = config.hidden_size, config.hc_mult
     return _added_up([
         *_v4_layer(config, config.num_hidden_layers),
-        _all("mtp.e_proj, h_proj", "MTP projections", 2 * d * d, "fp8", "fp8"),
-        _all("mtp norms", "norms and sinks", 3 * d, "bf16"),
+        _all(r"\.[eh]_proj\.", "MTP projections", 2 * d * d, "fp8", "fp8"),
+        _all(r"\.\d+\.([eh]norm|norm)\.", "norms and sinks", 3 * d, "bf16"),
         *_collapse(d, n),
     ])  # fmt: skip
 
@@ -132,7 +137,7 @@ def active_bytes(config: AnyConfig, dtype: str = "published", batch: int = 1) ->
     def read(f: Family) -> Fraction | int:
         if f.name != ROUTED or batch == 1:
             return f.active * batch if f.component == "embedding" else f.active
-        return f.count * (1 - (1 - Fraction(f.active, f.count)) ** batch)
+        return int(f.count * (1 - (1 - f.active / f.count) ** batch))
 
     return _bytes(families(config), config, dtype, read)
 
@@ -153,7 +158,8 @@ def on_file(config: ModelConfig) -> tuple[int, int]:
 
 
 BIAS = "routing biases"
-ROUTED = "ffn.experts"
+NORMS = r"(attn_norm|ffn_norm|attn\.q_norm|attn\.kv_norm)\."
+ROUTED = r"\.ffn\.experts\."
 
 
 def _bytes(found: Iterable[Family], config: AnyConfig, dtype: str, of: Callable[[Family], Fraction | int]) -> int:
@@ -178,9 +184,9 @@ def _added_up(found: Iterable[Family]) -> tuple[Family, ...]:
 def _ends(d: int, vocab: int) -> list[Family]:
     """Embedding (one row per token), head and final norm."""
     return [
-        Family("embed", "embedding", vocab * d, d, "bf16"),
-        _all("head", "head", vocab * d, "bf16", "head"),
-        _all("norm", "norms and sinks", d, "bf16"),
+        Family("^embed", "embedding", vocab * d, d, "bf16"),
+        _all("^head", "head", vocab * d, "bf16", "head"),
+        _all("^norm", "norms and sinks", d, "bf16"),
     ]
 
 
@@ -188,7 +194,7 @@ def _collapse(d: int, n: int) -> list[Family]:
     """The head's weighted sum of the n streams."""
     return [
         _all("hc_head_fn", "hyper-connections", n * n * d, "fp32", "mhc"),
-        _all("hc_head_base, scale", "hyper-connections", n + 1, "fp32"),
+        _all("hc_head_(base|scale)", "hyper-connections", n + 1, "fp32"),
     ]
 
 
@@ -205,33 +211,33 @@ def _v4_layer(k: ModelConfig, layer: int) -> list[Family]:
     expert = 3 * d * k.moe_intermediate_size
     hashed = k.uses_hash_routing(layer)
     found = [
-        _all("attn.wq_a", "attention projections", d * ql, "fp8", "fp8"),
-        _all("attn.wq_b", "attention projections", ql * heads * c, "fp8", "fp8"),
-        _all("attn.wkv", "attention projections", d * c, "fp8", "fp8"),
-        _all("attn.wo_a", "attention projections", heads * c * k.o_lora_rank, "fp8", "wo_a"),
-        _all("attn.wo_b", "attention projections", k.o_groups * k.o_lora_rank * d, "fp8", "fp8"),
-        _all("norms", "norms and sinks", 2 * d + ql + c, "bf16"),
-        _all("attn.attn_sink", "norms and sinks", heads, "fp32"),
-        _all("ffn.gate", "router", k.n_routed_experts * d, "bf16", "aux"),
-        _all("ffn.gate.bias", BIAS, 0 if hashed else k.n_routed_experts, "fp32"),
-        _all("ffn.shared_experts", "experts", expert, "fp8", "fp8"),
+        _all(r"\.attn\.wq_a\.", "attention projections", d * ql, "fp8", "fp8"),
+        _all(r"\.attn\.wq_b\.", "attention projections", ql * heads * c, "fp8", "fp8"),
+        _all(r"\.attn\.wkv\.", "attention projections", d * c, "fp8", "fp8"),
+        _all(r"\.attn\.wo_a\.", "attention projections", heads * c * k.o_lora_rank, "fp8", "wo_a"),
+        _all(r"\.attn\.wo_b\.", "attention projections", k.o_groups * k.o_lora_rank * d, "fp8", "fp8"),
+        _all(NORMS, "norms and sinks", 2 * d + ql + c, "bf16"),
+        _all(r"\.attn\.attn_sink", "norms and sinks", heads, "fp32"),
+        _all(r"\.ffn\.gate\.weight", "router", k.n_routed_experts * d, "bf16", "aux"),
+        _all(r"\.ffn\.gate\.bias", BIAS, 0 if hashed else k.n_routed_experts, "fp32"),
+        _all(r"\.ffn\.shared_experts\.", "experts", expert, "fp8", "fp8"),
         Family(ROUTED, "experts", k.n_routed_experts * expert, k.num_experts_per_tok * expert, "fp4", "expert"),
-        _all("hc_fn", "hyper-connections", 2 * rows * n * d, "fp32", "mhc"),
-        _all("hc_base, scale", "hyper-connections", 2 * (rows + 3), "fp32"),
+        _all(r"\.hc_(attn|ffn)_fn", "hyper-connections", 2 * rows * n * d, "fp32", "mhc"),
+        _all(r"\.hc_(attn|ffn)_(base|scale)", "hyper-connections", 2 * (rows + 3), "fp32"),
     ]
     if r:
         found += [
-            _all("attn.compressor.wkv, wgate", "compressor", 2 * d * series * c, "bf16", "aux"),
-            _all("attn.compressor.ape", "compressor", r * series * c, "fp32"),
-            _all("attn.compressor.norm", "compressor", c, "bf16"),
+            _all(r"\.attn\.compressor\.(wkv|wgate)\.", "compressor", 2 * d * series * c, "bf16", "aux"),
+            _all(r"\.attn\.compressor\.ape", "compressor", r * series * c, "fp32"),
+            _all(r"\.attn\.compressor\.norm\.", "compressor", c, "bf16"),
         ]
     if r == 4:
         found += [
-            _all("attn.indexer.wq_b", "indexer projections", ql * ih * ic, "fp8", "fp8"),
-            _all("attn.indexer.weights_proj", "indexer projections", d * ih, "bf16", "aux"),
-            _all("attn.indexer.compressor.wkv, wgate", "indexer projections", 2 * d * 2 * ic, "bf16", "aux"),
-            _all("attn.indexer.compressor.ape", "indexer projections", r * 2 * ic, "fp32"),
-            _all("attn.indexer.compressor.norm", "indexer projections", ic, "bf16"),
+            _all(r"\.attn\.indexer\.wq_b\.", "indexer projections", ql * ih * ic, "fp8", "fp8"),
+            _all(r"\.attn\.indexer\.weights_proj\.", "indexer projections", d * ih, "bf16", "aux"),
+            _all(r"\.attn\.indexer\.compressor\.(wkv|wgate)\.", "indexer projections", 2 * d * 2 * ic, "bf16", "aux"),
+            _all(r"\.attn\.indexer\.compressor\.ape", "indexer projections", r * 2 * ic, "fp32"),
+            _all(r"\.attn\.indexer\.compressor\.norm\.", "indexer projections", ic, "bf16"),
         ]
     return found
 
@@ -243,26 +249,26 @@ def _v32(k: V32Config) -> list[Family]:
     expert = 3 * d * k.moe_intermediate_size
     sparse = n - dense
     return [
-        _all("attn.wq_a", "attention projections", n * d * ql, "fp8s4", "fp8"),
+        _all(r"\.attn\.wq_a\.", "attention projections", n * d * ql, "fp8s4", "fp8"),
         _all(
-            "attn.wq_b", "attention projections", n * ql * heads * (k.qk_nope_head_dim + k.qk_rope_head_dim),
+            r"\.attn\.wq_b\.", "attention projections", n * ql * heads * (k.qk_nope_head_dim + k.qk_rope_head_dim),
             "fp8s4", "fp8",
         ),
-        _all("attn.wkv_a", "attention projections", n * d * (kvl + k.qk_rope_head_dim), "fp8s4", "fp8"),
+        _all(r"\.attn\.wkv_a\.", "attention projections", n * d * (kvl + k.qk_rope_head_dim), "fp8s4", "fp8"),
         _all(
-            "attn.wkv_b", "attention projections", n * kvl * heads * (k.qk_nope_head_dim + k.v_head_dim),
+            r"\.attn\.wkv_b\.", "attention projections", n * kvl * heads * (k.qk_nope_head_dim + k.v_head_dim),
             "fp8s4", "absorb",
         ),
-        _all("attn.wo", "attention projections", n * heads * k.v_head_dim * d, "fp8s4", "fp8"),
-        _all("norms", "norms and sinks", n * (2 * d + ql + kvl), "bf16"),
-        _all("attn.indexer.wq_b", "indexer projections", n * ql * ih * ic, "fp8s4", "fp8"),
-        _all("attn.indexer.wk", "indexer projections", n * d * ic, "fp8s4", "fp8"),
-        _all("attn.indexer.weights_proj", "indexer projections", n * d * ih, "bf16", "aux"),
-        _all("attn.indexer.k_norm", "indexer projections", n * 2 * ic, "bf16"),
-        _all("ffn.w1, w2, w3", "MLP", dense * 3 * d * k.intermediate_size, "fp8s4", "fp8"),
-        _all("ffn.gate", "router", sparse * k.n_routed_experts * d, "bf16", "aux"),
-        _all("ffn.gate.bias", BIAS, sparse * k.n_routed_experts, "fp32"),
-        _all("ffn.shared_experts", "experts", sparse * k.n_shared_experts * expert, "fp8s4", "fp8"),
+        _all(r"\.attn\.wo\.", "attention projections", n * heads * k.v_head_dim * d, "fp8s4", "fp8"),
+        _all(NORMS, "norms and sinks", n * (2 * d + ql + kvl), "bf16"),
+        _all(r"\.attn\.indexer\.wq_b\.", "indexer projections", n * ql * ih * ic, "fp8s4", "fp8"),
+        _all(r"\.attn\.indexer\.wk\.", "indexer projections", n * d * ic, "fp8s4", "fp8"),
+        _all(r"\.attn\.indexer\.weights_proj\.", "indexer projections", n * d * ih, "bf16", "aux"),
+        _all(r"\.attn\.indexer\.k_norm\.", "indexer projections", n * 2 * ic, "bf16"),
+        _all(r"\.ffn\.w[123]\.", "MLP", dense * 3 * d * k.intermediate_size, "fp8s4", "fp8"),
+        _all(r"\.ffn\.gate\.weight", "router", sparse * k.n_routed_experts * d, "bf16", "aux"),
+        _all(r"\.ffn\.gate\.bias", BIAS, sparse * k.n_routed_experts, "fp32"),
+        _all(r"\.ffn\.shared_experts\.", "experts", sparse * k.n_shared_experts * expert, "fp8s4", "fp8"),
         Family(
             ROUTED, "experts", sparse * k.n_routed_experts * expert, sparse * k.num_experts_per_tok * expert,
             "fp8s4", "fp8",
@@ -275,9 +281,9 @@ def _llama(k: LlamaConfig) -> list[Family]:
     d, n, hd = k.hidden_size, k.num_hidden_layers, k.head_dim
     width = k.num_attention_heads * hd
     return [
-        _all("attn.wq, wo", "attention projections", n * 2 * d * width, "bf16", "llm"),
-        _all("attn.wk, wv", "attention projections", n * 2 * d * k.num_key_value_heads * hd, "bf16", "llm"),
-        _all("ffn.w1, w2, w3", "MLP", n * 3 * d * k.intermediate_size, "bf16", "llm"),
-        _all("norms", "norms and sinks", n * 2 * d, "bf16"),
+        _all(r"\.attn\.w[qo]\.", "attention projections", n * 2 * d * width, "bf16", "llm"),
+        _all(r"\.attn\.w[kv]\.", "attention projections", n * 2 * d * k.num_key_value_heads * hd, "bf16", "llm"),
+        _all(r"\.ffn\.w[123]\.", "MLP", n * 3 * d * k.intermediate_size, "bf16", "llm"),
+        _all(NORMS, "norms and sinks", n * 2 * d, "bf16"),
         *_ends(d, k.vocab_size),
     ]

@@ -6,7 +6,7 @@ environment variable DSV4_OPS=reference|blocked|auto chooses for the process (au
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from dsv4.errors import UserError
@@ -18,7 +18,7 @@ from dsv4.ops.spans import Spans
 __all__ = [
     "Spans", "active", "compress", "cross_entropy", "experts", "hyper_maps", "hyper_read", "hyper_write",
     "index_scores", "index_scores_topk", "newton_schulz", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest",
-    "using", "wanted",
+    "using", "wanted", "wrapped",
 ]  # fmt: skip
 
 # Best backend last. Ops with a single form (compress, hyper_read, ...) are linear as they stand.
@@ -55,6 +55,19 @@ def using(backend: str) -> Iterator[None]:
         yield
     finally:
         _wanted = before
+
+
+@contextmanager
+def wrapped(names: Iterable[str], wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
+    """Serve these ops by wrap(name, op) inside the block, for recording and measuring (process-wide)."""
+    before = {name: dict(TABLE[name]) for name in names}
+    try:
+        for name, backends in before.items():
+            TABLE[name].update({backend: wrap(name, op) for backend, op in backends.items()})
+        yield
+    finally:
+        for name, backends in before.items():
+            TABLE[name].update(backends)
 
 
 def _op(name: str) -> Callable:
