@@ -154,8 +154,8 @@ def test_a_tokenizer_larger_than_the_model():
         Engine(small_model(), TOKENIZER)
 
 
-def test_memory_dtype_and_what_a_memory_holds(model):
-    full, half = (Engine(model, TOKENIZER, memory_dtype=d) for d in (None, torch.bfloat16))
+def test_memory_format_and_what_a_memory_holds(model):
+    full, half = (Engine(model, TOKENIZER, memory_format=d) for d in (None, torch.bfloat16))
     a, b = (e.generate([prompt(40)], GREEDY)[0] for e in (full, half))
     assert 0 < b.memory_bytes < a.memory_bytes
     memory = model.new_cache(1, capacity=40, max_rewind=0)

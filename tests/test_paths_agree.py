@@ -458,7 +458,7 @@ def test_bytes_are_what_the_formula_says():
     """Ring of window + max_rewind rows; entries; 2 x 4 (CSA) or 128 (HCA) open rows of value and score in fp32."""
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         config = small_config((0, 4, 128))
-        memory = SequenceMemory(config, dtype=dtype, capacity=1280, max_rewind=10)
+        memory = SequenceMemory(config, format=dtype, capacity=1280, max_rewind=10)
         d, index = config.head_dim, config.index_head_dim
         window = 3 * (128 + 10) * d * size
         csa = 320 * d * size + (8 + 10) * 2 * (2 * d) * 4
@@ -522,10 +522,10 @@ def test_bf16_memory(case):
     model = build(case)
     ids = tokens(model, 200)
     want = whole(model, ids)
-    memory = model.new_cache(dtype=torch.bfloat16)
+    memory = model.new_cache(format=torch.bfloat16)
     one = stream(model, ids, 200, memory)
     assert one.dtype == torch.float32 and 0 < (want - one).abs().mean() < 0.02
-    assert (one - stream(model, ids, 7, model.new_cache(dtype=torch.bfloat16))).abs().mean() < 0.005
+    assert (one - stream(model, ids, 7, model.new_cache(format=torch.bfloat16))).abs().mean() < 0.005
     assert memory.bytes() < stream_bytes(model, 200)
     kept = memory.snapshot()[0]
     assert kept["layers.0.window"].dtype == torch.bfloat16

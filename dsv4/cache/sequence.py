@@ -12,31 +12,44 @@ from torch import Tensor
 
 from dsv4.cache.layer import Entries, LayerMemory, Ring
 from dsv4.config import ModelConfig
-from dsv4.errors import UserError
+from dsv4.errors import UserError, nearest
+from dsv4.ops.formats import NAMES, Packed, v4_rows
 
 Snapshot = dict[str, Tensor]
+_FILL_ROWS = 8192  # rows that `fill` draws at a time
 
 
 class SequenceMemory:
     """What the model remembers of one sequence of `length` tokens.
 
     Raw rows live in rings that hold `max_rewind` rows more than the model reads, which is how far `rewind` can go back.
+    format: how rows are kept, float32, bfloat16, float16 or packed (FP8 rows with a BF16 tail, FP4 index keys); the
+    open rows of compressors are fp32 whatever it is. numbers: the dtype in which packed rows are read.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        dtype: torch.dtype = torch.float32,
+        format: torch.dtype | str = "float32",
         device: torch.device | str = "cpu",
         capacity: int = 0,
         max_rewind: int = 128,
+        numbers: torch.dtype = torch.float32,
     ):
+        self.format = format_name(format)
+        index_width = config.index_head_dim
+        if self.format == "packed" and 4 in config.trunk_ratios and index_width & (index_width - 1):
+            raise UserError(
+                f"index_head_dim={index_width} is not a power of two, so index keys cannot be rotated and packed: "
+                "use format bfloat16 or float32"
+            )
         if max_rewind < 0 or capacity < 0:
             raise UserError(f"capacity={capacity} and max_rewind={max_rewind} must not be negative")
-        self.config, self.max_rewind, self.dtype = config, max_rewind, dtype
+        self.config, self.max_rewind = config, max_rewind
+        formats = v4_rows(config.head_dim, config.qk_rope_head_dim, index_width, self.format, numbers)
         layers = range(config.num_hidden_layers)
-        self.layers = [LayerMemory(config, i, capacity, max_rewind, dtype, torch.device(device)) for i in layers]
+        self.layers = [LayerMemory(config, i, capacity, max_rewind, formats, torch.device(device)) for i in layers]
         self.length = 0
         self.newest = 0  # the rings hold rows of positions up to here, also after a rewind
         self._torn = False
@@ -87,13 +100,31 @@ class SequenceMemory:
         self.length, self.newest, self._torn = length, newest, False
         for name, store, _ in self._stores():
             if isinstance(store, Entries):
-                store.write(snapshot[name], 0)
+                store.write_kept(snapshot[name], 0)
             else:
                 store.data.copy_(snapshot[name])
 
     def bytes(self) -> int:
         """Bytes allocated by all stores."""
-        return sum(store.data.nbytes for _, store, _ in self._stores())
+        return sum(store.data.untyped_storage().nbytes() for _, store, _ in self._stores())
+
+    def fill(self, length: int, generator: torch.Generator | None = None) -> None:
+        """Pretend that `length` tokens were seen: random rows in every store, drawn on the CPU.
+
+        For measuring only: the next token costs what it costs after a real text of that length.
+        """
+        if not 0 <= length <= self.config.max_position_embeddings:
+            raise UserError(
+                f"cannot fill {length} tokens: max_position_embeddings={self.config.max_position_embeddings}"
+            )
+        self.length = self.newest = length
+        self._torn = False
+        for _, store, used in self._stores():
+            width = store.format.width if isinstance(store.format, Packed) else store.format.shape
+            shape = width if isinstance(width, tuple) else (width,)
+            for at in range(0, used, _FILL_ROWS):
+                rows = torch.randn(min(_FILL_ROWS, used - at), *shape, generator=generator, device="cpu")
+                store.write(rows.to(store.data.device), at)
 
     def refuse_torn(self) -> None:
         """UserError if the last call on this memory did not come to its end."""
@@ -128,6 +159,14 @@ class SequenceMemory:
         if set(snapshot) != expected:
             raise UserError(f"snapshot tensor {min(set(snapshot) - expected)} is unknown: {remedy}")
         return length, newest
+
+
+def format_name(format: torch.dtype | str) -> str:
+    """The name of a memory's format, given by it or as a dtype; UserError for an unknown one."""
+    name = format if isinstance(format, str) else str(format).removeprefix("torch.")
+    if name not in NAMES:
+        raise UserError(f"cache format {name!r} is unknown: use one of {', '.join(NAMES)}{nearest(name, NAMES)}")
+    return name
 
 
 class BatchMemory(Sequence[SequenceMemory]):

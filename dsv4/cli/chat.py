@@ -24,13 +24,16 @@ def chat(
     stop: common.Stop = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "float32",
+    cache: common.Cache = "",
 ) -> None:
     """Write a text together with a model, turn by turn.
 
     Example: dsv4 chat runs/demo --temperature 0.8 --max-tokens 60
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
-    session = Session(Engine(*common.open_model(model_folder, device, dtype), max_batch=1))
+    memory_format = common.resolve_cache(cache)
+    engine = Engine(*common.open_model(model_folder, device, dtype), max_batch=1, memory_format=memory_format)
+    session = Session(engine)
     typer.echo(HELLO)
     while (line := _read()) != "/quit":
         if line is None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 from typer import Argument, Option
 
+from dsv4.cache import format_name
 from dsv4.checkpoint import load
 from dsv4.errors import UserError
 from dsv4.model import Transformer
@@ -23,6 +24,7 @@ Seed = Annotated[int | None, Option(help="The same seed draws the same text.")]
 Stop = Annotated[list[str] | None, Option(help="End before this string; repeatable.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="Of the large matrices: float32, bfloat16 or float16.")]
+Cache = Annotated[str, Option(help="Of the memory: packed (FP8 and FP4), float32, bfloat16, float16; default: dtype.")]
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -72,6 +74,11 @@ def resolve_device(name: str) -> torch.device:
     if name not in there and (name != "cuda" or not torch.cuda.is_available()):
         raise UserError(f"device {name!r} is not available: this machine has {', '.join(there)}")
     return torch.device(name)
+
+
+def resolve_cache(name: str) -> str | None:
+    """The format of memories, None for the model's dtype."""
+    return format_name(name) if name else None
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -28,6 +28,7 @@ def generate(
     stop: common.Stop = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "float32",
+    cache: common.Cache = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object when all is done.")] = False,
 ) -> None:
     """Continue one prompt or many.
@@ -41,7 +42,8 @@ def generate(
     texts = [] if prompt is None else [prompt]
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
-    engine = Engine(*common.open_model(model_folder, device, dtype))
+    memory_format = common.resolve_cache(cache)
+    engine = Engine(*common.open_model(model_folder, device, dtype), memory_format=memory_format)
     started = time.perf_counter()
     done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
     seconds = time.perf_counter() - started

@@ -56,6 +56,18 @@ class V32Config:
                 f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts} and be at least "
                 f"topk_group={self.topk_group}"
             )
+        if self.topk_group * (self.n_routed_experts // self.n_group) < self.num_experts_per_tok:
+            raise UserError(
+                f"topk_group={self.topk_group} groups of {self.n_routed_experts // self.n_group} experts are too few "
+                f"for num_experts_per_tok={self.num_experts_per_tok}"
+            )
+        if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.index_head_dim:
+            raise UserError(
+                f"qk_rope_head_dim={self.qk_rope_head_dim} must be even and at most "
+                f"index_head_dim={self.index_head_dim}"
+            )
+        if self.rope_scaling.type not in ("yarn", "default"):
+            raise UserError(f"rope_scaling type {self.rope_scaling.type!r} is unknown: use 'yarn' or 'default'")
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} must be even: channels rotate in pairs")
 
 
 AnyConfig = ModelConfig | V32Config | LlamaConfig

@@ -100,7 +100,7 @@ def _figure(name: str, draw: Callable[[], Any], caption: str) -> str:
     """A matplotlib figure as inline SVG: text stays text, ids are its own, nothing is fetched."""
     import matplotlib
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure = draw()
         text = io.StringIO()
@@ -190,11 +190,13 @@ def _fits(config: AnyConfig, machines: Sequence[hardware.Machine]) -> Any:
     fits = report.what_fits(config, rows, contexts)
     figure, ((axes,),) = _axes(1, 0.38 * len(rows) + 1.2)
     shades = [[float("nan") if n < 0 else min(4.0, len(str(n)) - (n == 0)) for n in row] for row in fits]
-    axes.imshow(shades, cmap="Blues", vmin=0, vmax=6, aspect="auto")
+    axes.pcolormesh(shades, cmap="Blues", vmin=0, vmax=6, edgecolors="white")
     for i, row in enumerate(fits):
         for j, n in enumerate(row):
-            axes.text(j, i, "" if n < 0 else f"{n:,}", ha="center", va="center", fontsize=9)
-    axes.set(xticks=range(len(contexts)), yticks=range(len(rows)), xlabel="context, K tokens")
+            axes.text(j + 0.5, i + 0.5, "" if n < 0 else f"{n:,}", ha="center", va="center", fontsize=9)
+    axes.set(xlabel="context, K tokens", xticks=[j + 0.5 for j in range(len(contexts))])
+    axes.set(yticks=[i + 0.5 for i in range(len(rows))])
+    axes.invert_yaxis()
     axes.set_xticklabels([f"{c // 1024}" for c in contexts])
     axes.set_yticklabels([f"{m.name} ({m.count * m.device.memory:,.0f} GB)" for m in rows])
     return figure

@@ -27,7 +27,7 @@ class Engine:
     A prompt is a text, which gets a bos in front, or token ids, which are taken as they are (none: a bos alone).
 
     max_batch: requests that run at the same time; more wait in line. tokens_per_step: prompts are computed in
-    chunks beside the tokens of running requests, so that no step has more tokens than this. memory_dtype: of the
+    chunks beside the tokens of running requests, so that no step has more tokens than this. memory_format: of the
     caches (default: the model's). max_rewind: how many tokens a Session can go back without computing any again.
     """
 
@@ -38,7 +38,7 @@ class Engine:
         *,
         max_batch: int = 16,
         tokens_per_step: int = 2048,
-        memory_dtype: torch.dtype | None = None,
+        memory_format: torch.dtype | str | None = None,
         max_rewind: int = 0,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -48,7 +48,7 @@ class Engine:
             )
         self.config, self.tokenizer = model.config, tokenizer
         self.scheduler = Scheduler(max_batch, tokens_per_step)
-        self.runner = Runner(model, memory_dtype, max_rewind)
+        self.runner = Runner(model, memory_format, max_rewind)
         self._numbers = count()
         self._news: list[Event] = []  # events that nobody has been given yet
 

@@ -14,8 +14,8 @@ from dsv4.model import Segment, Transformer
 class Runner:
     """Holds the model and makes the memories that it fills."""
 
-    def __init__(self, model: Transformer, memory_dtype: torch.dtype | None, max_rewind: int):
-        self.model, self.memory_dtype, self.max_rewind = model, memory_dtype, max_rewind
+    def __init__(self, model: Transformer, memory_format: torch.dtype | str | None, max_rewind: int):
+        self.model, self.memory_format, self.max_rewind = model, memory_format, max_rewind
 
     @torch.no_grad()
     def run(self, work: Sequence[Work]) -> tuple[list[Request], Tensor]:
@@ -36,4 +36,4 @@ class Runner:
     def _new_memory(self, request: Request) -> SequenceMemory:
         """Room for what is known of the request; it grows with the text."""
         capacity, rewind = len(request.ids), self.max_rewind
-        return self.model.new_cache(1, dtype=self.memory_dtype, capacity=capacity, max_rewind=rewind)[0]
+        return self.model.new_cache(1, format=self.memory_format, capacity=capacity, max_rewind=rewind)[0]

@@ -5,6 +5,8 @@ because keys are also values, the output is rotated back by the query's position
 H heads, D head width, G output groups.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +51,8 @@ class Attention(nn.Module):
         for piece, view, pool, rows in zip(run.pieces, views, pools, chosen, strict=True):
             window = kv_TD[piece.tokens]
             if view is not None:
-                window = torch.cat([view.window.last(piece.history, piece.start), window.to(view.window.data.dtype)])
+                # a query reads its own piece as later ones will: rounded to the memory's format
+                window = torch.cat([view.window.last(piece.history, piece.start), view.window.format.as_read(window)])
                 view.window.write(kv_TD[piece.tokens], piece.start)
             visible = piece.groups[self.ratio].visible if self.ratio else None
             o, _ = ops.sparse_attention(
@@ -61,13 +64,13 @@ class Attention(nn.Module):
 
     def compressed(
         self, x: Tensor, qr: Tensor, run: Run, views: list[LayerMemory | None]
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    ) -> tuple[list[ops.Pool | None], list[Tensor | None]]:
         """For each piece its pool of entries [E, D] and the rows that each token reads (None = all visible)."""
-        nothing: list[Tensor | None] = [None] * len(run.pieces)
+        nothing: list[Any] = [None] * len(run.pieces)
         if self.compressor is None:
             return nothing, nothing
         values, scores = self.compressor.project(x, run)
-        pools: list[Tensor | None] = [
+        pools: list[ops.Pool | None] = [
             self.compressor(values[p.tokens], scores[p.tokens], p, v.attention if v else None, x.dtype)
             for p, v in zip(run.pieces, views, strict=True)
         ]

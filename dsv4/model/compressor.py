@@ -34,7 +34,7 @@ class Compressor(nn.Module):
 
     def forward(
         self, values: Tensor, scores: Tensor, piece: Piece, store: Compressed | None, dtype: torch.dtype
-    ) -> Tensor:
+    ) -> ops.Pool:
         """The pool of entries [existing + new, d] of a piece, from its tokens' rows [n, c*d]; remembers both."""
         groups = piece.groups[self.ratio]
         if store is not None:

@@ -1,7 +1,8 @@
 """Which compressed entries a CSA query reads: small heads score every visible entry, the top k are chosen.
 
 The scores only select; they do not enter the attention softmax, so they carry no gradient. The published model also
-applies a Hadamard rotation to queries and keys: orthogonal, so without the FP4 rounding after it it changes nothing.
+applies a Hadamard rotation to queries and keys: orthogonal, so without the FP4 rounding after it it changes nothing. In
+a packed memory both are there, on keys when they are written and on queries by `as_query`.
 """
 
 import torch
@@ -46,6 +47,9 @@ class Indexer(nn.Module):
         q = rotate(self.wq_b(qr).view(len(x), self.heads, self.width), run.turn["compressed"])
         weights = self.weights_proj(x).float() * (self.width * self.heads) ** -0.5
         return [
-            ops.index_scores_topk(q[p.tokens], weights[p.tokens], k, p.groups[4].visible, self.topk) if want else None
-            for p, k, want in zip(run.pieces, keys, wanted, strict=True)
-        ]
+            ops.index_scores_topk(
+                q[p.tokens] if store is None else store.entries.format.as_query(q[p.tokens]),
+                weights[p.tokens], k, p.groups[4].visible, self.topk,
+            ) if want else None
+            for p, k, store, want in zip(run.pieces, keys, stores, wanted, strict=True)
+        ]  # fmt: skip

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
-from dsv4.config import ModelConfig
+from dsv4.config import ModelConfig, V32Config
 from dsv4.errors import UserError
 from dsv4.model.layers import Linear
 
@@ -88,7 +88,7 @@ def check_hash_table(table: Tensor, config: ModelConfig, name: str) -> None:
 class Experts(nn.Module):
     """All routed experts, stacked: w13 [X, 2, I, M] (gate over up) and w2 [X, M, I]."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig | V32Config, dtype: torch.dtype):
         super().__init__()
         x, i, m = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(x, 2, i, m, dtype=dtype))

@@ -9,16 +9,20 @@ import math
 import torch
 from torch import Tensor
 
-from dsv4.config import LayerKind, ModelConfig
+from dsv4.config import LayerKind, ModelConfig, RopeScaling
 
 
 def frequencies(config: ModelConfig, kind: LayerKind) -> Tensor:
     """Radians per position of each channel pair, fp32 [qk_rope_head_dim / 2]."""
-    dim = config.qk_rope_head_dim
-    base = config.rope_theta if kind == "window" else config.compress_rope_theta
+    if kind == "window":
+        return pair_frequencies(config.qk_rope_head_dim, config.rope_theta)
+    return pair_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling)
+
+
+def pair_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
+    """base^(-2i/dim) radians per position for pair i, fp32 [dim / 2], slowed down as `scaling` says (YaRN)."""
     freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    scaling = config.rope_scaling
-    if kind == "window" or scaling.type == "default":
+    if scaling is None or scaling.type == "default":
         return freq
 
     def pair_that_turns(times: float) -> float:

@@ -91,14 +91,18 @@ class Transformer(nn.Module):
         return F.linear(hidden.float(), self.head.weight.float())
 
     def new_cache(
-        self, batch: int = 1, *, dtype: torch.dtype | None = None, capacity: int = 0, max_rewind: int = 128
+        self, batch: int = 1, format: torch.dtype | str | None = None, *, capacity: int = 0, max_rewind: int = 128
     ) -> BatchMemory:
-        """Empty memories for `batch` rows in `dtype` (default: the model's); `capacity` tokens are preallocated."""
+        """Empty memories for `batch` rows; `capacity` tokens are preallocated.
+
+        format: packed, float32, bfloat16 or float16 (or that dtype); default: the model's dtype.
+        """
         if batch < 1:
             raise UserError(f"batch={batch} must be at least 1")
         return BatchMemory([
             SequenceMemory(
-                self.config, dtype=dtype or self.dtype, device=self.device, capacity=capacity, max_rewind=max_rewind
+                self.config, format=format or self.dtype, device=self.device, capacity=capacity,
+                max_rewind=max_rewind, numbers=self.dtype,
             )
             for _ in range(batch)
         ])  # fmt: skip

@@ -9,17 +9,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from dsv4.errors import UserError
 from dsv4.ops import blocked, reference
+from dsv4.ops.formats import PackedRows
 from dsv4.ops.newton_schulz import newton_schulz
 from dsv4.ops.reference import hyper_read, index_scores, swiglu
 from dsv4.ops.spans import Spans
 
 __all__ = [
-    "Spans", "active", "compress", "cross_entropy", "experts", "hyper_maps", "hyper_read", "hyper_write",
+    "Pool", "Spans", "active", "compress", "cross_entropy", "experts", "hyper_maps", "hyper_read", "hyper_write",
     "index_scores", "index_scores_topk", "newton_schulz", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest",
     "using", "wanted", "wrapped",
 ]  # fmt: skip
+
+Pool = Tensor | PackedRows  # rows that attention reads: as numbers, or packed and unpacked where they are read
 
 # Best backend last. Ops with a single form (compress, hyper_read, ...) are linear as they stand.
 _NAMES = (

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsv4.ops.formats import PackedRows
 from dsv4.ops.reference import hyper_logits
 from dsv4.ops.spans import Spans
 
@@ -37,7 +38,7 @@ def topk_lowest(scores: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor, visible: Spans, k: int) -> Tensor:
+def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, visible: Spans, k: int) -> Tensor:
     """Streaming form: blocks of queries x blocks of keys, merging the best k so far."""
     n, heads, _ = q.shape
     chosen = torch.full((n, k), -1, dtype=torch.int64, device=q.device)
@@ -113,7 +114,7 @@ class _Plan:
         q: Tensor,
         window_kv: Tensor,
         window: Spans,
-        entries: Tensor | None,
+        entries: Tensor | PackedRows | None,
         visible: Spans | None,
         chosen: Tensor | None,
     ):
@@ -123,7 +124,7 @@ class _Plan:
         width = window.longest + (num_entries if chosen is None else min(num_entries, 4 * chosen.shape[1]))
         self.rows = max(1, min(64, _BLOCK_NUMBERS // (heads * max(width, 1))))
 
-    def pieces(self, i: int, j: int, kv: Tensor, entries: Tensor | None) -> list[_Piece]:
+    def pieces(self, i: int, j: int, kv: Tensor, entries: Tensor | PackedRows | None) -> list[_Piece]:
         lo, hi = self.window.union(i, j)
         pieces = [_Piece(kv[lo:hi].to(self.dtype), self.window.hidden(i, j, lo, hi, kv.device), slice(lo, hi))]
         if entries is None:
@@ -136,32 +137,41 @@ class _Plan:
             hidden = self.visible.hidden(i, j, lo, hi, kv.device)
             return [*pieces, _Piece(entries[lo:hi].to(self.dtype), hidden, slice(lo, hi))]
         rows = self.chosen[i:j]
-        if hi - lo <= 4 * rows.shape[1]:  # few entries: one dense product is cheaper than gathering per query
+        # few entries and several queries: one dense product is cheaper than gathering for each
+        if j - i > 1 and hi - lo <= 4 * rows.shape[1]:
             hidden = torch.ones(j - i, hi - lo + 1, dtype=torch.bool, device=kv.device)
             hidden.scatter_(1, torch.where(rows < 0, 0, rows - lo + 1), False)
             return [*pieces, _Piece(entries[lo:hi].to(self.dtype), hidden[:, 1:], slice(lo, hi))]
         return [*pieces, _Piece(entries[rows.clamp_min(0)].to(self.dtype), rows < 0, rows)]
 
 
+def _attend(
+    q: Tensor, window_kv: Tensor, entries: Tensor | PackedRows | None, sink: Tensor, plan: _Plan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Out [n, H, D] and log-sum-exp [n, H] fp32, block by block."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for i, j in plan.window.blocks(plan.rows):
+        pieces = plan.pieces(i, j, window_kv, entries)
+        scores = [piece.scores(q[i:j], scale) for piece in pieces]
+        top = sink.float().expand(j - i, -1)
+        for s in scores:
+            top = torch.maximum(top, s.amax(dim=-1))
+        total = (sink.float() - top).exp()
+        mixed: Tensor | None = None
+        for piece, s in zip(pieces, scores, strict=True):
+            p = s.sub_(top[..., None]).exp_()
+            total = total + p.sum(dim=-1)
+            mixed = piece.mix(p) if mixed is None else mixed + piece.mix(p)
+        assert mixed is not None
+        out[i:j] = (mixed / total[..., None]).to(q.dtype)
+        lse[i:j] = top + total.log()
+    return out, lse
+
+
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, window_kv, entries, sink, plan: _Plan, scale: float):
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        for i, j in plan.window.blocks(plan.rows):
-            pieces = plan.pieces(i, j, window_kv, entries)
-            scores = [piece.scores(q[i:j], scale) for piece in pieces]
-            top = sink.float().expand(j - i, -1)
-            for s in scores:
-                top = torch.maximum(top, s.amax(dim=-1))
-            total = (sink.float() - top).exp()
-            mixed: Tensor | None = None
-            for piece, s in zip(pieces, scores, strict=True):
-                p = s.sub_(top[..., None]).exp_()
-                total = total + p.sum(dim=-1)
-                mixed = piece.mix(p) if mixed is None else mixed + piece.mix(p)
-            assert mixed is not None
-            out[i:j] = (mixed / total[..., None]).to(q.dtype)
-            lse[i:j] = top + total.log()
+        out, lse = _attend(q, window_kv, entries, sink, plan, scale)
         ctx.save_for_backward(q, window_kv, entries, sink, out, lse)
         ctx.plan, ctx.scale = plan, scale
         ctx.mark_non_differentiable(lse)
@@ -201,7 +211,7 @@ def sparse_attention(
     q: Tensor,
     window_kv: Tensor,
     window: Spans,
-    entries: Tensor | None,
+    entries: Tensor | PackedRows | None,
     visible: Spans | None,
     chosen: Tensor | None,
     sink: Tensor,
@@ -211,6 +221,8 @@ def sparse_attention(
     if entries is not None and not len(entries):
         entries = None
     plan = _Plan(q, window_kv, window, entries, visible, chosen)
+    if isinstance(entries, PackedRows):  # a memory, so there is no gradient
+        return _attend(q, window_kv, entries, sink, plan, scale)
     return _SparseAttention.apply(q, window_kv, entries, sink, plan, scale)  # type: ignore[return-value]
 
 

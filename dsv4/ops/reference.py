@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv4.ops.formats import PackedRows
 from dsv4.ops.spans import Spans
 
 NEG_INF = float("-inf")
@@ -27,14 +28,14 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     return torch.einsum("nh,nhe->ne", weights.float(), scores)
 
 
-def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor, visible: Spans, k: int) -> Tensor:
+def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, visible: Spans, k: int) -> Tensor:
     """Which entries each query reads: int64 [n, k] pool rows in ascending order, -1 (first) where fewer are visible.
 
     q [n, Hi, Di], weights [n, Hi], keys [E, Di]. Order of choice: score, then lowest row. Not differentiable: the
     choice carries no gradient (the indexer has a loss of its own).
     """
     with torch.no_grad():
-        scores = index_scores(q, weights, keys) + 0.0  # -0.0 becomes 0.0, so that the two tie
+        scores = index_scores(q, weights, keys[:]) + 0.0  # -0.0 becomes 0.0, so that the two tie
         if not len(keys):
             return torch.full((len(q), k), -1, device=q.device)
         hidden = visible.hidden(0, len(q), 0, len(keys), q.device)
@@ -51,7 +52,7 @@ def sparse_attention(
     q: Tensor,
     window_kv: Tensor,
     window: Spans,
-    entries: Tensor | None,
+    entries: Tensor | PackedRows | None,
     visible: Spans | None,
     chosen: Tensor | None,
     sink: Tensor,
@@ -72,7 +73,7 @@ def sparse_attention(
         else:
             assert visible is not None
             masks.append(visible.hidden(0, len(q), 0, len(entries), q.device))
-        keys.append(entries)
+        keys.append(entries[:])
     key = torch.cat(keys).float()
     scores = torch.einsum("nhd,kd->nhk", q.float(), key) * scale
     scores = scores.masked_fill(torch.cat(masks, dim=1)[:, None], NEG_INF)

@@ -1,0 +1,365 @@
+"""The models that V4 is compared with, against transformers 5.23's `deepseek_v32` and `llama` as an oracle: the same
+random weights in fp32 give the same logits and gradients.
+
+Failures caught here: anything in which these models are not V3.2 and Llama; chunks that change a number; a memory that
+allocates other bytes than its rows, or reads new rows otherwise than old ones; memory that grows with the square of the
+length.
+Ties are kept out (their order is not defined there): 32 index heads.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import differ
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv4.config import LlamaConfig, RopeScaling, V32Config
+from dsv4.cost import kv_bytes, params
+from dsv4.errors import UserError
+from dsv4.model import dense, v32
+from dsv4.model.control_memory import FORMATS
+from dsv4.model.controls import ControlTransformer, DenseTransformer, V32Transformer
+from dsv4.model.rope import rotate
+from dsv4.ops import blocked
+
+LOGITS = 5e-5  # the largest absolute difference allowed; logits reach about 6
+GRADIENTS = 1e-4  # of the largest entry of each gradient
+SMALL = dict(
+    vocab_size=131, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, q_lora_rank=40, kv_lora_rank=48,
+    qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20, index_n_heads=32, index_head_dim=32,
+    intermediate_size=80, moe_intermediate_size=40, n_routed_experts=16, num_experts_per_tok=4,
+    max_position_embeddings=4096,
+)  # fmt: skip
+V32: dict[str, V32Config] = {
+    # YaRN that acts on most pairs at these lengths; one dense layer, two with groups of experts
+    "YaRN": V32Config(
+        **SMALL, index_topk=12, first_k_dense_replace=1, n_group=4, topk_group=2,
+        rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64),
+    ),
+    # no scaling, two dense layers, one group, more rows read
+    "default": V32Config(
+        **SMALL, index_topk=33, first_k_dense_replace=2, n_group=1, topk_group=1, rope_scaling=RopeScaling("default"),
+    ),
+}  # fmt: skip
+LLAMA = LlamaConfig(
+    vocab_size=131, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=20,
+    intermediate_size=80, max_position_embeddings=4096,
+)  # fmt: skip
+CASES = [*V32, "llama"]
+
+# transformers' name of a tensor -> ours, part by part
+NAMES = {
+    "model.": "", "embed_tokens": "embed", "lm_head": "head", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn": "attn", "q_a_proj": "wq_a", "q_a_layernorm": "q_norm",
+    "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a", "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b",
+    "o_proj": "wo", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "mlp": "ffn", "experts.gate_up_proj": "experts.w13",
+    "experts.down_proj": "experts.w2", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
+    "e_score_correction_bias": "bias",
+}  # fmt: skip
+
+
+def our_name(name: str) -> str:
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def make_peer(case: str) -> Any:
+    """transformers' model with random weights large enough for a mistake to show."""
+    torch.manual_seed(0)
+    if case == "llama":
+        peer = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **vars(LLAMA),
+                tie_word_embeddings=False,
+                rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            )
+        )
+    else:
+        c = V32[case]
+        scaling: dict[str, Any] = {"rope_type": c.rope_scaling.type, "rope_theta": c.rope_theta}
+        if c.rope_scaling.type == "yarn":
+            scaling |= {**vars(c.rope_scaling), "mscale": 1.0, "mscale_all_dim": 1.0}
+        fields = {k: v for k, v in vars(c).items() if k not in ("rope_scaling", "rope_theta")}
+        peer = transformers.DeepseekV32ForCausalLM(
+            transformers.DeepseekV32Config(
+                **fields,
+                num_key_value_heads=c.num_attention_heads,
+                rope_parameters=scaling,
+                attn_implementation="eager",
+            )
+        )
+        assert peer.model.rotary_emb.attention_scaling == 1.0, "equal mscales leave the amplitude of cos and sin alone"
+    with torch.no_grad():
+        for name, p in peer.named_parameters():
+            p.copy_(1 + 0.1 * torch.randn_like(p)) if name.endswith("norm.weight") else p.normal_(0, 0.1)
+        for name, b in peer.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                b.normal_(0, 0.2)
+    return peer.eval()
+
+
+@torch.no_grad()
+def with_its_weights(model: ControlTransformer, peer: Any) -> ControlTransformer:
+    own = model.state_dict()
+    given = {our_name(n): t for n, t in peer.state_dict().items()}
+    assert own.keys() == given.keys()
+    for name, tensor in own.items():
+        tensor.copy_(given[name].view_as(tensor))
+    return model
+
+
+def build(case: str, dtype: torch.dtype = torch.float32) -> ControlTransformer:
+    return DenseTransformer(LLAMA, dtype) if case == "llama" else V32Transformer(V32[case], dtype)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request) -> tuple[Any, ControlTransformer]:
+    peer = make_peer(request.param)
+    return peer, with_its_weights(build(request.param), peer)
+
+
+@pytest.fixture(params=CASES)
+def model(request) -> ControlTransformer:
+    return with_its_weights(build(request.param), make_peer(request.param))
+
+
+def ids_of(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, SMALL["vocab_size"], (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def theirs(peer: Any, ids: Tensor) -> Tensor:
+    return peer(ids[None], use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def stream(model: ControlTransformer, ids: Tensor, chunk: int, memory=None) -> Tensor:
+    memory = model.new_cache() if memory is None else memory
+    return torch.cat([model(part, memory) for part in ids.split(chunk)])
+
+
+# --- logits and gradients --------------------------------------------------------------------------------------------
+
+
+def test_logits_at_every_length(pair):
+    """One call; rows are chosen from position 12 or 33 on."""
+    peer, model = pair
+    ids = ids_of(201)
+    for length in (1, 2, 3, 11, 12, 13, 14, 25, 32, 33, 34, 35, 67, 128, 201):
+        want = theirs(peer, ids[:length])
+        assert want.std() > 0.5, "weights too small to prove anything"
+        with torch.no_grad():
+            assert differ(want, model(ids[:length])) < LOGITS, f"length {length}"
+            assert differ(want[-1:], model(ids[:length], last=True)) < LOGITS, f"length {length}"
+
+
+def test_logits_in_chunks_and_token_by_token(pair):
+    peer, model = pair
+    ids = ids_of(201, seed=1)
+    want = theirs(peer, ids)
+    for chunk in (1, 7, 12, 33, 64, 201):
+        assert differ(want, stream(model, ids, chunk)) < LOGITS, f"chunks of {chunk}"
+    uneven = torch.cat([stream(model, ids[:20], 20, m := model.new_cache(capacity=64)), stream(model, ids[20:], 50, m)])
+    assert differ(want, uneven) < LOGITS, "beyond its capacity a memory grows"
+
+
+def test_gradients(pair):
+    """Every parameter that transformers trains; the indexer's have no gradient, neither there nor here."""
+    peer, model = pair
+    ids = ids_of(80, seed=2)
+    direction = torch.randn(80, SMALL["vocab_size"], generator=torch.Generator().manual_seed(1))
+    (peer(ids[None], use_cache=False).logits[0] * direction).sum().backward()
+    (model(ids) * direction).sum().backward()
+    own = dict(model.named_parameters())
+    untrained = []
+    for name, p in peer.named_parameters():
+        mine = own.pop(our_name(name))
+        if p.grad is None:
+            untrained.append(name)
+            assert mine.grad is None, name
+            continue
+        assert mine.grad is not None, name
+        largest = p.grad.abs().max().item()
+        assert largest > 0, name
+        assert differ(p.grad.view_as(mine) / largest, mine.grad / largest) <= GRADIENTS, name
+    assert not own and all(".indexer." in name for name in untrained)
+    peer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
+
+
+# --- mistakes that are easily made -----------------------------------------------------------------------------------
+
+
+def rotate_last_halves(x: Tensor, turn: Tensor) -> Tensor:
+    start = x.shape[-1] - 2 * turn.shape[-1]
+    return torch.cat([x[..., :start], dense.rotate_halves(x[..., start:], turn)], dim=-1)
+
+
+def rotate_first_pairs(x: Tensor, turn: Tensor) -> Tensor:
+    stop = 2 * turn.shape[-1]
+    return torch.cat([rotate(x[..., :stop], turn), x[..., stop:]], dim=-1)
+
+
+def each(attribute: str, value: Any):
+    """Sets an attribute on every module that has it."""
+
+    def flip(model, patch):
+        found = [m for m in model.modules() if hasattr(m, attribute)]
+        assert found
+        for m in found:
+            patch.setattr(m, attribute, value(m) if callable(value) else value)
+
+    return flip
+
+
+def replaced(module, name: str, value: Any):
+    return lambda model, patch: patch.setattr(module, name, value)
+
+
+def biased_weights(model, patch):
+    """The selection bias enters the experts' weights."""
+    for m in model.modules():
+        if isinstance(m, v32.GroupedGate):
+
+            def forward(x, m=m, right=m.forward):
+                chosen, weights = right(x)
+                weights = ((x @ m.weight.T).sigmoid() + m.bias).gather(1, chosen)
+                return chosen, weights / weights.sum(dim=1, keepdim=True) * m.scale
+
+            patch.setattr(m, "forward", forward)
+
+
+def without_mscale(model, patch):
+    for m in model.modules():
+        if isinstance(m, v32.LatentAttention):
+            patch.setattr(m, "scale", (m.nope + model.config.qk_rope_head_dim) ** -0.5)
+
+
+def one_row_more(model, patch):
+    for m in model.modules():
+        if isinstance(m, v32.TokenIndexer):
+            patch.setattr(m, "topk", m.topk + 1)
+
+
+MISTAKES = {
+    "main attention rotates halves": replaced(v32, "rotate", rotate_last_halves),
+    "indexer rotates pairs": replaced(v32, "rotate_halves", rotate_first_pairs),
+    "indexer rotates its last channels": replaced(v32, "rotate_halves", rotate_last_halves),
+    "mscale omitted": without_mscale,
+    "one row too many": one_row_more,
+    "groups of experts ignored": each("topk_group", lambda m: m.groups),
+    "selection bias in the weights": biased_weights,
+    "weights not scaled": lambda model, patch: [
+        patch.setattr(m, "scale", 1.0) for m in model.modules() if isinstance(m, v32.GroupedGate)
+    ],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_its_weights(build("YaRN"), make_peer("YaRN"))
+    ids = ids_of(120, seed=3)
+    with torch.no_grad():
+        right = model(ids)
+        MISTAKES[mistake](model, monkeypatch)
+        assert differ(right, model(ids)) > 1e-3
+
+
+# --- sizes, memory ---------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_the_released_models() -> None:
+    with torch.device("meta"):
+        sizes = V32Transformer(V32Config()).num_parameters(), DenseTransformer(LlamaConfig()).num_parameters()
+    assert sizes == (671_877_929_216, 405_853_388_800)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_belongs_to_one_family_of_its_size(case: str) -> None:
+    """dsv4/cost counts these models family by family; routing biases are buffers."""
+    config = LLAMA if case == "llama" else V32[case]
+    with torch.device("meta"):
+        tensors = dict(build(case).state_dict())
+    found = params.families(config)
+    sizes = dict.fromkeys((f.name for f in found), 0)
+    for name, tensor in tensors.items():
+        (family,) = [f for f in found if f.matches(name)]
+        sizes[family.name] += tensor.numel()
+    assert sizes == {f.name: f.count for f in found}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("capacity", [0, 1, 63, 200])
+def test_bytes_of_a_memory(case: str, capacity: int) -> None:
+    """As many rows as tokens, in every format, to the byte what dsv4/cost counts."""
+    model = build(case)
+    for format in FORMATS[type(model.config)]:
+        memory = model.new_cache(format, capacity)
+        known = "published" if format == "packed" else format
+        assert memory.bytes() == sum(kv_bytes.held(model.config, capacity, known).values())
+        memory.fill(capacity)
+        assert memory.length == capacity and model(ids_of(3), memory).isfinite().all()
+
+
+def test_a_packed_memory_is_near_an_exact_one_and_the_same_for_every_chunk() -> None:
+    """FP8 rows move logits by some percent of their spread; chunks differ where a last bit crosses a border."""
+    config = replace(V32["default"], index_topk=512)  # all rows are read: a choice that falls otherwise would hide this
+    model = V32Transformer(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1 if name.endswith("norm.weight") else 0, 0.1)
+    ids = ids_of(150)
+    exact, one = (stream(model, ids, 50, model.new_cache(f)) for f in ("float32", "packed"))
+    assert 0 < (exact - one).abs().mean() < 0.1 * exact.std()
+    for chunk in (1, 7, 150):
+        assert (one - stream(model, ids, chunk, model.new_cache("packed"))).abs().mean() < 2e-3
+    chosen = V32Transformer(replace(config, index_topk=40))
+    chosen.load_state_dict(model.state_dict())
+    assert stream(chosen, ids, 50, chosen.new_cache("packed")).isfinite().all()
+
+
+def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of tokens x tokens in forward or backward."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, Tensor):
+                    self.numbers = max(self.numbers, t.numel())
+            return out
+
+    for case in ("YaRN", "llama"):
+        config = replace(LLAMA if case == "llama" else V32[case], max_position_embeddings=1 << 15)
+        model: ControlTransformer = DenseTransformer(config) if case == "llama" else V32Transformer(config)
+        length = 4096
+        for blocks in (dense, blocked):
+            monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 1 << 19)
+        with Largest() as seen:
+            model(ids_of(length)).sum().backward()
+        assert seen.numbers < length**2 / 4, case
+
+
+def test_wrong_use() -> None:
+    model = build("default")
+    other = replace(V32["default"], index_head_dim=24)
+    for part, call in {
+        "non-empty integer tensor": lambda: model(torch.zeros(2, 3, dtype=torch.int64)),
+        "token id 131": lambda: model(torch.tensor([131])),
+        "5000 tokens do not fit": lambda: model(ids_of(5000)),
+        "another configuration": lambda: model(ids_of(3), build("YaRN").new_cache()),
+        "cache format 'int8'": lambda: model.new_cache("int8"),
+        "not a power of two": lambda: V32Transformer(other).new_cache("packed"),
+        "must not be negative": lambda: model.new_cache(capacity=-1),
+        "too few": lambda: replace(V32["default"], n_group=16, topk_group=1),
+        "must divide": lambda: replace(V32["default"], n_group=5),
+    }.items():
+        with pytest.raises(UserError, match=part):
+            call()

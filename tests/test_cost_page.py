@@ -1,0 +1,178 @@
+"""Failures caught here: a page of `dsv4 cost --html` that fetches something, runs something, or has plots that are not
+drawn in a real browser; tables that lose a figure; a wrong question on the command line without a one-sentence answer.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dsv4.cli import app
+from dsv4.cli.cost_tables import bytes_, flops, tokens
+from dsv4.config import ModelConfig
+from dsv4.errors import UserError
+
+# Measures what was drawn: each figure's place, its visible shapes and its words; and what was fetched.
+PROBE = """<script>
+const figures = [...document.querySelectorAll('figure')].map(f => {
+  const box = f.querySelector('svg').getBoundingClientRect();
+  const seen = e => { const b = e.getBoundingClientRect(); return b.width * b.height > 0; };
+  return {id: f.id, x: box.x, y: box.y + scrollY, width: box.width, height: box.height,
+          shapes: [...f.querySelectorAll('path, use')].filter(seen).length,
+          words: [...f.querySelectorAll('text')].filter(seen).map(t => t.textContent)};
+});
+document.body.dataset.found = JSON.stringify(
+  {figures, fetched: performance.getEntriesByType('resource').map(r => r.name), height: document.body.scrollHeight});
+</script></body>"""
+BLUE, ORANGE = (47, 95, 208), (208, 117, 47)  # Pro and Flash
+
+
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        assert not os.environ.get("CI"), "CI has to open the page in a browser: install chromium"
+        pytest.skip("no Chromium on this machine; on Debian: apt install chromium")
+    return found
+
+
+def chromium(*arguments: str, folder: Path) -> str:
+    """A headless run without network (no name resolves), in a profile of its own."""
+    command = [
+        browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "cost.html"
+    result = CliRunner().invoke(app, ["cost", "--html", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_the_page_holds_everything_itself(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text and "@import" not in text and "<link" not in text
+    named = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]*)', text)
+    assert named and all(place.startswith("#") for place in named)
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids)), "figures share a page, so their ids must differ"
+
+
+def test_the_plots_are_drawn_in_a_browser(page: Path) -> None:
+    probed = page.with_name("probed.html")
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
+    dom = chromium("--dump-dom", "--window-size=1100,900", f"file://{probed}", folder=page.parent)
+    attribute = re.search(r'data-found="([^"]*)"', dom)
+    assert attribute, "the page did not load"
+    found = json.loads(attribute[1].replace("&quot;", '"'))
+    assert found["fetched"] == []
+    figures = {f["id"]: f for f in found["figures"]}
+    assert list(figures) == ["against-context", "components", "causes", "fits-0", "fits-1"]
+    words = {
+        "against-context": ["v3.2", "pro", "flash", "1000"], "components": ["319.5", "1,196.7", "core: hca", "50.4"],
+        "causes": ["2.19x", "1.82x", "3.96x"], "fits-0": ["31", "h200x8 (1,128 GB)"], "fits-1": ["232"],
+    }  # fmt: skip
+    for name, figure in figures.items():
+        assert figure["width"] > 500 and figure["height"] > 150 and figure["shapes"] > 9, figure
+        assert set(words[name]) <= set(figure["words"]), name
+
+    picture = page.with_name("page.png")
+    size = f"--window-size=1100,{found['height'] + 100}"
+    chromium(f"--screenshot={picture}", size, f"file://{page}", folder=page.parent)
+    pixels = (255 * matplotlib.image.imread(picture)[..., :3]).round().astype(int)
+    for name, colours in {"against-context": (BLUE, ORANGE), "components": (BLUE,), "causes": (BLUE, ORANGE)}.items():
+        f = figures[name]
+        part = pixels[int(f["y"]) : int(f["y"] + f["height"]), int(f["x"]) : int(f["x"] + f["width"])]
+        for colour in colours:
+            drawn = (np.abs(part - np.array(colour)).max(axis=-1) < 12).sum()
+            assert drawn > 300, f"{name}: {drawn} pixels of {colour}"
+
+
+def cost(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["cost", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def counted(*arguments: str) -> dict:
+    return json.loads(cost(*arguments, "--json"))["model"]
+
+
+def test_tables_of_the_comparison() -> None:
+    said = cost()
+    for figure in ("1,572,997,179,491", "26.7%", "10.1%", "319.5 G", "5.3 GB", "10.48%", "257K", "2.19 / 2.91 / 1.60"):
+        assert figure in said, figure
+
+
+def test_json_of_a_model() -> None:
+    model = counted("flash", "--context", "4k,1m", "--hardware", "h200x8,mi355x8", "--batch", "4")
+    assert [c["context"] for c in model["contexts"]] == [4096, 1 << 20]
+    at = model["contexts"][1]
+    assert at["cache_bytes"] == sum(at["cache_by_part"].values()) == 3_700_378_624
+    assert at["decode_flops_weighted"] == 120_714_690_560
+    assert [m["machine"] for m in at["machines"]] == ["h200x8", "mi355x8"] and at["machines"][0]["sequences"] == 232
+    exact, paged = (counted("flash", "--context", "1000", "--page", n)["contexts"][0] for n in ("1", "256"))
+    assert paged["cache_bytes"] > exact["cache_bytes"]
+
+
+def test_own_weights_and_formats() -> None:
+    raw = counted("pro", "--context", "1m", "--scheme", "a")
+    own = counted("pro", "--context", "1m", "--scheme", "core=1,idx4=1")
+    assert raw["contexts"][0]["decode_flops_weighted"] == own["contexts"][0]["decode_flops_weighted"]
+    wide = counted("pro", "--context", "1m", "--dtype", "bfloat16")
+    assert wide["row_bytes"] == {"attention row": 1024, "index key": 256}
+    assert wide["active_bytes_per_token"] > 2 * raw["active_bytes_per_token"]
+
+
+def test_a_config_file_and_a_folder(tmp_path: Path) -> None:
+    small = ModelConfig.preset("small")
+    (tmp_path / "config.json").write_text(json.dumps(small.to_json()))
+    page = tmp_path / "small.html"
+    for source in (tmp_path, tmp_path / "config.json"):
+        out = counted(str(source), "--context", "4k", "--html", str(page))
+        assert out["parameters"] == counted("small")["parameters"]
+    assert "fits-0" in page.read_text() and "fits-1" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["prro"], "did you mean 'pro'"),
+        (["pro", "--context", "2m"], "beyond max_position_embeddings=1,048,576"),
+        (["--context", "1025k"], "beyond max_position_embeddings=1,048,576"),
+        (["pro", "--context", "4q"], "context '4q' is not a number of tokens"),
+        (["pro", "--context", "0"], "is not a number of tokens"),
+        (["pro", "--hardware", "h2000x8"], "did you mean 'h200'"),
+        (["pro", "--hardware", ""], "names no machine"),
+        (["pro", "--dtype", "int3"], "cache format 'int3' is unknown"),
+        (["pro", "--scheme", "Q"], "scheme 'Q' is unknown"),
+        (["pro", "--scheme", "core=much"], "is not kind=number"),
+        (["pro", "--batch", "0"], "batch=0 must be at least 1"),
+        (["--batch", "4"], "needs a model"),
+        (["gpt2.json"], "model_type 'gpt2' is not V4-like"),
+        (["empty"], "holds neither config.json nor checkpoints"),
+    ],
+)
+def test_wrong_questions_get_one_sentence(arguments: list[str], sentence: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2.json").write_text('{"model_type": "gpt2", "n_layer": 12}')
+    Path("empty").mkdir()
+    result = CliRunner().invoke(app, ["cost", *arguments])
+    assert isinstance(result.exception, UserError) and sentence in str(result.exception), result.output
+    assert "\n" not in str(result.exception) and result.output == ""
+
+
+def test_units() -> None:
+    assert [tokens(n) for n in (4096, 1 << 20, 1000, 3 << 19, None)] == ["4K", "1M", "1,000", "1.5M", "never"]
+    assert [bytes_(n) for n in (12, 4096, 5_299_115_008, 999_900_000)] == ["12 B", "4.1 kB", "5.3 GB", "1,000 MB"]
+    assert flops(319491407872) == "319.5 G"
