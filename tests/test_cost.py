@@ -2,6 +2,9 @@
 falls when the context grows; a format that changes what it should not; a wrong question answered instead of refused.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -489,3 +492,49 @@ def test_a_config_of_a_control_is_read() -> None:
     v32 = {f: getattr(CONTROLS["v3.2"], f) for f in CONTROLS["v3.2"].__dataclass_fields__ if f != "rope_scaling"}
     assert read_any({"model_type": "deepseek_v32", **v32, "rope_scaling": {"type": "yarn"}}) == CONTROLS["v3.2"]
     assert read_any(ModelConfig.preset("pro").to_json()) == MODELS["pro"]
+
+
+# --- the numbers of docs/cost.md -------------------------------------------------------------------------------------
+
+
+def test_the_worked_numbers_are_those_of_the_code() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    flat = re.sub(r"\s+", " ", text)
+    pro, flash = compare.targets().values()
+    v32 = CONTROLS["v3.2"]
+    said: list[str] = []
+    for config in MODELS.values():
+        p = parameters(config)
+        total = p["total"]
+        said.append(f"| {total:,} | {total + p['routing_biases']:,} | {p['active']:,} |")
+    elements, size = on_file(pro)
+    said += [f"{elements:,} elements and {size / 2**30:.2f} GiB"]
+    said += [f"{active_bytes(pro):,} bytes of weights, one of V3.2 {active_bytes(v32):,}"]
+    at = {name: f"{flops / 1e9:.2f} G" for name, flops in flops_by_component(pro, MILLION).items()}
+    said += [f"{c} {at[c]}" for c in ("attention projections", "compressor", "indexer projections", "router", "head")]
+    said += [f"{c} {at[c]}" for c in ("experts", "hyper-connections", "indexer scores")]
+    said += [f"core of CSA layers {at['core: csa']}", f"core of HCA layers {at['core: hca']}"]
+    for name, config in (("V4-Pro", pro), ("V4-Flash", flash)):
+        weights, raw = (weighted(decode(config, MILLION), s) / 1e9 for s in "CA")
+        shares = [100 * compare.flops_share(config, MILLION, s) for s in "CA"]
+        report = {"V4-Pro": 27, "V4-Flash": 10}[name]
+        said += [f"| {name} | {weights:.2f} G | {shares[0]:.2f}% | {report}% | {raw:.2f} G | {shares[1]:.2f}% |"]
+    weights, raw = (weighted(decode(v32, MILLION), s) / 1e9 for s in "CA")
+    said += [f"| V3.2 | {weights:.2f} G | | | {raw:.2f} G |"]
+    fit = compare.free_fit(MILLION, "C")
+    said += [f"gives {fit['idx4'][0]:.2f} and {fit['core'][0]:.2f} at 1M"]
+    said += ["({:.2f}% and {:.2f}%)".format(*(c.counted for c in compare.claims(1_000_000)[:2]))]
+    held = [f"{sum(kv_bytes.held(c, MILLION).values()):,}" for c in (pro, flash, v32)]
+    said += [f"| {' | '.join(held)} |"]
+    for shares, title in ((flops_causes, "FLOPs"), (cache_causes, "cache")):
+        rows = zip(shares(pro).values(), shares(flash).values(), strict=True)
+        for both in rows:
+            cells = (f"{s.shapley:.2f} / {s.alone:.2f} / {s.last:.2f}" for s in both)
+            said += [f"| {' | '.join(cells)} |"]
+        assert title in text
+    for name, config in (("V3.2", v32), ("V4-Pro", pro), ("V4-Flash", flash)):
+        said += [f"{name} {1e3 * hardware.step(config, hardware.machine('h200'), MILLION).seconds:.2f} ms"]
+    other = compare.hybrids()
+    said += [f"would need {other['all CSA'][0]:.1f}% of V3.2's FLOPs instead of {other['as released'][0]:.1f}%"]
+    missing = [s for s in said if s not in flat]
+    assert not missing, missing
