@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and what its sentences are made with."""
+"""The exceptions that mean "the user can mend this", and what their sentences are made with."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,16 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Wrong use: its message is one sentence naming the value, the rule and the remedy.
 
-    The command line prints the message alone and exits with code 2; anything else is a failure of ours.
+    The command line prints the message alone and exits with `exit_code`; anything else is a failure of ours.
     """
+
+    exit_code = 2
+
+
+class FileError(UserError):
+    """The machine said no to a file operation (disk full, read-only, deleted meanwhile): path, reason, remedy."""
+
+    exit_code = 1
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
