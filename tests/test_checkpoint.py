@@ -1,9 +1,14 @@
-"""Failures caught here: a tensor that is lost, doubled, renamed or cast on the way to a file and back; a damaged or
-foreign folder that loads; a save that fails half way and takes the old checkpoint with it.
+"""Failures caught here: a tensor that is lost, doubled, renamed or cast on the way to a file and back; a damaged,
+changed or foreign folder that loads, or one from the wild that does not; a save that fails or dies half way and leaves
+a folder that loads to something else; a traceback where the machine says no.
 """
 
 import json
+import logging
+import os
+import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,9 +18,10 @@ from models import randomise, small_config, small_model, tokens
 from safetensors.torch import load_file, save_file
 
 import dsv4
-from dsv4.checkpoint import load, read_config, save, write_atomically
+from dsv4.checkpoint import load, read_config, resolve_checkpoint, save, write_tensors
 from dsv4.checkpoint.names import LAYOUTS, file_names, layout_of
-from dsv4.errors import UserError
+from dsv4.errors import FileError, UserError
+from dsv4.files import DIGESTS, write_digests
 from dsv4.model import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -109,14 +115,38 @@ def test_saving_again_leaves_nothing_of_the_old(model, tmp_path):
         assert same_weights(model, load(tmp_path))
 
 
+FP32 = ("norm.weight", "attn_sink", "ape", "gate.weight", "gate.bias", "compressor.wkv.weight",
+        "compressor.wgate.weight")  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cast_leaves_in_fp32_what_a_narrow_model_holds_in_fp32(model, tmp_path, layout):
+    """Sinks, positional biases, hyper-connections, router: all were cast, and came back as something else."""
+    save(model, tmp_path, layout=layout, dtype=torch.bfloat16)
+    for name, t in load_file(tmp_path / WEIGHTS).items():
+        wide = name.endswith(FP32) or "hc_" in name
+        want = torch.int64 if name.endswith("tid2eid") else torch.float32 if wide else torch.bfloat16
+        assert t.dtype == want, name
+    back = load(tmp_path, dtype="bfloat16")
+    save(model, tmp_path / "wide", layout=layout)
+    assert same_weights(back, load(tmp_path / "wide", dtype="bfloat16")), "a cast on the way out is that on the way in"
+
+
+def test_balance_steps_survive_a_cast(tmp_path):
+    """The router's bias moves by 1e-3 a step: in bf16 a bias of 1 would stay where it is."""
+    model = small_model((4,), num_hash_layers=0)
+    bias = model.layers[0].ffn.gate.bias
+    bias.copy_(1 + 1e-3 * torch.arange(len(bias)))
+    save(model, tmp_path, dtype="bfloat16")
+    assert torch.equal(load(tmp_path, dtype="bfloat16").layers[0].ffn.gate.bias, bias)
+
+
 def test_dtypes(model, tmp_path):
-    """A cast on the way out touches floating-point tensors only; on the way in, the large matrices only."""
+    """A cast touches the large matrices only, on the way out and on the way in."""
     save(model, tmp_path, dtype=torch.bfloat16)
-    tensors = load_file(tmp_path / WEIGHTS)
-    assert {t.dtype for t in tensors.values()} == {torch.bfloat16, torch.int64}
-    assert {name for name, t in tensors.items() if t.dtype == torch.int64} == {"layers.0.ffn.gate.tid2eid"}
     wide, narrow = load(tmp_path), load(tmp_path, dtype="bfloat16")
     assert wide.embed.weight.dtype == torch.float32 and narrow.embed.weight.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["torch_dtype"] == "bfloat16"
     assert narrow.norm.weight.dtype == narrow.layers[1].attn.compressor.ape.dtype == torch.float32
     assert torch.equal(wide.embed.weight, narrow.embed.weight.float())
     assert torch.equal(wide.embed.weight, model.embed.weight.bfloat16().float())
@@ -307,7 +337,8 @@ def test_quantised_tensors(folder):
 
 
 def test_folders_that_hold_no_checkpoint(model, tmp_path):
-    refused(tmp_path / "nowhere", "cannot read the configuration")
+    refused(tmp_path / "nowhere", "does not exist: give the folder")
+    refused(tmp_path, "holds neither config.json nor checkpoints/latest")
     save(model, tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "pytorch_model.bin")
     refused(tmp_path, "holds no .safetensors file")
@@ -316,9 +347,14 @@ def test_folders_that_hold_no_checkpoint(model, tmp_path):
 def test_a_shard_or_the_index_is_gone_or_damaged(model, tmp_path):
     save(model, tmp_path, max_shard_bytes=100_000)
     index = (tmp_path / INDEX).read_text(encoding="utf-8")
-    for damaged in (index[: len(index) // 2], "[]", "{}", '{"weight_map": 3}', ""):
+    places = (3, ["model.safetensors"], "../x.safetensors", "/x.safetensors", "config.json")
+    maps = (3, None, [], *({"norm.weight": place} for place in places))
+    damages = [index[: len(index) // 2], "[]", "{}", "", "[" * 200_000, '{"weight_map":' * 200_000]
+    for damaged in (*damages, *(json.dumps({"weight_map": m}) for m in maps)):
         (tmp_path / INDEX).write_text(damaged, encoding="utf-8")
         refused(tmp_path, "index.json")
+    (tmp_path / INDEX).write_bytes(b"\xff\xfe{")
+    refused(tmp_path, "index.json is not UTF-8")
     (tmp_path / INDEX).write_text(index, encoding="utf-8")
     victim = sorted(tmp_path.glob("*.safetensors"))[1]
     victim.unlink()
@@ -356,22 +392,445 @@ def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch, g
 
     monkeypatch.setattr(module, "save_file", failing)
     other = randomise(Transformer(small_config((0, 4, 128), mtp=1)), seed=77)
-    with pytest.raises(DiskFull):
+    with pytest.raises(FileError, match="what was in .* before is as it was"):
         save(other, tmp_path, max_shard_bytes=100_000)
     assert same_weights(model, load(tmp_path))
     assert {f.name for f in tmp_path.iterdir()} == names
 
 
-def test_atomic_write(tmp_path):
-    target = tmp_path / "state.json"
-    write_atomically(target, lambda path: path.write_text("old", encoding="utf-8"))
+class Dies(BaseException):
+    """The process ends here: nothing after this line happens."""
 
-    def fail(path: Path) -> None:
-        path.write_text("ne", encoding="utf-8")
-        raise DiskFull
 
-    with pytest.raises(DiskFull):
-        write_atomically(target, fail)
-    assert target.read_text(encoding="utf-8") == "old"
-    write_atomically(target, lambda path: path.write_text("new", encoding="utf-8"))
-    assert target.read_text(encoding="utf-8") == "new" and [f.name for f in tmp_path.iterdir()] == ["state.json"]
+FOLDER_STEPS = ("replace", "unlink")  # os.replace, and what Path.unlink calls
+
+
+@pytest.mark.parametrize("before", [10**9, 250_000])
+@pytest.mark.parametrize("after", [10**9, 400_000])
+@pytest.mark.parametrize("other", ["weights", "numbers"])
+def test_a_save_that_dies_leaves_the_old_model_the_new_one_or_none(model, tmp_path, monkeypatch, before, after, other):
+    """Death before and after each step that changes a name, over a folder of one file or of shards.
+
+    "weights": the same configuration, over a folder whose digests have to go.
+    "numbers": the new model has the same shapes and another rotary base, so old weights with the new configuration, or
+    new ones with the old, would load and be wrong.
+    """
+    changes = {"rope_theta": 777.0} if other == "numbers" else {}
+    new = small_model((0, 4, 128), mtp=1, seed=7, **changes).eval()
+    outcomes, step, went_through = [], 0, False
+    while not went_through:
+        folder = tmp_path / str(step)
+        save(model, folder, max_shard_bytes=before)
+        if other == "weights":
+            write_digests(folder)
+        count = [0]
+
+        def counted(real, at=step, count=count):
+            def call(*args, **kwargs):
+                die_before, die_after = count[0] == at, count[0] + 1 == at
+                count[0] += 2
+                if die_before:
+                    raise Dies
+                out = real(*args, **kwargs)
+                if die_after:
+                    raise Dies
+                return out
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for name in FOLDER_STEPS:
+                patched.setattr(os, name, counted(getattr(os, name)))
+            patched.setattr(files_module(), "discard", lambda path: None)  # a dead process tidies nothing
+            patched.setattr(files_module(), "synchronise", lambda path: None)  # which costs time, and names no file
+            try:
+                save(new, folder, max_shard_bytes=after)
+                went_through = True
+            except Dies:
+                pass
+        try:
+            found = load(folder)
+        except UserError as error:
+            assert "config.json" in str(error)
+            outcomes.append("none")
+        else:
+            is_old = found.config == model.config and same_weights(found, model)
+            assert is_old or (found.config == new.config and same_weights(found, new)), f"step {step}"
+            outcomes.append("old" if is_old else "new")
+        save(new, folder, max_shard_bytes=after)
+        assert same_weights(load(folder), new), "what a dead process left does not hinder the next"
+        assert not list(folder.glob(".*")), "and is cleared away"
+        step += 1
+    assert outcomes[0] == "old" and outcomes[-1] == "new" and set(outcomes[1:-2]) == {"none"}
+
+
+def files_module():
+    return sys.modules["dsv4.files"]
+
+
+def test_a_save_over_one_file_is_one_step(model, tmp_path, monkeypatch):
+    """Same configuration, one weight file: there is no moment without a checkpoint."""
+    save(model, tmp_path)
+    seen = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((tmp_path / "config.json").exists()), replace(a, b)))
+    save(small_model((0, 4, 128), mtp=1, seed=3), tmp_path)
+    assert seen == [True]
+
+
+def test_a_save_over_a_listed_folder_drops_the_list(model, folder):
+    """digests.json speaks of the old files: left there, it would refuse the new ones."""
+    write_digests(folder)
+    other = small_model((0, 4, 128), mtp=1, seed=3)
+    save(other, folder)
+    assert same_weights(load(folder), other) and not (folder / DIGESTS).exists()
+
+
+def test_files_that_an_old_index_names_do_not_stay(model, tmp_path):
+    save(model, tmp_path, max_shard_bytes=100_000)
+    rename_in_index(tmp_path, lambda name: name.replace("model-", "mtp-"))
+    save(model, tmp_path)
+    assert sorted(f.name for f in tmp_path.glob("*.safetensors*")) == [WEIGHTS] and same_weights(model, load(tmp_path))
+
+
+def said(words: str, function, *args, **kwargs) -> None:
+    """A FileError of one line: what the machine refused, where, and what is still safe."""
+    with pytest.raises(FileError, match=words) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_places_that_cannot_be_written(model, tmp_path):
+    """A file where the folder should be, a folder where a file should be, a name that is too long."""
+    (tmp_path / "file").write_text("")
+    said("cannot make the folder .*file", save, model, tmp_path / "file")
+    said("cannot make the folder", save, model, tmp_path / "file" / "below")
+    said("too long", save, model, tmp_path / ("x" * 300))
+    for name in (WEIGHTS, "config.json"):
+        (tmp_path / name / "in the way").mkdir(parents=True)
+        said(f"cannot write .*{name}: it is a folder", save, model, tmp_path)
+        shutil.rmtree(tmp_path / name)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"], "no litter"
+
+
+def test_a_folder_that_is_deleted_meanwhile(model, tmp_path, monkeypatch):
+    folder = tmp_path / "gone"
+
+    def failing(tensors, path, metadata=None):
+        shutil.rmtree(folder, ignore_errors=True)
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(sys.modules[save.__module__], "save_file", failing)
+    said(f"cannot write {folder}", save, model, folder)
+
+
+def test_a_file_that_the_machine_cuts_short(tmp_path):
+    """Told by safetensors in an exception of its own; nothing of the file stays."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        words = "cannot write .*weights: .*File too large.*; the old one is whole"
+        said(words, write_tensors, tmp_path / "weights", {"a": torch.ones(5000)}, safe="the old one is whole")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_dead_process_left_is_cleared_away(model, folder):
+    """Its shards, its small files, and the temporaries of safetensors itself; nobody else's files."""
+    left = [".shard-00007.tmp", ".config.json.tmp", f".{INDEX}.tmp", ".tmpAb3dEf", ".tmpfiles.conf"]
+    for name in left:
+        (folder / name).write_bytes(b"half")
+    save(model, folder)
+    assert sorted(f.name for f in folder.iterdir()) == [".tmpfiles.conf", "config.json", WEIGHTS]
+
+
+def test_small_files_on_a_full_disk(model, folder, monkeypatch):
+    """The weights fitted, config.json does not: the old checkpoint stays."""
+    real = Path.write_text
+
+    def failing(self, text, *args, **kwargs):
+        if ".config.json" in self.name:
+            raise OSError(28, "No space left on device")
+        return real(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", failing)
+    other = small_model((0, 4, 128), mtp=1, seed=3, rope_theta=500.0)
+    said("config.json: No space left on device; what was in .* is as it was", save, other, folder)
+    assert same_weights(load(folder), model) and sorted(f.name for f in folder.iterdir()) == ["config.json", WEIGHTS]
+
+
+def test_a_file_is_on_the_disk_before_its_name_is(model, tmp_path, monkeypatch):
+    """fsync of every file before the first rename, and of the folder after the last."""
+    synced, order = files_module().synchronise, []
+    replace = os.replace
+    monkeypatch.setattr(files_module(), "synchronise", lambda path: (order.append(path.name), synced(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    save(model, tmp_path / "new", max_shard_bytes=200_000)
+    first = order.index("rename")
+    assert {f".{name}.tmp" for name in ("config.json", INDEX)} < set(order[:first])
+    assert sum(name.startswith(".shard-") for name in order[:first]) == len(list((tmp_path / "new").glob("model-*")))
+    assert order[-2:] == ["rename", "new"] and order[-3] == "new", "config.json comes last, after the others are there"
+
+
+def test_a_model_without_weights(tmp_path):
+    with torch.device("meta"):
+        model = Transformer(small_config())
+    with pytest.raises(UserError, match="meta device"):
+        save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# --- a file that has changed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "generation_config.json", INDEX])
+def test_a_changed_file_is_refused_where_digests_are_listed(model, tmp_path, name):
+    """One bit in a tensor's body, a digit in config.json: it loads, and is another model. Without the list, it does."""
+    limit = 100_000 if name == INDEX else 10**9
+    save(model, tmp_path, max_shard_bytes=limit)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}', encoding="utf-8")
+    write_digests(tmp_path)
+    assert same_weights(model, load(tmp_path))
+    content = bytearray((tmp_path / name).read_bytes())
+    content[{"config.json": content.find(b"10000.0"), WEIGHTS: -1}.get(name, content.find(b"3"))] ^= 2
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path, f"{name} has changed since it was written: .*remove digests.json")
+    if name == "config.json":
+        with pytest.raises(UserError, match="config.json has changed"):
+            read_config(tmp_path)
+    if name != INDEX:
+        (tmp_path / DIGESTS).unlink()
+        other = load(tmp_path)
+        assert not same_weights(model, other) or other.config != model.config or other.stop_ids == (1,)
+
+
+def test_a_file_that_is_not_read_is_not_judged(model, folder):
+    """The optimiser's tensors and the tokenizer are for others to check."""
+    for name in ("optimizer.safetensors", "tokenizer.json"):
+        (folder / name).write_bytes(b"old")
+    write_digests(folder)
+    (folder / "tokenizer.json").write_bytes(b"new")
+    (folder / "optimizer.safetensors").unlink()
+    assert same_weights(model, load(folder))
+
+
+def test_a_listed_weight_file_that_is_gone(model, tmp_path):
+    save(model, tmp_path)
+    write_digests(tmp_path)
+    shutil.move(tmp_path / WEIGHTS, tmp_path / "mtp.safetensors")
+    refused(tmp_path, f"lacks '{WEIGHTS}', which its digests.json lists")
+
+
+# --- stop ids ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "generation", "want"), [
+    (1, None, (1,)), (1, {"eos_token_id": 5}, (1, 5)), (None, {"eos_token_id": [9, 5, 9]}, (5, 9)),
+    ((3, 1), {"eos_token_id": [1, 2]}, (1, 2, 3)), (None, None, ()), (1, {"temperature": 0.6}, (1,)),
+    (1, {"eos_token_id": None}, (1,)),
+])  # fmt: skip
+def test_stop_ids_come_from_both_files_and_survive_saving(tmp_path, config, generation, want):
+    save(small_model((0,), eos_token_id=config), tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    model = load(tmp_path)
+    assert model.stop_ids == want and model.config.eos_token_id == config
+    save(model, tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.stop_ids == want and again.config == model.config
+    assert (tmp_path / "again" / "generation_config.json").exists() == (want != model.config.stop_ids)
+
+
+def test_saving_over_generation_settings_keeps_the_others(tmp_path):
+    """Another model's stop ids go, its temperature stays."""
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7], "temperature": 0.6}', encoding="utf-8")
+    save(small_model((0,), eos_token_id=1), tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text(encoding="utf-8"))
+    assert written == {"eos_token_id": [1], "temperature": 0.6} and load(tmp_path).stop_ids == (1,)
+
+
+@pytest.mark.parametrize("content", [
+    '{"eos_token_id": 97}', '{"eos_token_id": -1}', '{"eos_token_id": "1"}', '{"eos_token_id": [1, null]}',
+    '{"eos_token_id": true}', '{"eos_token_id": {}}', '{"eos_token_id": 1e400}', "[]", "null", "{", "[" * 200_000,
+])  # fmt: skip
+def test_damaged_generation_settings(folder, content):
+    (folder / "generation_config.json").write_text(content, encoding="utf-8")
+    refused(folder, "generation_config.json")
+
+
+# --- folders from the wild -----------------------------------------------------------------------------
+
+
+def rename_in_index(folder: Path, new_name) -> None:
+    """Rename the shards, and say so in the index."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    for name in set(index["weight_map"].values()):
+        (folder / new_name(name)).parent.mkdir(exist_ok=True)
+        shutil.move(folder / name, folder / new_name(name))
+    index["weight_map"] = {tensor: new_name(name) for tensor, name in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.mark.parametrize("new_name", [
+    lambda name: f"weights/{name}", lambda name: name.replace("model", "consolidated"),
+    lambda name: "mtp.safetensors" if "00001-of" in name else name,
+], ids=["sub-folder", "other names", "mtp"])  # fmt: skip
+def test_an_index_may_name_any_file_in_its_folder(model, tmp_path, new_name):
+    save(model, tmp_path, max_shard_bytes=100_000)
+    rename_in_index(tmp_path, new_name)
+    assert same_weights(model, load(tmp_path))
+    victim = next(f for f in tmp_path.rglob("*.safetensors") if "model-" not in f.name or f.parent != tmp_path)
+    victim.unlink()
+    refused(tmp_path, f"lacks .*{victim.name}, which its index lists")
+
+
+def test_mtp_weights_in_a_file_of_their_own(model, tmp_path):
+    """Without an index."""
+    save(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    mtp = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")}
+    save_file(tensors, tmp_path / WEIGHTS)
+    save_file(mtp, tmp_path / "mtp.safetensors")
+    assert same_weights(model, load(tmp_path))
+
+
+def without_mtp(tensors: dict) -> None:
+    for name in [name for name in tensors if "mtp." in name]:
+        del tensors[name]
+
+
+def same_trunk(with_mtp: Transformer, trunk: Transformer) -> bool:
+    want = {name: t for name, t in with_mtp.state_dict().items() if not name.startswith("mtp.")}
+    got = trunk.state_dict()
+    return want.keys() == got.keys() and all(torch.equal(t, want[name]) for name, t in got.items())
+
+
+def test_a_published_folder_without_its_mtp_block(model, folder):
+    """The sentence offers two ways out, and both work."""
+    rewrite(folder, without_mtp)
+    refused(folder, r"no mtp\.\* .*load\(folder, mtp=False\) or with num_nextn_predict_layers 0 in its config.json")
+    trunk = load(folder, mtp=False)
+    assert same_trunk(model, trunk) and trunk.config.num_nextn_predict_layers == 0
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}), encoding="utf-8")
+    assert same_trunk(model, load(folder))
+
+
+def test_the_mtp_block_can_be_left_out_or_be_too_much(model, folder):
+    assert same_trunk(model, load(folder, mtp=False))
+    config = model.config.with_(num_nextn_predict_layers=0, compress_ratios=model.config.trunk_ratios)
+    refused(folder, r"too many, such as mtp\..*load\(folder, mtp=False\)", config=config)
+    assert same_trunk(model, load(folder, mtp=False, config=config))
+
+
+@pytest.mark.parametrize("head", ["head.weight", "model.head.weight", "lm_head.weight"])
+def test_published_names_under_a_prefix(model, folder, head):
+    """Told from transformers' layout, whose names have the same prefix."""
+
+    def prefix(tensors):
+        for name in list(tensors):
+            tensors[head if name == "head.weight" else f"model.{name}"] = tensors.pop(name)
+
+    rewrite(folder, prefix)
+    assert same_weights(model, load(folder))
+    rewrite(folder, lambda tensors: tensors.update({"norm.weight": torch.ones(48)}))
+    refused(folder, "norm.weight is there twice")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [
+    "rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "model.rotary_emb.compress_inv_freq", "freqs_cis",
+])  # fmt: skip
+def test_tables_that_carry_no_information_are_passed_over(model, tmp_path, layout, name):
+    save(model, tmp_path, layout=layout)
+    want = load(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert same_weights(want, load(tmp_path))
+    rewrite(tmp_path, lambda tensors: tensors.update({f"{name}_bias": torch.ones(4)}))
+    refused(tmp_path, "1 tensors too many")
+
+
+def dspark(folder: Path, ratios: list[int]) -> None:
+    """Turn a published folder into one with a DSpark drafter: its keys, and some of its tensors."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"dspark_block_size": 5, "dspark_target_layer_ids": [0, 1, 2], "dspark_markov_rank": 8}
+    config |= {"dspark_noise_token_id": 9, "compress_ratios": ratios, "num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    def change(tensors):
+        for stage in range(3):
+            tensors[f"mtp.{stage}.attn_norm.weight"] = torch.ones(48)
+        tensors["mtp.0.main_proj.weight"] = torch.ones(48, 144).to(torch.float8_e4m3fn)
+
+    rewrite(folder, change)
+
+
+def test_a_drafter_is_named_and_passed_over(model, folder, caplog):
+    """V4-Flash-0731's kind of folder: its mtp.* tensors are no MTP block, whatever num_nextn_predict_layers says."""
+    dspark(folder, [0, 4, 128, 0, 0, 0])
+    assert read_config(folder).dspark_stages == 3
+    with caplog.at_level(logging.INFO, "dsv4"):
+        trunk = load(folder)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{folder} has a DSpark drafter of 3 stages, not an MTP block: loading without it"
+    ]
+    assert same_trunk(model, trunk) and not trunk.mtp
+    assert (trunk.config.dspark_stages, trunk.config.num_nextn_predict_layers) == (0, 0)
+    save(trunk, folder.parent / "again")
+    assert same_weights(trunk, load(folder.parent / "again"))
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_a_word_of_quantisation_over_plain_weights(model, folder, key):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config[key] = {"quant_method": "fp8", "group_size": 64, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert same_weights(model, load(folder))
+
+
+# --- which folder a path means ---------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_its_latest_checkpoint(model, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    save(small_model((0,)), checkpoints / "step-000001")
+    save(model, checkpoints / "step-000002")
+    (checkpoints / "latest").write_text("step-000002\n", encoding="utf-8")
+    assert same_weights(model, load(tmp_path)) and read_config(str(tmp_path)) == model.config
+    newest = checkpoints / "step-000002"
+    assert resolve_checkpoint(tmp_path) == newest == resolve_checkpoint(newest)
+
+
+@pytest.mark.parametrize("content", [
+    b"\xff\xfe", b"", b"..", b".", b"../x", b"../checkpoints/step-000001", b"step-000001/", b"/", b"x" * 100_000,
+    b"step-000001\nstep-000001", b"\0", b"step-000003", b".hidden", b"latest",
+])  # fmt: skip
+def test_a_damaged_pointer(model, tmp_path, content):
+    """Also one that would lead out of the run, or to the folder of all checkpoints."""
+    checkpoints = tmp_path / "checkpoints"
+    save(model, checkpoints / "step-000001")
+    save(model, checkpoints / ".hidden")
+    (checkpoints / "latest").write_bytes(content)
+    refused(tmp_path, "latest .*step-000001")
+    with pytest.raises(UserError, match="latest") as caught:
+        read_config(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_pointer_with_nothing_to_point_at(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    refused(tmp_path, "no finished checkpoint yet")
+    (tmp_path / "checkpoints" / "latest").mkdir()
+    refused(tmp_path, "cannot read the pointer")
+    refused(tmp_path / ("x" * 300), "too long")
+
+
+def test_a_given_configuration_needs_no_file(model, folder):
+    (folder / "config.json").unlink()
+    refused(folder, "holds neither config.json")
+    assert same_weights(model, load(folder, config=model.config))

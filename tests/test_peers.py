@@ -1,9 +1,10 @@
-"""transformers 5.23's `deepseek_v4`, an independent implementation of the same function, as an oracle: the same random
-weights in fp32 give the same logits and the same gradients.
+"""transformers' `deepseek_v4` (5.23, 5.24), an independent implementation of the same function, as an oracle: the same
+random weights in fp32 give the same logits and the same gradients.
 
-Failures caught here: anything in which this model is not V4, and names or shapes of the transformers layout that do not
-load there. Ties are kept out (their order is not defined there): 64 index heads, or room for every entry.
-transformers holds S x S masks, so lengths stay small. It has no MTP block; tests/test_quirks.py checks that one.
+Failures caught here: anything in which this model is not V4, names or shapes of the transformers layout that do not
+load there, and a configuration file that means one thing there and another here. Ties are kept out (their order is not
+defined there): 64 index heads, or room for every entry. transformers holds S x S masks, so lengths stay small. It has
+no MTP block; tests/test_quirks.py checks that one.
 """
 
 import copy
@@ -19,8 +20,10 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding, apply_rotary_pos_emb
 
 import dsv4
+from dsv4.bench.peers import memory_name
 from dsv4.checkpoint.names import file_names
 from dsv4.config import ModelConfig, RopeScaling
+from dsv4.config.published import ABSENT, REQUIRED
 from dsv4.model.rope import frequencies, rotate, turns
 
 LOGITS = 5e-5  # the largest absolute difference allowed; logits reach about 6
@@ -122,7 +125,8 @@ def test_their_cache_and_ours(pair):
         step = peer(ids[None, :131], use_cache=True)
         want = [step.logits[0]]
         for t in range(131, 141):
-            step = peer(ids[None, t : t + 1], past_key_values=step.past_key_values, use_cache=True)
+            memory = {memory_name(peer): step[memory_name(peer)]}
+            step = peer(ids[None, t : t + 1], **memory, use_cache=True)
             want.append(step.logits[0])
     memory = model.new_cache()
     got = [stream(model, ids[:131], 131, memory), stream(model, ids[131:], 1, memory)]
@@ -236,3 +240,111 @@ def test_their_configuration_reads_as_ours(pair, tmp_path):
     again = ModelConfig.from_json({**written, "num_nextn_predict_layers": 0})
     assert again == model.config
     assert dsv4.load(folder).config == model.config
+
+
+# --- what a file means -------------------------------------------------------------------------------
+
+
+def edited(folder: Path, *left_out: str, **changes) -> None:
+    """Change config.json by hand."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in (config | changes).items() if key not in left_out}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def plain_peer() -> DeepseekV4ForCausalLM:
+    """Without scaling, and with entries that decide the logits."""
+    return make_peer("window 128")
+
+
+FLAT = {"rope_type": "default", "rope_theta": 10000.0}
+NESTED = {"main": FLAT, "compress": {"rope_type": "default", "rope_theta": 160000.0}}
+
+
+@pytest.mark.parametrize(("left_out", "changes"), [
+    (("rope_scaling",), {}), ((), {"rope_scaling": None}), ((), {"rope_scaling": {"type": "default"}}),
+    (("rope_scaling",), {"rope_parameters": FLAT}), (("rope_scaling",), {"rope_parameters": NESTED}),
+], ids=["left out", "null", "default", "flat", "nested"])  # fmt: skip
+def test_no_scaling_means_the_same_on_both_sides(plain_peer, tmp_path, left_out, changes):
+    """Left out, it was read here as V4-Flash's YaRN: logits 2.2 away."""
+    plain_peer.save_pretrained(tmp_path)
+    model = dsv4.load(tmp_path)
+    dsv4.save(model, tmp_path / "file")
+    edited(tmp_path / "file", *left_out, **changes)
+    if "rope_parameters" in changes and "main" in changes["rope_parameters"]:
+        share = SMALL["qk_rope_head_dim"] / SMALL["head_dim"]
+        nested = {key: {**value, "partial_rotary_factor": share} for key, value in NESTED.items()}
+        edited(tmp_path / "file", rope_parameters=nested)
+    ids = ids_of(300)
+    there = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "file").eval()
+    here = dsv4.load(tmp_path / "file")
+    want = theirs(there, ids)
+    assert differ(want, ours(here, ids)) < LOGITS
+    assert differ(want, theirs(plain_peer, ids)) < LOGITS
+    flash = dsv4.load(tmp_path / "file", config=here.config.with_(rope_scaling=RopeScaling()))
+    assert differ(want, ours(flash, ids)) > 0.1, "the wrong reading would show"
+
+
+@pytest.mark.parametrize("layout", ["published", "transformers"])
+@pytest.mark.parametrize("scaling", [RopeScaling("default"), RopeScaling("yarn", 4.0, 64)])
+def test_what_we_save_means_the_same_there(plain_peer, tmp_path, layout, scaling):
+    """With scaling and without."""
+    plain_peer.save_pretrained(tmp_path)
+    model = dsv4.load(tmp_path)
+    model = dsv4.load(tmp_path, config=model.config.with_(rope_scaling=scaling))
+    dsv4.save(model, tmp_path / "file", layout=layout)
+    there = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "file").eval()
+    ids = ids_of(300)
+    assert differ(theirs(there, ids), ours(model, ids)) < LOGITS
+    assert dsv4.load(tmp_path / "file").config == model.config
+
+
+def test_defaults_of_a_file_are_those_of_transformers():
+    """What we do not require, transformers fills in with the same."""
+    theirs = DeepseekV4Config()
+    ours = {name: value for name, value in ABSENT.items() if value is not REQUIRED}
+    for name in ("n_shared_experts", "hc_eps", "rms_norm_eps", "rope_theta", "initializer_range"):
+        assert ours.pop(name) == getattr(theirs, name), name
+    assert theirs.rope_parameters["compress"]["rope_type"] == ours.pop("rope_scaling").type == "default"
+    assert ours == {"bos_token_id": None, "eos_token_id": None, "num_nextn_predict_layers": 0, "dspark_stages": 0}
+
+
+def test_where_their_fallback_is_another_model_ours_is_an_error():
+    """Pro's pattern for missing layer kinds, an amplitude factor for nested YaRN that does not rule it out."""
+    there = DeepseekV4Config(num_hidden_layers=4)
+    assert there.layer_types[:2] == ["heavily_compressed_attention"] * 2
+    compress = {**YARN, "rope_type": "yarn", "rope_theta": 160000.0, "partial_rotary_factor": 0.125}
+    del compress["type"]
+    nested = {"main": {**FLAT, "partial_rotary_factor": 0.125}, "compress": compress}
+    tables = DeepseekV4RotaryEmbedding(DeepseekV4Config(rope_parameters=copy.deepcopy(nested)))
+    cos, _ = tables(torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), layer_type="compress")
+    assert cos.max() > 1.2, "cos 0 is 1"
+    data = {**ModelConfig().to_json(), "rope_parameters": nested}
+    del data["rope_scaling"]
+    with pytest.raises(dsv4.UserError, match="attention_factor 1.0"):
+        ModelConfig.from_json(data)
+    del data["compress_ratios"]
+    data["rope_parameters"]["compress"]["attention_factor"] = 1.0
+    with pytest.raises(dsv4.UserError, match="lacks compress_ratios"):
+        ModelConfig.from_json(data)
+
+
+def test_stop_ids_reach_transformers(pair, tmp_path):
+    """Its generate stops where our engine does."""
+    _, model, folder = pair
+    model = dsv4.load(folder)
+    model.stop_ids = (1, 5)
+    dsv4.save(model, tmp_path, layout="transformers")
+    loaded = DeepseekV4ForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.eos_token_id == [1, 5] and dsv4.load(tmp_path).stop_ids == (1, 5)
+
+
+def test_a_rotary_width_survives_their_rounding(tmp_path):
+    """transformers rounds head_dim x share down: 26/46 of 46 is 25.99... there."""
+    for width, rotating in ((46, 26), (44, 30), (64, 16)):
+        config = ModelConfig.preset("tiny", head_dim=width, qk_rope_head_dim=rotating)
+        dsv4.save(dsv4.Transformer(config), tmp_path, layout="transformers")
+        assert DeepseekV4Config.from_pretrained(tmp_path).qk_rope_head_dim == rotating
+        trunk = config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
+        assert dsv4.load(tmp_path).config == trunk

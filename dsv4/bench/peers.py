@@ -5,6 +5,7 @@ bf16: a ratio of speeds means something only between models that compute the sam
 numbers, so long prompts are left to us.
 """
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -61,6 +62,11 @@ def jobs(preset: str, device: torch.device, sizes: Sizes, budget: Budget, ceilin
     yield job("forward+backward", length, batch, length, lambda: partial(_forward_backward, peer, ids(batch, length)))
 
 
+def memory_name(peer: Any) -> str:
+    """What this transformers calls its memory, in arguments and outputs: `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(peer.forward).parameters else "past_key_values"
+
+
 def compare(rows: list[Row]) -> None:
     """Fill `times_transformers` of our rows that have a counterpart: our tokens per second over the peer's."""
     key = ("preset", "what", "context", "batch")
@@ -100,13 +106,14 @@ class _Decoding:
 
     def __init__(self, peer: Any, ids: Tensor, steps: int):
         out = _prefill(peer, ids)
-        self.peer, self.memory, self.steps = peer, out.past_key_values, steps
+        name = memory_name(peer)
+        self.peer, self.memory, self.steps = peer, {name: out[name]}, steps
         self.next = out.logits[:, -1:].argmax(dim=-1)
 
     @torch.no_grad()
     def __call__(self) -> None:
         for _ in range(self.steps):
-            out = self.peer(self.next, past_key_values=self.memory, use_cache=True)
+            out = self.peer(self.next, **self.memory, use_cache=True)
             self.next = out.logits[:, -1:].argmax(dim=-1)
 
 

@@ -1,29 +1,34 @@
 """Folder -> model: strict (every tensor used exactly once), shapes and dtypes checked before any weight is read."""
 
-import json
 import logging
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv4.checkpoint.names import Layout, file_names, layout_of
+from dsv4 import files
+from dsv4.checkpoint.find import resolve_checkpoint
+from dsv4.checkpoint.names import Layout, file_names, known_names, layout_of
 from dsv4.config import ModelConfig
+from dsv4.config.v4 import as_ids, check_ids, shown
 from dsv4.errors import UserError
 from dsv4.model import Transformer
 from dsv4.model.moe import check_hash_table
 
 log = logging.getLogger("dsv4")
 
+CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32"}
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint folder."""
-    return ModelConfig.from_json(Path(folder))
+    """The configuration of a checkpoint folder, or of the latest checkpoint of a run folder."""
+    folder = resolve_checkpoint(folder)
+    files.check_digests(folder, lambda name: name == CONFIG)
+    return ModelConfig.from_json(folder)
 
 
 def load(
@@ -31,21 +36,28 @@ def load(
     dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
     config: ModelConfig | None = None,
+    *,
+    mtp: bool = True,
 ) -> Transformer:
-    """A model from a folder in published or transformers layout (safetensors, one file or sharded).
+    """A model from a folder in published or transformers layout (safetensors, one file or sharded), or from the latest
+    checkpoint of a run folder.
 
-    dtype is that of the large matrices. A transformers folder never holds the MTP block, so the model comes without
-    one. Raises UserError, before any weight is read, for a missing, truncated, misshapen, unknown or repeated tensor.
+    dtype is that of the large matrices. mtp=False leaves the MTP block out. The model comes without one from a
+    transformers folder, which never holds it, and from a folder with a DSpark drafter in its place. `stop_ids` of the
+    model are those of config.json and generation_config.json. Raises UserError, before any weight is read, for a
+    missing, truncated, misshapen, unknown or repeated tensor, and for a file that has changed since digests.json listed
+    it.
     """
-    folder = Path(folder)
+    folder = resolve_checkpoint(folder, needs_config=config is None)
+    files.check_digests(folder, lambda name: name in (GENERATION, INDEX))
     config = config or read_config(folder)
+    stop_ids = as_ids([*config.stop_ids, *_generation_stops(folder, config)])
+    names = _weight_files(folder)
+    files.check_digests(folder, lambda name: name in names or PurePosixPath(name).match("model*.safetensors"))
     with ExitStack() as stack:
-        tensors = _open(folder, stack)
-        layout = layout_of(set(tensors))
-        if layout == "transformers" and config.num_nextn_predict_layers:
-            log.info("%s is a transformers folder, which holds no MTP block: loading without one", folder)
-            trunk = config.compress_ratios[: config.num_hidden_layers]
-            config = config.with_(num_nextn_predict_layers=0, compress_ratios=trunk)
+        tensors = _open(folder, names, stack)
+        layout = layout_of(tensors)
+        config, tensors = _drafting(folder, config, tensors, layout, mtp)
         with torch.device("meta"):
             model = Transformer(config, dtype)
         places = _match(model, tensors, layout, folder)
@@ -54,40 +66,91 @@ def load(
         if name.endswith("tid2eid"):
             check_hash_table(tensor, config, name)
     model.load_state_dict(state, assign=True)
+    model.stop_ids = stop_ids
     return model
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Every tensor of every shard by name -> its safetensors slice handle; nothing is read but the headers."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listed = _listed(index)
-        missing = sorted(listed - {f.name for f in files})
-        if missing:
-            raise UserError(f"{folder} lacks {missing[0]}, which its index lists: fetch the missing file")
-        files = [f for f in files if f.name in listed]
-    if not files:
+def listed_files(folder: Path) -> set[str]:
+    """The weight files that a folder's index names, relative to it; UserError if the index is damaged."""
+    index, remedy = folder / INDEX, "fetch it again, or remove it if no file is missing"
+    places = files.read_json(index, "the index", remedy).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"the index {index} has no weight_map from tensor names to file names: {remedy}")
+    names = set(places.values())
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or path.suffix != ".safetensors":
+            raise UserError(f"the index {index} names {shown(name)}, which is no .safetensors file in there: {remedy}")
+    return names
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The files that hold the weights, relative to the folder: what the index names, else all that look like it."""
+    with files.explained(folder, "read"):
+        if (folder / INDEX).exists():
+            names = sorted(listed_files(folder))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise UserError(f"{folder} lacks {missing[0]}, which its index lists: fetch the missing file")
+        else:
+            found = [p for pattern in ("model*", "mtp*") for p in folder.glob(f"{pattern}.safetensors")]
+            names = sorted(p.name for p in found or folder.glob("*.safetensors"))
+    if not names:
         raise UserError(f"{folder} holds no .safetensors file: give the folder of a checkpoint")
+    return names
+
+
+def _generation_stops(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    """The stop ids of generation_config.json, if there is one."""
+    path = folder / GENERATION
+    if not path.exists():
+        return ()
+    stops = files.read_json(path, "the generation settings", "mend or remove the file").get("eos_token_id")
+    check_ids(f"eos_token_id of {path}", stops, config.vocab_size)
+    return as_ids(stops)
+
+
+def _open(folder: Path, names: list[str], stack: ExitStack) -> dict[str, Any]:
+    """Every tensor of every shard, by its name in the layout -> its safetensors slice handle; only headers are read."""
     tensors: dict[str, Any] = {}
-    for file in files:
+    for name in names:
+        file = folder / name
         try:
             handle = stack.enter_context(safe_open(file, framework="pt"))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is truncated or damaged ({error}): copy or save it again") from None
-        for name in handle.keys():  # noqa: SIM118 (not a dict)
-            if name in tensors:
-                raise UserError(f"tensor {name} appears twice in {folder}: remove the stray .safetensors file")
-            tensors[name] = handle.get_slice(name)
-    return tensors
+            reason = files.reason_of(error)
+            raise UserError(f"{file} cannot be read, or is truncated or damaged ({reason}): fetch it again") from None
+        for tensor in handle.keys():  # noqa: SIM118 (not a dict)
+            if tensor in tensors:
+                raise UserError(f"tensor {tensor} appears twice in {folder}: remove the stray .safetensors file")
+            tensors[tensor] = handle.get_slice(tensor)
+    return {name: tensors[given] for name, given in known_names(tensors).items()}
 
 
-def _listed(index: Path) -> set[str]:
-    """The files that an index names."""
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{index} is damaged: fetch it again, or remove it if no file is missing") from None
+def _drafting(
+    folder: Path, config: ModelConfig, tensors: dict[str, Any], layout: Layout, mtp: bool
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and tensors without what cannot be or was not asked to be built beside the trunk; says so."""
+    drafts = {name for name in tensors if name.startswith(("mtp.", "model.mtp."))}
+    if config.dspark_stages:
+        log.info(
+            "%s has a DSpark drafter of %d stages, not an MTP block: loading without it", folder, config.dspark_stages
+        )
+    elif not mtp:
+        pass
+    elif layout == "transformers" and config.num_nextn_predict_layers:
+        log.info("%s is a transformers folder, which holds no MTP block: loading without one", folder)
+    elif config.num_nextn_predict_layers and not drafts:
+        raise UserError(
+            f"{folder} holds no mtp.* tensors although its configuration has num_nextn_predict_layers=1: load it "
+            "without the MTP block, with load(folder, mtp=False) or with num_nextn_predict_layers 0 in its config.json"
+        )
+    else:
+        return config, tensors
+    trunk = config.with_(
+        num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[: config.num_hidden_layers], dspark_stages=0
+    )
+    return trunk, {name: tensor for name, tensor in tensors.items() if name not in drafts}
 
 
 def _match(model: Transformer, tensors: dict[str, Any], layout: Layout, folder: Path) -> dict[str, list]:
@@ -97,8 +160,6 @@ def _match(model: Transformer, tensors: dict[str, Any], layout: Layout, folder: 
     for name, tensor in model.state_dict().items():
         places[name] = []
         for file_name, place in file_names(name, tuple(tensor.shape), layout):
-            if file_name == "head.weight" and layout == "transformers" and "lm_head.weight" in tensors:
-                file_name = "lm_head.weight"
             if file_name not in tensors:
                 raise UserError(f"{folder} lacks tensor {file_name}: it is incomplete or of another configuration")
             if tensors[file_name].get_dtype() not in _PLAIN:
@@ -112,7 +173,10 @@ def _match(model: Transformer, tensors: dict[str, Any], layout: Layout, folder: 
             left.discard(file_name)
             places[name].append((file_name, place))
     if left:
-        raise UserError(f"{folder} holds {len(left)} tensors too many, such as {min(left)}: is its config.json right?")
+        remedy = "is its config.json right?"
+        if all(name.startswith("mtp.") for name in left):
+            remedy = "they are passed over by load(folder, mtp=False)"
+        raise UserError(f"{folder} holds {len(left)} tensors too many, such as {min(left)}: {remedy}")
     return places
 
 

@@ -6,8 +6,10 @@ transformers' `save_pretrained` writes has the same names under `model.`, but fo
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
+
+from dsv4.errors import UserError
 
 Layout = Literal["published", "transformers"]
 LAYOUTS: tuple[Layout, ...] = ("published", "transformers")
@@ -20,6 +22,8 @@ _TRANSFORMERS = (
     (re.compile(r"^hc_head_(fn|base|scale)$"), r"model.hc_head.hc_\1"),
     (re.compile(r"^(layers\.\d+\.attn)\.kv_norm\.weight$"), r"model.\1.norm.weight"),
 )
+# Tables of angles that some writers keep: they follow from the configuration.
+_DERIVED = re.compile(r"(^|\.)(rotary_emb\.\w*inv_freq|freqs_cis)$")
 
 
 def file_names(name: str, shape: tuple[int, ...], layout: Layout) -> Iterator[tuple[str, Place]]:
@@ -28,8 +32,29 @@ def file_names(name: str, shape: tuple[int, ...], layout: Layout) -> Iterator[tu
         yield (published if layout == "published" else _to_transformers(published)), place
 
 
-def layout_of(names: "set[str] | list[str]") -> Layout:
-    return "transformers" if any(n.startswith("model.") for n in names) else "published"
+def layout_of(names: Iterable[str]) -> Layout:
+    """The layout that a folder's tensor names are of; one stray name does not decide it."""
+    names = set(names)
+    return "transformers" if "embed.weight" not in names and any(n.startswith("model.") for n in names) else "published"
+
+
+def known_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in a layout -> name in the file, for every tensor of a folder that carries information.
+
+    Some re-uploads put the published names under `model.`; transformers' own have another embedding there. The head is
+    `lm_head.weight` to some writers of either. UserError if two tensors have one name then.
+    """
+    given = [n for n in names if not _DERIVED.search(n)]
+    prefixed = "model.embed.weight" in given
+    out: dict[str, str] = {}
+    for name in given:
+        plain = name.removeprefix("model.") if prefixed else name
+        if plain in out:
+            raise UserError(f"tensor {plain} is there twice, with and without 'model.' before it: remove one")
+        out[plain] = name
+    if "head.weight" not in out and "lm_head.weight" in out:
+        out["head.weight"] = out.pop("lm_head.weight")
+    return out
 
 
 def _published(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:

@@ -1,17 +1,27 @@
-"""Model -> folder, atomically: files are written under temporary names and renamed when all of them are complete."""
+"""Model -> folder: all files are complete under temporary names before the first of them is renamed.
+
+A folder is several files, so its renames are not one step. What loads at every moment is the old model, the new one,
+or nothing: unless a single file changes, config.json is taken away first and comes back last.
+"""
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsv4 import files
+from dsv4.checkpoint.load import CONFIG, GENERATION, INDEX, listed_files
 from dsv4.checkpoint.names import LAYOUTS, Layout, file_names
-from dsv4.errors import UserError
+from dsv4.config import ModelConfig
+from dsv4.errors import FileError, UserError
 from dsv4.model import Transformer
+from dsv4.model.transformer import as_dtype
 
 
 def save(
@@ -19,75 +29,152 @@ def save(
     folder: str | Path,
     layout: Layout = "published",
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write weights and config.json. layout "published" has the released names; "transformers" what it can load as is.
 
-    dtype casts the floating-point matrices of the file (default: as held). The transformers layout leaves out the MTP
-    block, which transformers does not have. Weights above `max_shard_bytes` are sharded with an index.
+    dtype is that of the large matrices, as in `load`; what a model of that dtype holds in fp32 stays fp32 (default: all
+    as held). The transformers layout leaves out the MTP block, which transformers does not have. Weights above
+    `max_shard_bytes` are sharded with an index. Stop ids that config.json does not name go into generation_config.json.
+    FileError if the machine does not let it be written; until all is written, what was in the folder stays.
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(model, layout, dtype, max_shard_bytes)
-    names, weight_map, total, new = [], {}, 0, []
+    if model.device.type == "meta":
+        raise UserError("the model is on the meta device and has no weights to save: build it on another device")
+    folder, number_format = Path(folder), as_dtype(dtype or model.dtype)
+    files.make_folder(folder)
+    _clear(folder)
+    safe = f"what was in {folder} before is as it was"
+    held: list[list[str]] = []
+    shards: list[Path] = []
+    small: dict[str, str] = {}
+    total = 0
     try:
-        for number, shard in enumerate(shards, 1):
-            new.append(folder / f".shard-{number:05d}.tmp")
-            save_file(shard, new[-1], metadata={"format": "pt"})
-            names.append(list(shard))
+        for number, shard in enumerate(_shards(model, layout, number_format if dtype else None, max_shard_bytes), 1):
+            shards.append(folder / f".shard-{number:05d}.tmp")
+            write_tensors(shards[-1], shard, safe=safe)
+            held.append(list(shard))
             total += sum(t.nbytes for t in shard.values())
-    except BaseException:  # a full disk, an interrupt: leave the folder as it was
-        for temporary in new:
-            temporary.unlink(missing_ok=True)
+        targets = _targets(len(shards))
+        if len(targets) > 1:
+            where = {name: target for names, target in zip(held, targets, strict=True) for name in names}
+            small[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": where})
+        stops = _generation_config(folder, model)
+        if stops is not None:
+            small[GENERATION] = _json(stops)
+        small[CONFIG] = _json(_config_of(model.config, layout, number_format))
+        small = {name: text for name, text in small.items() if _content(folder / name) != text.encode()}
+        removed = _stale(folder, targets)
+        if len(targets) + len(small) + len(removed) > 1 and CONFIG not in small:
+            small[CONFIG] = _content(folder / CONFIG).decode()
+        for name, text in small.items():
+            with files.explained(folder / name, safe=safe):
+                _temporary(folder, name).write_text(text, encoding="utf-8", newline="")
+                files.synchronise(_temporary(folder, name))
+        new = dict(zip(targets, shards, strict=True)) | {name: _temporary(folder, name) for name in small}
+        for name in new:
+            if (folder / name).is_dir():
+                raise FileError(f"cannot write {folder / name}: it is a folder; move it away; {safe}")
+        _exchange(folder, new, removed)
+    except BaseException:  # a full disk, an interrupt: leave no litter
+        for temporary in (*shards, *(_temporary(folder, name) for name in small)):
+            files.discard(temporary)
         raise
-    targets = ["model.safetensors"]
-    if len(new) > 1:
-        targets = [f"model-{i:05d}-of-{len(new):05d}.safetensors" for i in range(1, len(new) + 1)]
-    for target, held in zip(targets, names, strict=True):
-        weight_map |= dict.fromkeys(held, target)
-    for temporary, target in zip(new, targets, strict=True):
-        os.replace(temporary, folder / target)
-    for stale in folder.glob("model*.safetensors"):
-        if stale.name not in targets:
-            stale.unlink()
-    index = folder / "model.safetensors.index.json"
-    if len(new) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-        write_atomically(index, lambda path: path.write_text(text, encoding="utf-8"))
-    else:
-        index.unlink(missing_ok=True)
-    config = model.config.to_json()
-    if layout == "transformers":
-        config |= _transformers_rope(config)
-    text = json.dumps({**config, "torch_dtype": str(dtype or model.dtype).removeprefix("torch.")}, indent=2) + "\n"
-    write_atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, then rename it: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_tensors(path: Path, tensors: dict[str, Tensor], *, safe: str = "") -> None:
+    """Write a safetensors file and have the machine put it on its disk.
+
+    FileError (path, reason, `safe`: what is still in good order) if it does not; what was written of it is removed.
+    """
     try:
-        write(temporary)
+        with files.explained(path, safe=safe):
+            try:
+                save_file(tensors, path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(files.reason_of(error)) from None
+            files.synchronise(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        files.discard(path)
         raise
-    os.replace(temporary, path)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a process that died here was writing, safetensors' own temporaries among it."""
+    small = (_temporary(folder, name) for name in (INDEX, GENERATION, CONFIG))
+    for stale in (*folder.glob(".shard-*.tmp"), *folder.glob(".tmp??????"), *small):
+        files.discard(stale)
+
+
+def _exchange(folder: Path, new: dict[str, Path], removed: list[str]) -> None:
+    """Rename the complete files to their names; config.json, if it is among them, is away meanwhile and comes last."""
+    again = "save it again: without its config.json it loads nothing that is half new" if CONFIG in new else ""
+    with files.explained(folder, "exchange the files of", safe=again):
+        if CONFIG in new:
+            (folder / CONFIG).unlink(missing_ok=True)
+            files.synchronise(folder)
+        for name, temporary in new.items():
+            if name != CONFIG:
+                os.replace(temporary, folder / name)
+        for name in removed:
+            (folder / name).unlink(missing_ok=True)
+        files.synchronise(folder)
+        if CONFIG in new:
+            os.replace(new[CONFIG], folder / CONFIG)
+            files.synchronise(folder)
+
+
+def _targets(count: int) -> list[str]:
+    """The names of the weight files."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _stale(folder: Path, targets: list[str]) -> list[str]:
+    """The files of what was saved here before that would be read beside the new ones, or judge them."""
+    old = {p.name for pattern in ("model*.safetensors", "mtp*.safetensors") for p in folder.glob(pattern)}
+    if (folder / INDEX).exists():
+        try:
+            old |= listed_files(folder)
+        except UserError:  # a damaged index names nothing
+            pass
+        if len(targets) == 1:
+            old.add(INDEX)
+    old |= {files.DIGESTS} if (folder / files.DIGESTS).exists() else set()
+    return sorted(old - set(targets))
+
+
+def _generation_config(folder: Path, model: Transformer) -> dict | None:
+    """generation_config.json where it says what config.json does not; one that is there keeps its other keys."""
+    path = folder / GENERATION
+    if not path.exists() and model.stop_ids == model.config.stop_ids:
+        return None
+    try:
+        there = files.read_json(path, "", "") if path.exists() else {}
+    except UserError:  # damaged: it is replaced
+        there = {}
+    return {**there, "eos_token_id": list(model.stop_ids) or None}
 
 
 def _shards(
     model: Transformer, layout: Layout, dtype: torch.dtype | None, max_bytes: int
 ) -> Iterator[dict[str, Tensor]]:
     """File tensors in shards of at most `max_bytes` (a larger single tensor has a shard of its own)."""
+    state = model.state_dict()
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    if dtype is not None:
+        with torch.device("meta"):
+            dtypes = {name: tensor.dtype for name, tensor in Transformer(model.config, dtype).state_dict().items()}
     shard: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if layout == "transformers" and name.startswith("mtp."):
             continue
         for file_name, place in file_names(name, tuple(tensor.shape), layout):
-            part = tensor[place].detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+            part = tensor[place].detach().to("cpu", dtypes[name])
             if shard and size + part.nbytes > max_bytes:
                 yield shard
                 shard, size = {}, 0
@@ -96,13 +183,35 @@ def _shards(
     yield shard
 
 
-def _transformers_rope(config: dict) -> dict:
+def _config_of(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> dict:
+    data = config.to_json()
+    if layout == "transformers":
+        data |= _transformers_rope(config)
+    return {**data, "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _transformers_rope(config: ModelConfig) -> dict:
     """transformers keys its rotary settings by "main" and "compress"; its YaRN has to be told to leave amplitudes."""
-    scaling = dict(config["rope_scaling"])
+    scaling = dict(vars(config.rope_scaling))
     kind = scaling.pop("type")
-    partial = {"partial_rotary_factor": config["qk_rope_head_dim"] / config["head_dim"]}
-    compress = {"rope_type": kind, "rope_theta": config["compress_rope_theta"], **partial}
+    share = config.qk_rope_head_dim / config.head_dim
+    if int(config.head_dim * share) < config.qk_rope_head_dim:  # transformers rounds the product down
+        share = math.nextafter(share, 1.0)
+    partial = {"partial_rotary_factor": share}
+    compress = {"rope_type": kind, "rope_theta": config.compress_rope_theta, **partial}
     if kind == "yarn":
         compress |= {**scaling, "attention_factor": 1.0}
-    main = {"rope_type": "default", "rope_theta": config["rope_theta"], **partial}
+    main = {"rope_type": "default", "rope_theta": config.rope_theta, **partial}
     return {"rope_parameters": {"main": main, "compress": compress}, **partial}
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    return folder / f".{name}.tmp"

@@ -3,12 +3,12 @@
 The same published field names as in their config.json. Defaults are V3.2 671B and Llama-3.1-405B.
 """
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dsv4.config.published import read_json
-from dsv4.config.v4 import ModelConfig, RopeScaling
+from dsv4.config.published import hold, read_json, read_scaling
+from dsv4.config.v4 import ModelConfig, RopeScaling, check_numbers, check_scaling, shown
 from dsv4.errors import UserError, nearest
 
 
@@ -45,7 +45,8 @@ class V32Config:
     max_position_embeddings: int = 163840
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        check_numbers(self, {"first_k_dense_replace"})
+        check_scaling(self.rope_scaling)
         if self.num_experts_per_tok > self.n_routed_experts:
             raise UserError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be at most "
@@ -66,8 +67,6 @@ class V32Config:
                 f"qk_rope_head_dim={self.qk_rope_head_dim} must be even and at most "
                 f"index_head_dim={self.index_head_dim}"
             )
-        if self.rope_scaling.type not in ("yarn", "default"):
-            raise UserError(f"rope_scaling type {self.rope_scaling.type!r} is unknown: use 'yarn' or 'default'")
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,10 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     max_position_embeddings: int = 131072
+    rope_type: str = "default"  # another one is counted alike, and not computed
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        check_numbers(self, set())
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -100,46 +100,69 @@ AnyConfig = ModelConfig | V32Config | LlamaConfig
 
 _OF_TYPE = {"deepseek_v32": V32Config, "llama": LlamaConfig}
 
+# What a file of a control says that lacks the key: transformers' defaults, where they are no size and no choice of one
+# model's. Every other number must be there.
+_ABSENT = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+_HELD: dict[type, dict[str, Any]] = {
+    V32Config: {
+        "hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
+        "moe_layer_freq": 1, "attention_bias": False, "tie_word_embeddings": False,
+    },
+    LlamaConfig: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+}  # fmt: skip
+
 
 def read_any(source: dict[str, Any] | str | Path) -> AnyConfig:
     """A configuration (dict, JSON file, or folder holding config.json) of V4, V3.2 or Llama, told by its model_type.
 
-    UserError for any other model_type. A control is read for its sizes: its other keys are left unread, and its
-    rotary scaling is read as V3.2's own.
+    UserError for any other model_type. Of a control the keys that its class has are read, and the others left unread.
     """
     data = source if isinstance(source, dict) else read_json(source)
     kind = data.get("model_type", "deepseek_v4")
     if kind == "deepseek_v4":
         return ModelConfig.from_json(data)
-    if kind not in _OF_TYPE:
+    if not isinstance(kind, str) or kind not in _OF_TYPE:
         known = ["deepseek_v4", *_OF_TYPE]
         raise UserError(
-            f"model_type {kind!r} is not V4-like: give a config.json of {', '.join(known)}{nearest(str(kind), known)}"
+            f"model_type {shown(kind)} is not V4-like: give a config.json of {', '.join(known)}"
+            f"{nearest(str(kind)[:80], known)}"
         )
-    return _read_control(data, _OF_TYPE[kind])
+    return _read_control(dict(data), _OF_TYPE[kind])
 
 
 def _read_control(data: dict[str, Any], of: type) -> AnyConfig:
-    data = dict(data)
+    if of is LlamaConfig and data.pop("tie_word_embeddings", False) is not False:
+        raise UserError("tie_word_embeddings must be false: only untied Llama models are counted")
+    hold(data, _HELD[of], data["model_type"])
+    rope = data.pop("rope_parameters", None) or data.pop("rope_scaling", None)  # the new name and the old
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        data["rope_theta"] = rope["rope_theta"]
     if of is LlamaConfig:
-        data.setdefault("num_key_value_heads", data.get("num_attention_heads"))
-        if not data.get("head_dim") and data.get("num_attention_heads"):
-            data["head_dim"] = data.get("hidden_size", 0) // data["num_attention_heads"]
-        if data.get("tie_word_embeddings"):
-            raise UserError("tie_word_embeddings must be false: only untied Llama models are counted")
-    sizes = [f.name for f in fields(of) if f.type is int and f.default is not MISSING]
-    missing = [name for name in sizes if data.get(name) is None]
+        if rope is not None and not isinstance(rope, dict):
+            raise UserError(f"rope_scaling={shown(rope)} must be an object, or null")
+        data["rope_type"] = str((rope or {}).get("rope_type", (rope or {}).get("type", "default")))[:80]
+        heads, width = data.get("num_attention_heads"), data.get("hidden_size")
+        if data.get("num_key_value_heads") is None:
+            data["num_key_value_heads"] = heads
+        if data.get("head_dim") is None and type(heads) is int and type(width) is int and heads > 0:
+            data["head_dim"] = width // heads
+    else:
+        data["rope_scaling"] = _scaling_of_v32(rope)
+    names = [f.name for f in fields(of)]
+    missing = [name for name in names if data.get(name, _ABSENT.get(name)) is None]
     if missing:
         raise UserError(f"the configuration of a {data['model_type']} lacks {missing[0]!r}: give its whole config.json")
-    known = [f.name for f in fields(of) if f.type in (int, float)]
-    return of(**{name: data[name] for name in known if data.get(name) is not None})
+    return of(**{name: data.get(name, _ABSENT.get(name)) for name in names})
 
 
-def _check_sizes(config: V32Config | LlamaConfig) -> None:
-    for f in fields(config):
-        value, zero_ok = getattr(config, f.name), f.name == "first_k_dense_replace"
-        if f.type is int and (type(value) is not int or value < (0 if zero_ok else 1)):
-            raise UserError(f"{f.name}={value!r} must be a positive whole number")
+def _scaling_of_v32(given: Any) -> RopeScaling:
+    """V3.2's YaRN: its two amplitude factors are equal, so they leave the rotation alone and sharpen the softmax."""
+    scaling = read_scaling(given, "rope_scaling", amplitude=("mscale", "mscale_all_dim"))
+    if isinstance(given, dict) and scaling.type == "yarn":
+        for key in ("mscale", "mscale_all_dim"):
+            if given.get(key) != 1:
+                raise UserError(f"rope_scaling.{key}={shown(given.get(key))}: V3.2's YaRN has 1 there; add or mend it")
+    return scaling
 
 
 CONTROLS: dict[str, AnyConfig] = {"v3.2": V32Config(), "llama-405b": LlamaConfig()}

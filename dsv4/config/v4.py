@@ -4,9 +4,10 @@ A published `config.json`, the official `inference/config.json` and the `config.
 through `ModelConfig.from_json`. The kind of a layer is one line: ratio 0 = window, 4 = CSA, 128 = HCA.
 """
 
-import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, Literal
 
 from dsv4.errors import UserError, nearest
@@ -14,16 +15,28 @@ from dsv4.errors import UserError, nearest
 LayerKind = Literal["window", "csa", "hca"]
 KIND_OF_RATIO: dict[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
 
+# What is the same in every V4. Written with each configuration, because other readers ask for it; held to when read.
+CONSTANTS: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "num_key_value_heads": 1,
+    "hidden_act": "silu", "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True,
+    "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RopeScaling:
     """YaRN, as the compressed layers use it: frequencies only, no amplitude factor (see docs/numerics.md)."""
 
-    type: str = "yarn"  # "yarn" or "default" (no scaling)
+    type: str = "yarn"  # "yarn", or "default": no scaling, and the other numbers mean nothing
     factor: float = 16.0
     original_max_position_embeddings: int = 65536
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.type == "default":  # two ways to say "no scaling" are one value
+            for f in fields(self):
+                object.__setattr__(self, f.name, self.type if f.name == "type" else f.default)
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class ModelConfig:
     """Every field of the published configuration that the computation reads; the defaults are V4-Flash.
 
     `compress_ratios` has one entry per trunk layer and one per MTP layer after them (which must be 0: a pure window).
+    The defaults are for Python; what a file means by leaving a key out is in published.py.
     """
 
     vocab_size: int = 129280
@@ -64,8 +78,9 @@ class ModelConfig:
     max_position_embeddings: int = 1048576
     num_nextn_predict_layers: int = 1
     initializer_range: float = 0.02
-    bos_token_id: int = 0
-    eos_token_id: int = 1
+    bos_token_id: int | None = 0  # None: the file does not say
+    eos_token_id: int | tuple[int, ...] | None = 1
+    dspark_stages: int = 0  # blocks of the DSpark drafter that a file describes; it is named, and not built
 
     def __post_init__(self) -> None:
         _check(self)
@@ -94,7 +109,15 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The published spelling, ready for `json.dump`; `from_json` reads it back unchanged."""
-        return {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", **asdict(self)}
+        data = {**CONSTANTS, **asdict(self)}
+        if not self.dspark_stages:
+            del data["dspark_stages"]  # a key of ours, which no other reader knows
+        return data
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids of `eos_token_id`, each once, in order."""
+        return as_ids(self.eos_token_id)
 
     @property
     def trunk_ratios(self) -> tuple[int, ...]:
@@ -108,16 +131,78 @@ class ModelConfig:
         return layer < min(self.num_hash_layers, self.num_hidden_layers)
 
 
+def as_ids(given: int | Iterable[int] | None) -> tuple[int, ...]:
+    """A token id, a list of them or None -> each once, in order."""
+    return () if given is None else (given,) if isinstance(given, int) else tuple(sorted(set(given)))
+
+
+def check_ids(name: str, value: Any, vocab_size: int) -> None:
+    """UserError unless value is None, a token id, or a list of them, all within the vocabulary."""
+    for one in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+        if type(one) is not int:
+            raise UserError(f"{name}={shown(value)} must be a token id or a list of them")
+        if not 0 <= one < vocab_size:
+            raise UserError(f"{name}={shown(one)} must be at least 0 and below vocab_size={vocab_size}")
+
+
+def shown(value: Any) -> str:
+    """A value of unknown size and depth for a message: its repr, cut."""
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    return short.repr(value)
+
+
+# The largest values that are taken for a size. They are far above any model's, and so low that the shape of no tensor
+# overflows, no list is built that fills the memory, and no loop runs for minutes. A width not named here: 2**18.
+_LARGEST: dict[str, float] = {
+    "vocab_size": 2**24, "hidden_size": 2**18, "num_hidden_layers": 2**10, "num_attention_heads": 2**12,
+    "head_dim": 2**14, "qk_rope_head_dim": 2**14, "q_lora_rank": 2**18, "o_groups": 2**12, "o_lora_rank": 2**18,
+    "sliding_window": 2**20, "index_n_heads": 2**12, "index_head_dim": 2**14, "index_topk": 2**24,
+    "moe_intermediate_size": 2**18, "n_routed_experts": 2**14, "n_shared_experts": 2**4, "num_experts_per_tok": 2**10,
+    "num_hash_layers": 2**10, "hc_mult": 2**6, "hc_sinkhorn_iters": 1000, "num_nextn_predict_layers": 2**4,
+    "dspark_stages": 2**4, "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31,
+    "routed_scaling_factor": 1e6, "swiglu_limit": 1e6, "hc_eps": 1.0, "rms_norm_eps": 1.0, "initializer_range": 100.0,
+    "rope_theta": 1e12, "compress_rope_theta": 1e12, "factor": 1e6, "beta_fast": 1e6, "beta_slow": 1e6,
+}  # fmt: skip
+_ZERO_OK = {"num_hash_layers", "num_nextn_predict_layers", "initializer_range", "dspark_stages"}
+# A base of 1 turns every pair alike, and a factor below 1 would shorten the context: neither is a rotary table.
+_SMALLEST = {"rope_theta": 1.001, "compress_rope_theta": 1.001, "factor": 1.0, "beta_fast": 1e-3, "beta_slow": 1e-3}
+
+
+def check_numbers(owner: Any, zero_ok: set[str], prefix: str = "") -> None:
+    """UserError unless every int or float field of a dataclass holds such a number, positive (or 0 where that is
+    allowed) and not beyond all reason."""
+    for f in fields(owner):
+        if f.type not in (int, float):
+            continue
+        name, value = prefix + f.name, getattr(owner, f.name)
+        if f.type is int and type(value) is not int:
+            raise UserError(f"{name}={shown(value)} must be a whole number")
+        if type(value) not in (int, float) or value != value or value in (float("inf"), float("-inf")):
+            raise UserError(f"{name}={shown(value)} must be a finite number")
+        if value < 0 or (value == 0 and f.name not in zero_ok):
+            raise UserError(f"{name}={shown(value)} must be positive")
+        low, high = _SMALLEST.get(f.name, 0), _LARGEST.get(f.name, 2**18)
+        if not low <= value <= high:
+            raise UserError(f"{name}={shown(value)} is out of range: it must lie in {low:,} .. {high:,}")
+
+
 def _check(c: ModelConfig) -> None:
     """The rules between fields; each failure is one sentence."""
-    zero_ok = {"num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id", "initializer_range"}
     if not isinstance(c.rope_scaling, RopeScaling):
-        raise UserError(f"rope_scaling={c.rope_scaling!r} must be a RopeScaling")
-    for owner, prefix in ((c, ""), (c.rope_scaling, "rope_scaling.")):
-        for f in fields(owner):
-            _check_number(prefix + f.name, f.type, getattr(owner, f.name), zero_ok=f.name in zero_ok)
+        raise UserError(f"rope_scaling={shown(c.rope_scaling)} must be a RopeScaling")
+    check_scaling(c.rope_scaling)
+    check_numbers(c, _ZERO_OK)
+    check_ids("eos_token_id", c.eos_token_id, c.vocab_size)
+    if isinstance(c.bos_token_id, list | tuple):
+        raise UserError(f"bos_token_id={shown(c.bos_token_id)} must be one token id")
+    check_ids("bos_token_id", c.bos_token_id, c.vocab_size)
+    if isinstance(c.eos_token_id, list):
+        object.__setattr__(c, "eos_token_id", tuple(c.eos_token_id))
     if not isinstance(c.compress_ratios, list | tuple) or not all(type(r) is int for r in c.compress_ratios):
-        raise UserError(f"compress_ratios={c.compress_ratios!r} must be a list of whole numbers: one ratio per layer")
+        raise UserError(
+            f"compress_ratios={shown(c.compress_ratios)} must be a list of whole numbers: one ratio per layer"
+        )
     object.__setattr__(c, "compress_ratios", tuple(c.compress_ratios))
     want = c.num_hidden_layers + c.num_nextn_predict_layers
     if len(c.compress_ratios) != want:
@@ -127,7 +212,7 @@ def _check(c: ModelConfig) -> None:
         )
     unknown = [r for r in c.compress_ratios if r not in KIND_OF_RATIO]
     if unknown:
-        raise UserError(f"compress ratio {unknown[0]!r} is unknown: use 0 (window), 4 (CSA) or 128 (HCA)")
+        raise UserError(f"compress ratio {shown(unknown[0])} is unknown: use 0 (window), 4 (CSA) or 128 (HCA)")
     if any(c.compress_ratios[c.num_hidden_layers :]):
         raise UserError("the MTP entries of compress_ratios (the last ones) must be 0: an MTP block is a pure window")
     if c.num_nextn_predict_layers > 1:
@@ -149,23 +234,17 @@ def _check(c: ModelConfig) -> None:
         raise UserError(
             f"num_experts_per_tok={c.num_experts_per_tok} must be at most n_routed_experts={c.n_routed_experts}"
         )
-    if c.rope_scaling.type not in ("yarn", "default"):
-        raise UserError(f"rope_scaling type {c.rope_scaling.type!r} is unknown: use 'yarn' or 'default'")
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(c, name) >= c.vocab_size:
-            raise UserError(f"{name}={getattr(c, name)} must be below vocab_size={c.vocab_size}")
 
 
-def _check_number(name: str, kind: Any, value: Any, *, zero_ok: bool) -> None:
-    """UserError unless a field declared int or float holds such a number, positive (or zero where that is allowed)."""
-    if kind not in (int, float):
-        return
-    if kind is int and type(value) is not int:
-        raise UserError(f"{name}={value!r} must be a whole number")
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise UserError(f"{name}={value!r} must be a finite number")
-    if value < 0 or (value == 0 and not zero_ok):
-        raise UserError(f"{name}={value} must be positive")
+def check_scaling(scaling: RopeScaling) -> None:
+    """UserError unless it is YaRN with sensible numbers, or no scaling."""
+    if scaling.type not in ("yarn", "default"):
+        raise UserError(f"rope_scaling type {shown(scaling.type)} is unknown: use 'yarn' or 'default'")
+    check_numbers(scaling, set(), "rope_scaling.")
+    if scaling.beta_slow > scaling.beta_fast:
+        raise UserError(
+            f"rope_scaling.beta_slow={scaling.beta_slow} must be at most rope_scaling.beta_fast={scaling.beta_fast}"
+        )
 
 
 # --- presets --------------------------------------------------------------------------------------------------------
