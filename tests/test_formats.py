@@ -1,17 +1,18 @@
-"""Failures caught here: a byte of a packed row that is not where the formats say; a number rounded to another one;
-a scale that is off by a power of two; a chunk of a packed memory that reads other numbers than a later one will; a pool
-that is unpacked whole.
+"""Failures caught here: a byte of a packed row that is not where the formats say; a number rounded to another one, or
+a rounding left out; a scale that is off by a power of two; a chunk of a packed memory that reads other numbers than a
+later one will; a pool that is unpacked whole.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import small_config, small_model, stream, tokens
+from models import randomise, small_config, small_model, stream, tokens
 
-from dsv4 import UserError, ops
+from dsv4 import Transformer, UserError, ops
 from dsv4.cache import SequenceMemory
 from dsv4.cost import kv_bytes
 from dsv4.ops.formats import Packed, PackedRows, hadamard, v4_rows, v32_rows
@@ -140,6 +141,40 @@ def test_hadamard() -> None:
         assert torch.allclose(hadamard(x), x @ matrix * n**-0.5, atol=1e-5)
         assert torch.allclose(hadamard(hadamard(x)), x, atol=1e-5)
         assert torch.allclose((hadamard(x) * hadamard(y)).sum(-1), (x * y).sum(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("format", [KEY, KEY8], ids=["fp4", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rotated_rows_are_rounded_to_their_own_dtype_first(format: Packed, dtype: torch.dtype) -> None:
+    """The released code's rule, in its order: Hadamard in fp32, round to the model's dtype, then FP4 (or FP8).
+
+    Of bf16 rows every other one changes by the rounding in between; of fp32 rows not a bit does.
+    """
+    rows = torch.randn(200, format.width).to(dtype)
+    rotated = hadamard(rows.float())
+    plain = replace(format, rotated=False)
+    want, unrounded = plain.pack(rotated.to(dtype).float()), plain.pack(rotated)
+    assert torch.equal(format.pack(rows), want)
+    queries = rows.view(50, 4, format.width)
+    assert torch.equal(format.as_query(queries), plain.unpack(want).view(queries.shape))
+    changed = (want != unrounded).any(dim=1).float().mean()
+    assert changed == 0 if dtype == torch.float32 else changed > 0.05
+    if format is KEY:
+        hand = [by_hand(row, 32, E2M1, CODES["fp4"][2]) for row in rotated.to(dtype).tolist()]
+        assert format.as_read(rows).tolist() == hand
+
+
+def test_what_a_bf16_model_keeps_is_rounded_once_more() -> None:
+    """End to end: a bf16 model's keys in a packed memory are FP4 of rotated bf16 numbers."""
+    model = randomise(Transformer(small_config((4,)), torch.bfloat16))
+    ids = tokens(model, 300)
+    memory, plain = model.new_cache(format="packed")[0], model.new_cache(format="bfloat16")[0]
+    for each in (memory, plain):
+        stream(model, ids, 300, [each])
+    kept, keys = memory.layers[0].index.entries, plain.layers[0].index.entries.view(75)
+    fp4, rotated = replace(kept.format, rotated=False), hadamard(keys.float())
+    assert torch.equal(kept.data[:75], fp4.pack(rotated.bfloat16().float()))
+    assert not torch.equal(kept.data[:75], fp4.pack(rotated))
 
 
 # --- memories --------------------------------------------------------------------------------------------------------

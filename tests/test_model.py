@@ -3,10 +3,13 @@ MTP block wired wrongly, a model that allocates when it is only described, wrong
 something half written.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from models import KINDS, differ, randomise, small_config, small_model, tokens
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4 import ops
@@ -246,6 +249,44 @@ def test_describing_a_model_allocates_nothing(preset):
         model = Transformer(ModelConfig.preset(preset), "bfloat16")
     assert seen.largest < 4096
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+NO_COMPILER = """
+import sys
+import torch
+assert "torch._dynamo" not in sys.modules, "torch itself imports its compiler: this test proves nothing"
+from dsv4 import Engine, ModelConfig, Transformer, load, save
+from dsv4.config import CONTROLS
+from dsv4.model.controls import DenseTransformer, V32Transformer
+from dsv4.text import ByteTokenizer
+folder, kind = sys.argv[1:]
+with torch.device("meta"):
+    Transformer(ModelConfig.preset("flash"))
+    V32Transformer(CONTROLS["v3.2"]), DenseTransformer(CONTROLS["llama-405b"])
+save(Transformer(ModelConfig.preset("tiny")), folder)
+Engine(load(folder, kind), ByteTokenizer()).generate(["It was"])
+print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "transformers")
+        if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_building_loading_and_generating_import_no_compiler(tmp_path, dtype):
+    """Drawing on the meta device imports torch._dynamo and sympy: a second of CPU in each start of `generate`."""
+    command = [sys.executable, "-c", NO_COMPILER, str(tmp_path / "model"), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_a_seed_still_gives_the_model_it_gave(monkeypatch):
+    """Off the meta device the embedding takes as many random numbers as torch's own: seeds keep their meaning."""
+    torch.manual_seed(5)
+    ours = Transformer(small_config((0,)))
+    monkeypatch.setattr("dsv4.model.transformer.Embedding", nn.Embedding)
+    torch.manual_seed(5)
+    theirs = Transformer(small_config((0,)))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 def test_what_is_held_in_fp32():

@@ -451,6 +451,141 @@ def test_snapshots_that_do_not_fit_are_refused_and_change_nothing():
         assert same_state(before, state_of(memory))
 
 
+# --- the MTP block's window -----------------------------------------------------------------------
+
+
+def drafts(model, ids, after, memory, chunk):
+    """Hidden states of the MTP block for ids [T], whose last row is followed by the token `after`; in chunks."""
+    following, out = torch.cat([ids[1:], after]), []
+    for part, after_each in zip(ids.split(chunk), following.split(chunk), strict=True):
+        out.append(model.draft(model.trunk(part, [Segment(len(part), memory)]), after_each)[0])
+    return torch.cat(out)
+
+
+def whole_drafts(model, ids):
+    """What training's `predict_next` says of all rows but the last, in one call without a memory."""
+    with torch.no_grad():
+        return model.predict_next(model.trunk(ids, [Segment(len(ids))]), ids)[0]
+
+
+@pytest.mark.parametrize("window", [128, 16])
+@pytest.mark.parametrize("chunk", [1, 3, 127, 128, 130, 300])
+def test_drafting_with_a_memory_is_drafting_whole(window, chunk):
+    """The MTP window wraps, is read across calls, and is that of the whole sequence."""
+    model = small_model(mtp=1, sliding_window=window)
+    ids = tokens(model, 301)
+    memory = model.new_cache(mtp=True)[0]
+    got = drafts(model, ids[:300], ids[300:], memory, chunk)
+    assert differ(whole_drafts(model, ids), got) < EXACT and memory.drafted == memory.length == 300
+
+
+@pytest.mark.parametrize("case", ["rewound", "forked", "restored"])
+def test_drafting_after_a_rewind_a_fork_and_a_restore(case):
+    """As in speculation: tokens that turn out wrong are drafted, taken back, and leave nothing in the MTP window."""
+    model = small_model(mtp=1, sliding_window=16)
+    ids, wrong = tokens(model, 200), tokens(model, 9, seed=1)
+    want = whole_drafts(model, ids)
+    for start in range(100, 190, 7):
+        memory = model.new_cache(mtp=True, max_rewind=16)[0]
+        drafts(model, ids[:start], ids[start : start + 1], memory, 50)
+        kept, twin = memory.snapshot(), memory.fork()
+        drafts(model, wrong, wrong[:1], memory, 4)
+        if case == "rewound":
+            memory.rewind(len(wrong))
+        elif case == "forked":
+            memory = twin
+        else:
+            memory.restore(kept)
+        assert memory.drafted == start
+        got = drafts(model, ids[start:199], ids[199:], memory, 5)
+        assert differ(want[start:], got) < EXACT, start
+
+
+def test_another_token_after_a_row_takes_that_row_again():
+    """A row keeps the token it was given; rewinding to that row and running it again gives it the new one."""
+    model = small_model(mtp=1, sliding_window=16)
+    ids = tokens(model, 60)
+    memory = model.new_cache(mtp=True)[0]
+    drafts(model, ids[:40], (ids[40:41] + 1) % 97, memory, 40)
+    memory.rewind(1)
+    assert differ(whole_drafts(model, ids)[39:], drafts(model, ids[39:59], ids[59:], memory, 7)) < EXACT
+
+
+def test_ragged_drafts_are_each_alone():
+    model = small_model(mtp=1, sliding_window=16)
+    one, two = model.new_cache(batch=2, mtp=True)
+    a, b, c = tokens(model, 31), tokens(model, 8, seed=1), tokens(model, 6, seed=2)
+    drafts(model, a[:20], a[20:21], one, 20)
+    run, following = torch.cat([a[20:30], b[:7], c[:5]]), torch.cat([a[21:], b[1:], c[1:]])
+    got = model.draft(model.trunk(run, [Segment(10, one), Segment(7, two), Segment(5)]), following)[0].split([10, 7, 5])
+    for ids, hidden in zip((a, b, c), got, strict=True):
+        assert differ(whole_drafts(model, ids)[-len(hidden) :], hidden) < EXACT
+
+
+def test_packed_drafts_read_rounded_rows():
+    """The MTP window has the format of the trunk's windows, also for the rows of the call itself."""
+    model = small_model((0,), mtp=1)
+    ids = tokens(model, 200)
+    exact, packed = (
+        drafts(model, ids[:199], ids[199:], model.new_cache(format=f, mtp=True)[0], 199) for f in ("float32", "packed")
+    )
+    assert 0 < (exact - packed).abs().mean() < 0.1 * exact.std()
+    chunked = drafts(model, ids[:199], ids[199:], model.new_cache(format="packed", mtp=True)[0], 7)
+    assert (packed - chunked).abs().mean() < 2e-3
+    memory = model.new_cache(format="packed", mtp=True)[0]
+    assert memory.mtp is not None and memory.mtp.window.data.dtype == torch.uint8
+    assert memory.snapshot()["mtp.window"].shape == (256, memory.mtp.window.data.shape[1])
+
+
+def test_a_memory_has_the_mtp_window_only_where_it_is_asked_for():
+    model = small_model(mtp=1)
+    plain, more = model.new_cache()[0], model.new_cache(mtp=True)[0]
+    assert more.bytes() - plain.bytes() == 256 * model.config.head_dim * 4
+    assert set(more.snapshot()) - set(plain.snapshot()) == {"mtp.window"}
+    for memory, other in ((plain, more), (more, plain)):
+        with pytest.raises(UserError, match="max_rewind and mtp"):
+            memory.restore(other.snapshot())
+    with pytest.raises(UserError, match="no MTP block"):
+        small_model().new_cache(mtp=True)
+
+
+def test_drafts_out_of_order_are_refused_and_write_nothing():
+    """A call of the trunk that was not drafted would leave a hole in the window; drafting twice would lose rows."""
+    model = small_model(mtp=1)
+    ids = tokens(model, 30)
+    memory = model.new_cache(mtp=True)[0]
+    trunk = model.trunk(ids[:9], [Segment(9, memory)])
+    for following, words in ((ids[:9] - 200, "outside the vocabulary"), (ids[:8], "each of the 9 rows")):
+        with pytest.raises(UserError, match=words):
+            model.draft(trunk, following)
+    model.draft(trunk, ids[1:10])
+    before = state_of(memory)
+    with pytest.raises(UserError, match="once after each call"):
+        model.draft(trunk, ids[1:10])
+    assert same_state(before, state_of(memory))
+    later = model.trunk(ids[9:20], [Segment(11, memory)])
+    memory.rewind(2)
+    with pytest.raises(UserError, match="before any rewind"):
+        model.draft(later, ids[10:21])
+    hole = model.trunk(ids[18:20], [Segment(2, memory)])
+    with pytest.raises(UserError, match="cannot draft rows 18 to 19"):
+        model.draft(hole, ids[19:21])
+    with pytest.raises(UserError, match="mtp=True"):
+        model.draft(model.trunk(ids[:3], [Segment(3, model.new_cache()[0])]), ids[1:4])
+
+
+def test_a_draft_that_was_stopped_half_way_leaves_the_memory_torn(monkeypatch):
+    model = small_model(mtp=1)
+    ids = tokens(model, 10)
+    memory = model.new_cache(mtp=True)[0]
+    trunk = model.trunk(ids[:9], [Segment(9, memory)])
+    monkeypatch.setattr(model.mtp[0].ffn, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.draft(trunk, ids[1:])
+    with pytest.raises(UserError, match="stopped half way"):
+        memory.rewind(1)
+
+
 # --- bytes, growth --------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """All layers of one sequence: how far it has come, and the operations on it (fork, rewind, snapshot, restore, bytes).
 
-A memory's state is its stores plus one number, `length`. The model calls `begin`, writes the stores and calls
-`advance`; a call that was stopped half way leaves the memory torn, and a torn memory refuses all but `restore`.
+A memory's state is its stores plus one number, `length` (with the MTP block's window a second, `drafted`). The model
+calls `begin`, writes the stores and calls `advance`; a call that was stopped half way leaves the memory torn, and a
+torn memory refuses all but `restore`.
 """
 
 import copy
@@ -24,7 +25,8 @@ class SequenceMemory:
 
     Raw rows live in rings that hold `max_rewind` rows more than the model reads, which is how far `rewind` can go back.
     format: how rows are kept, float32, bfloat16, float16 or packed (FP8 rows with a BF16 tail, FP4 index keys); the
-    open rows of compressors are fp32 whatever it is. numbers: the dtype in which packed rows are read.
+    open rows of compressors are fp32 whatever it is. numbers: the dtype in which packed rows are read. mtp: with a
+    window for the MTP block too, whose row of position t also depends on the token after t (Transformer.draft).
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class SequenceMemory:
         capacity: int = 0,
         max_rewind: int = 128,
         numbers: torch.dtype = torch.float32,
+        mtp: bool = False,
     ):
         self.format = format_name(format)
         index_width = config.index_head_dim
@@ -46,10 +49,17 @@ class SequenceMemory:
             )
         if max_rewind < 0 or capacity < 0:
             raise UserError(f"capacity={capacity} and max_rewind={max_rewind} must not be negative")
+        if mtp and not config.num_nextn_predict_layers:
+            raise UserError("mtp=True, but the model has no MTP block: leave it out (num_nextn_predict_layers is 0)")
         self.config, self.max_rewind = config, max_rewind
         formats = v4_rows(config.head_dim, config.qk_rope_head_dim, index_width, self.format, numbers)
-        layers = range(config.num_hidden_layers)
-        self.layers = [LayerMemory(config, i, capacity, max_rewind, formats, torch.device(device)) for i in layers]
+        made = [
+            LayerMemory(config, i, capacity, max_rewind, formats, torch.device(device))
+            for i in range(config.num_hidden_layers + mtp)
+        ]
+        self.layers = made[: config.num_hidden_layers]
+        self.mtp = made[-1] if mtp else None
+        self.drafted = 0  # the MTP window holds the rows of positions up to here
         self.length = 0
         self.newest = 0  # the rings hold rows of positions up to here, also after a rewind
         self._torn = False
@@ -64,6 +74,11 @@ class SequenceMemory:
         self._torn = False
         self.length += count
         self.newest = max(self.newest, self.length)
+
+    def advance_drafts(self) -> None:
+        """The MTP block's rows of all tokens up to `length` have been written."""
+        self._torn = False
+        self.drafted = self.length
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens; exact at every offset, also inside an open group.
@@ -80,6 +95,7 @@ class SequenceMemory:
                 f"make it with max_rewind={back} or restore a snapshot"
             )
         self.length -= count
+        self.drafted = min(self.drafted, self.length)
 
     def fork(self) -> "SequenceMemory":
         """An independent copy; the two then go their own ways."""
@@ -89,15 +105,15 @@ class SequenceMemory:
     def snapshot(self) -> Snapshot:
         """The whole state as named tensors (copies; entries without their spare room), ready for safetensors."""
         self.refuse_torn()
-        state = {"length": torch.tensor([self.length, self.newest])}
+        state = {"length": torch.tensor([self.length, self.newest, *([] if self.mtp is None else [self.drafted])])}
         for name, store, used in self._stores():
             state[name] = store.data[:used].clone()
         return state
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of a memory of the same configuration; UserError (and no change) if it does not fit."""
-        length, newest = self._check(snapshot)
-        self.length, self.newest, self._torn = length, newest, False
+        self.length, self.newest, self.drafted = self._check(snapshot)
+        self._torn = False
         for name, store, _ in self._stores():
             if isinstance(store, Entries):
                 store.write_kept(snapshot[name], 0)
@@ -117,7 +133,7 @@ class SequenceMemory:
             raise UserError(
                 f"cannot fill {length} tokens: max_position_embeddings={self.config.max_position_embeddings}"
             )
-        self.length = self.newest = length
+        self.length = self.newest = self.drafted = length
         self._torn = False
         for _, store, used in self._stores():
             width = store.format.width if isinstance(store.format, Packed) else store.format.shape
@@ -131,34 +147,34 @@ class SequenceMemory:
         if self._torn:
             raise UserError("a call on this memory was stopped half way: restore a snapshot or start a new memory")
 
-    def _stores(self) -> Iterator[tuple[str, "Ring | Entries", int]]:
-        """(name, store, rows in use) of every store of every layer."""
-        for i, layer in enumerate(self.layers):
+    def _stores(self, length: int | None = None) -> Iterator[tuple[str, "Ring | Entries", int]]:
+        """(name, store, rows in use after `length` tokens, by default as many as there are) of every store."""
+        length = self.length if length is None else length
+        layers = [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
+        for place, layer in [*layers, *([] if self.mtp is None else [("mtp", self.mtp)])]:
             for name, store in layer.stores():
-                used = self.length // layer.ratio if isinstance(store, Entries) else len(store.data)
-                yield f"layers.{i}.{name}", store, used
+                used = length // layer.ratio if isinstance(store, Entries) else len(store.data)
+                yield f"{place}.{name}", store, used
 
-    def _check(self, snapshot: Snapshot) -> tuple[int, int]:
+    def _check(self, snapshot: Snapshot) -> tuple[int, int, int]:
         """A snapshot comes from outside: names, shapes and numbers are checked before anything is written."""
-        remedy = "restore a snapshot of a memory made with the same configuration, dtype and max_rewind"
-        if "length" not in snapshot or snapshot["length"].shape != (2,):
+        remedy = "restore a snapshot of a memory made with the same configuration, dtype, max_rewind and mtp"
+        if "length" not in snapshot or snapshot["length"].shape != (2 if self.mtp is None else 3,):
             raise UserError(f"the snapshot has no length: {remedy}")
-        length, newest = snapshot["length"].tolist()
-        if not 0 <= length <= newest or newest - length > self.max_rewind:
+        length, newest, drafted = [*snapshot["length"].tolist(), 0][:3]
+        if not 0 <= drafted <= length <= newest or newest - length > self.max_rewind:
             raise UserError(f"the snapshot has length {length} of {newest}: {remedy}")
         expected = {"length"}
-        for i, layer in enumerate(self.layers):
-            for name, store in layer.stores():
-                rows = length // layer.ratio if isinstance(store, Entries) else len(store.data)
-                name, shape = f"layers.{i}.{name}", (rows, *store.data.shape[1:])
-                expected.add(name)
-                got = snapshot.get(name)
-                if got is None or got.shape != shape or got.dtype != store.data.dtype:
-                    what = "missing" if got is None else f"{tuple(got.shape)} {got.dtype}"
-                    raise UserError(f"snapshot tensor {name} is {what}, expected {shape} {store.data.dtype}: {remedy}")
+        for name, store, rows in self._stores(length):
+            shape = (rows, *store.data.shape[1:])
+            expected.add(name)
+            got = snapshot.get(name)
+            if got is None or got.shape != shape or got.dtype != store.data.dtype:
+                what = "missing" if got is None else f"{tuple(got.shape)} {got.dtype}"
+                raise UserError(f"snapshot tensor {name} is {what}, expected {shape} {store.data.dtype}: {remedy}")
         if set(snapshot) != expected:
             raise UserError(f"snapshot tensor {min(set(snapshot) - expected)} is unknown: {remedy}")
-        return length, newest
+        return length, newest, drafted
 
 
 def format_name(format: torch.dtype | str) -> str:
@@ -190,13 +206,13 @@ class BatchMemory(Sequence[SequenceMemory]):
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens of every row; if one row cannot, none is changed."""
-        lengths = self.lengths
+        before = [(row.length, row.drafted) for row in self.rows]
         try:
             for row in self.rows:
                 row.rewind(count)
         except UserError:
-            for row, length in zip(self.rows, lengths, strict=True):
-                row.length = length
+            for row, (length, drafted) in zip(self.rows, before, strict=True):
+                row.length, row.drafted = length, drafted
             raise
 
     def snapshot(self) -> list[Snapshot]:

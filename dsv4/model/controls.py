@@ -14,7 +14,7 @@ from dsv4.config import LlamaConfig, V32Config
 from dsv4.errors import UserError
 from dsv4.model.control_memory import Config, ControlMemory, Stores, check_room
 from dsv4.model.dense import MLP, GroupedQueryAttention
-from dsv4.model.layers import Linear, RMSNorm
+from dsv4.model.layers import Embedding, Linear, RMSNorm
 from dsv4.model.rope import pair_frequencies, turns
 from dsv4.model.transformer import as_dtype
 from dsv4.model.v32 import GroupedMoE, LatentAttention
@@ -41,7 +41,7 @@ class ControlTransformer(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype | str, block: Callable[[int, torch.dtype], PlainBlock]):
         super().__init__()
         self.config, self.dtype = config, as_dtype(dtype)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=self.dtype)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=self.dtype)
         self.layers = nn.ModuleList(block(i, self.dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # fp32 logits from the parameter itself: a bf16 head would be copied for every call
@@ -120,6 +120,9 @@ class DenseTransformer(ControlTransformer):
     config: LlamaConfig
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype | str = torch.float32):
+        if config.rope_type != "default":
+            raise UserError(f"rope_type {config.rope_type!r} can be counted, not computed: use 'default'")
+
         def block(layer: int, dtype: torch.dtype) -> PlainBlock:
             ffn = MLP(config.hidden_size, config.intermediate_size, dtype)
             return PlainBlock(config, GroupedQueryAttention(config, dtype), ffn)

@@ -1,4 +1,4 @@
-"""The two layers that everything is made of. Weights keep their own dtype and follow that of the activations."""
+"""The layers that everything is made of. Weights keep their own dtype and follow that of the activations."""
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Embedding(nn.Embedding):
+    """Rows by token id. On the meta device nothing is drawn: that would import torch's compiler, taking a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
 from dsv4.model import hyper
 from dsv4.model.block import Block
@@ -24,12 +25,15 @@ class MTPBlock(Block):
         self.enorm, self.hnorm, self.norm = RMSNorm(m, eps), RMSNorm(m, eps), RMSNorm(m, eps)
         self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hyper.parameters(config, head=True)
 
-    def draft(self, streams: Tensor, embedded: Tensor, ids: Tensor, run: Run) -> tuple[Tensor, Tensor, Routing]:
+    def draft(
+        self, streams: Tensor, embedded: Tensor, ids: Tensor, run: Run, views: list[LayerMemory | None]
+    ) -> tuple[Tensor, Tensor, Routing]:
         """Streams [T, N, M] of positions t (before the trunk's head collapse), embedding [T, M] and ids [T] of t+1.
 
-        Returns the normed hidden state [T, M], for the shared head; the block's streams, for deeper drafts; routing.
+        views: the block's own memory for each piece of the run, None where there is none. Returns the normed hidden
+        state [T, M], for the shared head; the block's streams, for deeper drafts; routing.
         """
         x = self.e_proj(self.enorm(embedded))[:, None] + self.h_proj(self.hnorm(streams))
-        x, routing = self(x, ids, run, [None] * len(run.pieces))
+        x, routing = self(x, ids, run, views)
         head = (self.hc_head_fn, self.hc_head_base, self.hc_head_scale)
         return self.norm(hyper.collapse(x, head, self.config)), x, routing

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dsv4.cache import BatchMemory, SequenceMemory
+from dsv4.cache import BatchMemory, LayerMemory, SequenceMemory
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.model import hyper
 from dsv4.model.block import Block
 from dsv4.model.init import initialise
-from dsv4.model.layers import Linear, RMSNorm
+from dsv4.model.layers import Embedding, Linear, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTPBlock
 from dsv4.model.segments import Run, Segment, plan
@@ -41,14 +41,17 @@ class Transformer(nn.Module):
 
     `dtype` is that of the large matrices and of the activations; norms, router, compressors, hyper-connections and
     sinks are held and computed in fp32 whatever it is. `recompute` saves memory in training: a block's activations are
-    computed again in the backward pass.
+    computed again in the backward pass. `stop_ids` are the tokens that end a text, as the configuration says.
     """
+
+    stop_ids: tuple[int, ...]
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype | str = torch.float32, *, recompute: bool = False):
         super().__init__()
         dtype = as_dtype(dtype)
         self.config, self.dtype, self.recompute = config, dtype, recompute
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.stop_ids = config.stop_ids
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, dtype)
@@ -91,18 +94,25 @@ class Transformer(nn.Module):
         return F.linear(hidden.float(), self.head.weight.float())
 
     def new_cache(
-        self, batch: int = 1, format: torch.dtype | str | None = None, *, capacity: int = 0, max_rewind: int = 128
+        self,
+        batch: int = 1,
+        format: torch.dtype | str | None = None,
+        *,
+        capacity: int = 0,
+        max_rewind: int = 128,
+        mtp: bool = False,
     ) -> BatchMemory:
         """Empty memories for `batch` rows; `capacity` tokens are preallocated.
 
-        format: packed, float32, bfloat16 or float16 (or that dtype); default: the model's dtype.
+        format: packed, float32, bfloat16 or float16 (or that dtype); default: the model's dtype. mtp: with a window
+        for the MTP block, which `draft` needs.
         """
         if batch < 1:
             raise UserError(f"batch={batch} must be at least 1")
         return BatchMemory([
             SequenceMemory(
                 self.config, format=format or self.dtype, device=self.device, capacity=capacity,
-                max_rewind=max_rewind, numbers=self.dtype,
+                max_rewind=max_rewind, numbers=self.dtype, mtp=mtp,
             )
             for _ in range(batch)
         ])  # fmt: skip
@@ -147,10 +157,56 @@ class Transformer(nn.Module):
         rows = keep.nonzero()[:, 0]
         following = ids.to(self.device)[rows + 1]
         run = plan(self.config, [Segment(n) for n in lengths], self.device)
+        hidden, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.pieces))
+        return hidden, rows, routing
+
+    @torch.no_grad()
+    def draft(self, trunk: Trunk, following: Tensor) -> tuple[Tensor, Routing]:
+        """The MTP block over every row of a run with memories (made with mtp=True): hidden [T, M], routing.
+
+        following: int64 [T], the token after each row; row t sees the trunk's streams at t and that token and predicts
+        the one after it. Reads and writes the block's window in the memories, so it follows every call of `trunk` once,
+        before any rewind. A row keeps the token it was given: to go on from length n with another token than row n - 1
+        was given, rewind to n - 1 and run that row again. Raises UserError before anything is written.
+        """
+        if following.shape != trunk.hidden.shape[:1] or following.dtype not in (torch.int64, torch.int32):
+            raise UserError(
+                f"following must be the token after each of the {len(trunk.hidden)} rows, not "
+                f"{tuple(following.shape)} {following.dtype}"
+            )
+        self._check_ids(following)
+        memories = [(p.memory, p.start, p.tokens.stop - p.tokens.start) for p in trunk.run.pieces if p.memory]
+        for memory, start, count in memories:
+            memory.refuse_torn()
+            if memory.mtp is None:
+                raise UserError("a memory has no window for the MTP block: make it with new_cache(mtp=True)")
+            if (memory.drafted, memory.length) != (start, start + count):
+                raise UserError(
+                    f"a memory of {memory.length} tokens, {memory.drafted} of them drafted, cannot draft rows "
+                    f"{start} to {start + count - 1}: call draft once after each call of trunk, before any rewind"
+                )
+        for memory, _, _ in memories:
+            memory.begin()
+        views = [None if p.memory is None else p.memory.mtp for p in trunk.run.pieces]
+        out = self._mtp(trunk.streams, following.to(self.device), trunk.run, views)
+        for memory, _, _ in memories:
+            memory.advance_drafts()
+        return out
+
+    def _mtp(
+        self, streams: Tensor, following: Tensor, run: Run, views: list[LayerMemory | None]
+    ) -> tuple[Tensor, Routing]:
+        assert self.mtp, "the model has no MTP block"
         block = self.mtp[0]
         assert isinstance(block, MTPBlock)
-        hidden, _, routing = block.draft(trunk.streams[rows], self.embed(following).to(self.dtype), following, run)
-        return hidden, rows, routing
+        hidden, _, routing = block.draft(streams, self.embed(following).to(self.dtype), following, run, views)
+        return hidden, routing
+
+    def _check_ids(self, ids: Tensor) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            bad = low if low < 0 else high
+            raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: wrong tokenizer?")
 
     def _cut(
         self, ids: Tensor, cache: BatchMemory | SequenceMemory | None, segments: Segments | None
@@ -158,10 +214,7 @@ class Transformer(nn.Module):
         """Bring the three input forms to flat ids and segments, and check them."""
         if ids.dtype not in (torch.int64, torch.int32) or ids.ndim not in (1, 2) or not ids.numel():
             raise UserError(f"ids must be a non-empty integer tensor [T] or [B, T], not {tuple(ids.shape)} {ids.dtype}")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config.vocab_size:
-            bad = low if low < 0 else high
-            raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: wrong tokenizer?")
+        self._check_ids(ids)
         if segments is not None:
             if ids.ndim != 1 or cache is not None:
                 raise UserError("segments go with flat ids [T] and carry their own memories: leave out cache")

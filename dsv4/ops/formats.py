@@ -45,8 +45,9 @@ class Packed:
 
     code: "fp8" or "fp4", for all but the last `tail` numbers, which are BF16. block: numbers that share a scale (the
     last block may be shorter). fp32_scales: FP32 scales, exactly largest / 448; else UE8M0, rounded up to a power of
-    two. rotated: a Hadamard rotation comes first, to spread outliers; rows are read rotated, so queries must be too
-    (`as_query`). numbers: the dtype of unpacked rows; BF16 holds UE8M0-scaled rows exactly.
+    two. rotated: a Hadamard rotation comes first, to spread outliers, and its sums are rounded to the dtype that rows
+    came in, as the released code does; rows are read rotated, so queries must be too (`as_query`). numbers: the dtype
+    of unpacked rows; BF16 holds UE8M0-scaled rows exactly.
     """
 
     width: int
@@ -82,7 +83,7 @@ class Packed:
         """rows [n, width] -> uint8 [n, row_bytes]. Numbers must be finite."""
         x = rows.float()
         if self.rotated:
-            x = hadamard(x)
+            x = hadamard(x).to(rows.dtype).float()
         head, tail = x[:, : self.coded], x[:, self.coded :]
         blocks = F.pad(head, (0, -self.coded % self.block)).unflatten(1, (-1, self.block))
         scale = self._scales(blocks.abs().amax(dim=2))

@@ -1,0 +1,354 @@
+"""Failures caught here: a port that agrees with itself and with transformers but not with the released inference code,
+above all in what a packed memory keeps: a scale, a floor, a rotation, a rounding or a choice that is not the official.
+
+The numbers in golden/official were made by that code (README there). Without quantisation everything must agree to
+2e-5. With it, two evaluations that differ by 1e-6 put a number near a rounding border on different sides, and one such
+step changes all later layers; so the whole model is compared with its stored numbers snapped to the official ones where
+either side was right to 2e-5 of the block's largest number, and it is counted how often that was needed.
+"""
+
+import hashlib
+import lzma
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import choices, differ
+from safetensors.torch import load as from_bytes
+from torch import Tensor
+
+from dsv4.cache import SequenceMemory
+from dsv4.checkpoint import load
+from dsv4.model import Segment, Transformer
+from dsv4.model.segments import plan
+from dsv4.ops import formats
+from dsv4.ops.formats import Packed, hadamard
+
+GOLDEN = Path(__file__).parent / "golden" / "official"
+SHA256 = {
+    "weights": "773b80c640b9fa6569230a93ff07b3fdfc492f7d8da518c66ab5b547f283a1be",
+    "cases": "6f1a6623351988b0e5c3a27486cf8a9aa11abbf75a8df0138025a8a715c2b22c",
+}
+CLOSE = 2e-5  # two orders of summation in fp32; measured 1e-6 to 8e-6
+GAP = 1e-4  # where the last chosen scores more than this above the first not chosen, the choice must be the same
+SNAPPED = 1e-3  # the share of stored numbers that may lie so near a rounding border
+CASES = {"p3": 3, "p131": 131, "p300": 300}  # prompts; 12 tokens follow
+CSA = (1, 3, 5)
+
+
+def unpacked(name: str) -> bytes:
+    data = lzma.decompress((GOLDEN / f"{name}.safetensors.xz").read_bytes())
+    assert hashlib.sha256(data).hexdigest() == SHA256[name], f"{name} is not the file that was made"
+    return data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder as it would be published."""
+    path = tmp_path_factory.mktemp("official")
+    (path / "model.safetensors").write_bytes(unpacked("weights"))
+    (path / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Transformer:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return from_bytes(unpacked("cases"))
+
+
+def memory_of(model: Transformer, format: str, count: int) -> SequenceMemory:
+    """Its rings hold every row of `count` tokens, so that all can be looked at afterwards."""
+    return model.new_cache(format=format, capacity=count, max_rewind=count, mtp=True)[0]
+
+
+class Seen:
+    """What one run of the whole model showed: logits, streams after each block, experts, chosen entries, the trunk."""
+
+    def __init__(self, model: Transformer, ids: Tensor, chunks: list[int], memory: SequenceMemory | None):
+        logits: list[Tensor] = []
+        streams: list[list[Tensor]] = [[] for _ in model.layers]
+        routed: list[list[Tensor]] = [[] for _ in model.layers]
+
+        def keep(i: int):
+            return lambda module, args, out: streams[i].append(out[0])
+
+        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(model.layers)]
+        try:
+            with choices(model) as self.chosen, torch.no_grad():
+                for part in ids.split(chunks):
+                    self.trunk = model.trunk(part, [Segment(len(part), memory)])
+                    logits.append(model.logits(self.trunk.hidden))
+                    for i, routing in enumerate(self.trunk.routing):
+                        routed[i].append(routing.chosen)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.logits, self.streams = torch.cat(logits), [torch.cat(s) for s in streams]
+        self.routed = torch.stack([torch.cat(r) for r in routed])
+
+
+def check_choices(seen: Seen, golden: dict[str, Tensor], case: str, prompt: int) -> None:
+    """Experts of every token, entries of the last 13: equal as sets wherever the official gap says they must be."""
+    clear = golden[f"{case}/routed_gap"] > GAP
+    same = (seen.routed.sort(dim=-1).values == golden[f"{case}/routed"].long().sort(dim=-1).values).all(dim=-1)
+    assert same[clear].all() and clear.float().mean() > 0.9
+    for row, layer in enumerate(CSA):
+        mine = seen.chosen[f"layers.{layer}.attn.indexer"][prompt - 1 :]
+        for token, want in enumerate(golden[f"{case}/chosen"][row].tolist()):
+            if golden[f"{case}/chosen_gap"][row, token] > GAP:
+                assert sorted(mine[token]) == [entry for entry in want if entry >= 0], (layer, token)
+
+
+# --- without quantisation --------------------------------------------------------------------------------------------
+
+
+def check_plain(model: Transformer, golden: dict[str, Tensor], name: str, chunks: list[int]) -> None:
+    case, ids, prompt = f"plain/{name}", golden[f"ids/{name}"], CASES[name]
+    memory = memory_of(model, "float32", len(ids))
+    seen = Seen(model, ids, chunks, memory)
+    assert differ(golden[f"{case}/logits"], seen.logits[prompt - 1 :]) < CLOSE
+    check_choices(seen, golden, case, prompt)
+    at = golden[f"positions/{name}"].long()
+    for i in range(4):
+        assert differ(golden[f"{case}/after/{i}"], seen.streams[i][at]) < CLOSE, i
+    for i, layer in enumerate(memory.layers):
+        want = golden[f"{case}/window/{i}"]
+        assert differ(want, layer.window.last(len(want), len(ids))) < CLOSE, i
+        if f"{case}/entries/{i}" in golden:
+            want = golden[f"{case}/entries/{i}"]
+            assert layer.attention is not None and differ(want, layer.attention.entries.data[: len(want)]) < CLOSE, i
+        if layer.index is not None:
+            want = golden[f"{case}/keys/{i}"]  # the official code keeps them rotated
+            assert differ(want, hadamard(layer.index.entries.data[: len(want)])) < CLOSE, i
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_prefill_then_tokens(model, golden, name) -> None:
+    """As the official run went: one prompt, then a token at a time; logits, streams, rows, keys, experts, entries."""
+    check_plain(model, golden, name, [CASES[name], *[1] * 12])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_at_once(model, golden, name) -> None:
+    check_plain(model, golden, name, [CASES[name] + 12])
+
+
+@pytest.mark.parametrize("name", ["p3", "p131"])
+def test_plain_token_by_token(model, golden, name) -> None:
+    check_plain(model, golden, name, [1] * (CASES[name] + 12))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_without_a_memory(model, golden, name) -> None:
+    seen = Seen(model, golden[f"ids/{name}"], [CASES[name] + 12], None)
+    assert differ(golden[f"plain/{name}/logits"], seen.logits[CASES[name] - 1 :]) < CLOSE
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_plain_mtp(model, golden, name, with_memory) -> None:
+    """The MTP block over all rows but the last, in one call as the official one, and drafting with a memory."""
+    ids, case = golden[f"ids/{name}"], f"plain/{name}"
+    with torch.no_grad():
+        if with_memory:
+            memory = memory_of(model, "float32", len(ids))
+            hidden, routing = model.draft(model.trunk(ids[:-1], [Segment(len(ids) - 1, memory)]), ids[1:])
+        else:
+            hidden, _, routing = model.predict_next(model.trunk(ids, [Segment(len(ids))]), ids)
+        logits = model.logits(hidden[golden[f"mtp_positions/{name}"].long()])
+    assert differ(golden[f"{case}/mtp_logits"], logits) < CLOSE
+    clear = golden[f"{case}/mtp_routed_gap"] > GAP
+    same = routing.chosen.sort(dim=1).values == golden[f"{case}/mtp_routed"].long().sort(dim=1).values
+    assert same[clear].all()
+
+
+# --- with quantised memories -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What has come of the rows so far: written, refused; numbers snapped, of how many."""
+
+    rows: int = 0
+    refused: int = 0
+    snapped: int = 0
+    numbers: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Snapping(Packed):
+    """A packed format that keeps the official number where either rounding is right; rows are written once, in order.
+
+    y is stored in place of the own rounding q of x where |x - y| <= |x - q| + 2e-5 of the block's largest number.
+    """
+
+    official: Tensor = field(default_factory=lambda: torch.zeros(0, 1))
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def own(self) -> Packed:
+        return Packed(**{f.name: getattr(self, f.name) for f in fields(Packed)})
+
+    def pack(self, rows: Tensor) -> Tensor:
+        data, right, snapped = self.snap(rows)
+        self.tally.rows += len(rows)
+        self.tally.refused += int((~right).any(dim=1).sum())
+        self.tally.snapped += int(snapped.sum())
+        self.tally.numbers += rows.numel()
+        return data
+
+    def as_read(self, rows: Tensor) -> Tensor:
+        return self.unpack(self.snap(rows)[0])
+
+    def as_query(self, rows: Tensor) -> Tensor:
+        return self.own.as_query(rows)
+
+    def snap(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bytes, and which numbers [n, width] were right and which were snapped, of unrounded rows that come next."""
+        if not len(rows):
+            return self.own.pack(rows), torch.ones(0, 1).bool(), torch.zeros(0, 1).bool()
+        x = hadamard(rows.float()) if self.rotated else rows.float()
+        q, y = self.own.as_read(rows).float(), self.official[self.tally.rows :][: len(rows)].float()
+        right = (x - y).abs() <= (x - q).abs() + CLOSE * largest_of_block(self, x)
+        data = replace(self.own, rotated=False).pack(torch.where(right, y, q))
+        good = right.all(dim=1)
+        assert torch.equal(self.unpack(data).float()[good], y[good]), "official rows have a packed form"
+        return data, right, right & (q != y)
+
+
+def largest_of_block(format: Packed, x: Tensor) -> Tensor:
+    """For each number of x [n, width] the largest of its block; the BF16 tail is one. Not the row's: a wrong floor
+    would pass in a block of tiny numbers."""
+    parts = [*x[:, : format.coded].split(format.block, dim=1), *([x[:, format.coded :]] if format.tail else [])]
+    return torch.cat([part.abs().amax(dim=1, keepdim=True).expand_as(part) for part in parts], dim=1)
+
+
+def snap_to(memory: SequenceMemory, golden: dict[str, Tensor], case: str) -> list[Snapping]:
+    """Make every store of the trunk snap to the official rows."""
+    out = []
+    for i, layer in enumerate(memory.layers):
+        stores = [(layer.window, "window")]
+        stores += [(layer.attention.entries, "entries")] if layer.attention is not None else []
+        stores += [(layer.index.entries, "keys")] if layer.index is not None else []
+        for store, name in stores:
+            official = golden.get(f"{case}/{name}/{i}", torch.zeros(0, 1))  # short prompts close no HCA group
+            assert isinstance(store.format, Packed)
+            store.format = Snapping(**vars(store.format), official=official)
+            out.append(store.format)
+    return out
+
+
+def snapped_run(model, golden, name: str, chunks: list[int]) -> tuple[Seen, SequenceMemory, int, float]:
+    """The whole model on a packed memory that snaps: what it showed, rows refused, share of numbers snapped."""
+    ids = golden[f"ids/{name}"]
+    memory = memory_of(model, "packed", len(ids))
+    stores = snap_to(memory, golden, f"kv/{name}")
+    seen = Seen(model, ids, chunks, memory)
+    tallies = [s.tally for s in stores]
+    share = sum(t.snapped for t in tallies) / sum(t.numbers for t in tallies)
+    return seen, memory, sum(t.refused for t in tallies), share
+
+
+@pytest.mark.parametrize("name", ["p3", "p131"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_packed_whole_model(model, golden, name, chunked) -> None:
+    """No row is refused, hardly a number needs snapping, and then logits, streams, experts and entries are official."""
+    prompt = CASES[name]
+    chunks = [prompt, *[1] * 12] if chunked else [prompt + 12]
+    seen, _, refused, share = snapped_run(model, golden, name, chunks)
+    assert refused == 0 and share < SNAPPED, (refused, share)
+    assert differ(golden[f"kv/{name}/logits"], seen.logits[prompt - 1 :]) < CLOSE
+    check_choices(seen, golden, f"kv/{name}", prompt)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_packed_one_block_at_a_time(model, golden, layer) -> None:
+    """A window, an HCA and a CSA block on the official streams: nothing that an earlier block did can hide a fault."""
+    ids, case = golden["ids/p131"], "kv/p131"
+    memory = memory_of(model, "packed", len(ids))
+    tallies = [s.tally for s in snap_to(memory, golden, case)]
+    with torch.no_grad():
+        first = model.embed(ids)[:, None].expand(-1, model.config.hc_mult, -1).contiguous()
+        x = golden[f"{case}/after/{layer - 1}"] if layer else first
+        run = plan(model.config, [Segment(len(ids), memory)], torch.device("cpu"))
+        got, routing = model.layers[layer](x, ids, run, [memory.layers[layer]])
+    want = golden[f"{case}/after/{layer}"]
+    assert differ(want, got if len(want) == len(ids) else got[golden["positions/p131"].long()]) < CLOSE
+    assert sum(t.rows for t in tallies) >= len(ids) and sum(t.refused for t in tallies) == 0
+    assert sum(t.snapped for t in tallies) <= SNAPPED * sum(t.numbers for t in tallies)
+    clear = golden[f"{case}/routed_gap"][layer] > GAP
+    same = routing.chosen.sort(dim=1).values == golden[f"{case}/routed"][layer].long().sort(dim=1).values
+    assert same[clear].all()
+
+
+@pytest.mark.parametrize("name", ["p3", "p131"])
+def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
+    """The official MTP block keeps rounded rows. Its rows are not on file, so they cannot be snapped, and one number on
+    the other side of a border moves the logits of 16 positions by some 1e-3. On the official streams most positions
+    must be exact all the same; without the rounding none is within 1e-2 (checked here as well)."""
+    ids, case = golden[f"ids/{name}"], f"kv/{name}"
+    seen, memory, refused, _ = snapped_run(model, golden, name, [len(ids)])
+    at = golden[f"mtp_positions/{name}"].long()
+    following = torch.cat([ids[1:], ids[:1]])  # nothing is asked of the last row
+    assert refused == 0
+    with torch.no_grad():
+        hidden, routing = model.draft(seen.trunk, following)
+        alone = replace(seen.trunk, run=plan(model.config, [Segment(len(ids))], torch.device("cpu")))
+        unrounded, _, _ = model.predict_next(alone, ids)
+        off, without = (
+            (model.logits(h[at]) - golden[f"{case}/mtp_logits"]).abs().amax(dim=1) for h in (hidden, unrounded)
+        )
+    assert (off < CLOSE).sum() >= 5 and off.max() < 1e-2 < without[1:].min()
+    clear = golden[f"{case}/mtp_routed_gap"] > GAP
+    same = routing.chosen[:-1].sort(dim=1).values == golden[f"{case}/mtp_routed"].long().sort(dim=1).values
+    assert same[clear].all()
+
+
+@pytest.mark.parametrize("mode", ["plain", "kv"])
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode, name) -> None:
+    """Only means can be compared: of two bf16 runs each is off by its own rounding."""
+    model, ids = load(folder, "bfloat16"), golden[f"ids/{name}"]
+    memory = model.new_cache(format="packed" if mode == "kv" else "bfloat16")[0]
+    with torch.no_grad():
+        got = model(ids, segments=[(len(ids), memory)])[CASES[name] - 1 :]
+    official, exact = golden[f"bf16_{mode}/{name}/logits"], golden[f"{mode}/{name}/logits"]
+    assert (got - official).abs().mean() < 1.5 * (official - exact).abs().mean()
+
+
+# --- would a fault be noticed? ---------------------------------------------------------------------------------------
+
+
+def truncating(x: Tensor) -> Tensor:
+    """e4m3 towards zero."""
+    nearest = x.to(torch.float8_e4m3fn)
+    codes = nearest.view(torch.uint8)
+    return codes - (nearest.float().abs() > x.abs()).to(torch.uint8)
+
+
+FAULTS = {  # how to plant it, and what must notice it: rows refused, numbers snapped
+    "a block's largest number is floored at 1e-5": (lambda p, model: p.setitem(formats._FLOOR, "fp8", 1e-5), "refused"),
+    "e4m3 truncates": (lambda p, model: p.setattr(formats, "_to_e4m3", truncating), "snapped"),
+    "index rows are not rotated": (lambda p, model: p.setattr(formats, "hadamard", lambda x: x), "refused"),
+    "one entry too many is chosen": (
+        lambda p, model: [p.setattr(model.layers[i].attn.indexer, "topk", 9) for i in CSA], "refused",
+    ),
+    "the shared expert does not clamp": (
+        lambda p, model: [p.setattr(layer.ffn.shared_experts, "limit", 1e9) for layer in model.layers], "refused",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(model, golden, monkeypatch, fault) -> None:
+    """Measured: 178, 0, 542, 542 and 566 of 1,928 rows refused; of truncated numbers 30% snapped."""
+    plant, noticed = FAULTS[fault]
+    plant(monkeypatch, model)
+    _, _, refused, share = snapped_run(model, golden, "p131", [143])
+    assert refused > 100 if noticed == "refused" else share > 100 * SNAPPED
