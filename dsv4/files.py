@@ -4,6 +4,7 @@ Every small file of dsv4 is written and read here, so that a full disk, a damage
 is using ends in one sentence with the path in it, and never in half a file. What the files mean is not known here.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -17,6 +18,9 @@ from dsv4.errors import FileError, UserError
 DIGESTS = "digests.json"  # beside the files it lists: sha256 of each, by name
 TEMPORARY = ".tmp"  # the end of a name that begins with a dot: a file that is not there yet
 _BLOCK = 1 << 20
+MODE = 0o666 & ~(_umask := os.umask(0o077))  # what a new file of this process is allowed; asking for it sets it
+os.umask(_umask)
+_OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE begins as UTF-16-LE
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -24,12 +28,16 @@ _BLOCK = 1 << 20
 
 @contextmanager
 def explained(path: str | Path, doing: str = "write", safe: str = "") -> Iterator[None]:
-    """Turn the OSError of an operation on `path` into a FileError; `safe` ends it: what is still in good order."""
+    """Turn the OSError of an operation on `path` into a FileError; `safe` ends it: what is still in good order.
+
+    doing "read" makes it a plain UserError: what cannot be read was named by the user.
+    """
     try:
         yield
     except OSError as error:
         rest = f"; {safe}" if safe else ""
-        raise FileError(f"cannot {doing} {path}: {reason_of(error)}{rest}") from None
+        kind = UserError if doing == "read" else FileError
+        raise kind(f"cannot {doing} {path}: {reason_of(error)}{rest}") from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -126,15 +134,38 @@ def read_lines(source: Path | Iterable[bytes], what: str = "") -> Iterator[tuple
         with explained(source, "read"), source.open("rb") as file:
             yield from read_lines(file, what or str(source))
         return
+    decoder = StrictDecoder(what)
     for number, raw in enumerate(source, start=1):
+        decoder.line = number
+        line = decoder.decode(raw, final=True)
+        yield number, line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
+
+
+class StrictDecoder:
+    """The bytes of a UTF-8 file, part by part -> its text; a byte-order mark is dropped.
+
+    UserError that names the line for bytes that are not UTF-8, and for NULs. `line` is the number of the next one.
+    """
+
+    def __init__(self, what: str):
+        self.what, self.line = what, 1
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    def decode(self, raw: bytes, *, final: bool = False) -> str:
+        """The text of the next bytes; a character that they do not finish comes with the next ones unless final."""
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = self._decoder.decode(raw, final)
         except UnicodeDecodeError as error:
+            line = self.line + error.object.count(b"\n", 0, error.start)
             bad = f"byte 0x{error.object[error.start]:02x}"
-            raise UserError(f"line {number} of {what} is not UTF-8 ({bad}): save it as UTF-8") from None
-        if "\0" in line:
-            raise UserError(f"line {number} of {what} holds NUL characters, as UTF-16 does: save it as UTF-8")
-        yield number, line.removesuffix("\n").removesuffix("\r")
+            if line == 1 and raw.startswith(_OTHER_MARKS):
+                bad = "it begins with the mark of UTF-16 or UTF-32"
+            raise UserError(f"line {line} of {self.what} is not UTF-8 ({bad}): save it as UTF-8") from None
+        if (at := text.find("\0")) >= 0:
+            line = self.line + text.count("\n", 0, at)
+            raise UserError(f"line {line} of {self.what} holds NUL characters, as UTF-16 does: save it as UTF-8")
+        self.line += text.count("\n")
+        return text
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------
@@ -156,7 +187,7 @@ def write_digests(folder: Path) -> None:
 
 
 def check_digests(folder: Path, only: Callable[[str], bool] = lambda name: True) -> None:
-    """UserError if a file that digests.json lists is missing or has changed; a folder without the list is not judged."""
+    """UserError if a file that digests.json lists is missing or changed; a folder without the list is not judged."""
     listing = folder / DIGESTS
     if not listing.exists():
         return
@@ -177,25 +208,30 @@ class FolderLock:
     """Held while a folder is being written; the machine lets go of it when its process ends, however that happens."""
 
     def __init__(self, folder: Path):
-        self.path = folder / ".lock"
-        with explained(self.path):
-            self._file = self.path.open("a")
+        path = folder / ".lock"
+        with explained(path):
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             import fcntl
-        except ImportError:  # not a Unix: the lock is then a courtesy only
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
+            self.release()
             raise UserError(
                 f"another process is working in {folder}: wait for it, stop it, or choose another folder"
             ) from None
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # no Unix, or a file system without locks: then it is a courtesy only
             pass
 
     def release(self) -> None:
-        self._file.close()
+        """Let others in; again and again is no error."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self.release()
 
 
 def remove_leftovers(folder: Path) -> None:

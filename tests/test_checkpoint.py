@@ -834,3 +834,11 @@ def test_a_given_configuration_needs_no_file(model, folder):
     (folder / "config.json").unlink()
     refused(folder, "holds neither config.json")
     assert same_weights(model, load(folder, config=model.config))
+
+
+def test_a_checkpoint_can_be_read_by_whom_its_folder_lets_in(tmp_path: Path) -> None:
+    """safetensors writes files that nobody but their owner can read, whatever the process is told to allow."""
+    save(small_model(), tmp_path / "a")
+    (tmp_path / "plain").write_text("")
+    modes = {f.name: f.stat().st_mode for f in (tmp_path / "a").iterdir()}
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}, modes

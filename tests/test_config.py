@@ -312,9 +312,7 @@ TRUNK_RATIOS = PUBLISHED_FLASH["compress_ratios"][:43]
 @pytest.mark.parametrize("ratios", [TRUNK_RATIOS, [*TRUNK_RATIOS, 0]])
 @pytest.mark.parametrize("said", [0, None])
 def test_no_mtp_block_with_or_without_the_trailing_ratio(ratios, said):
-    config = ModelConfig.from_json(
-        {**PUBLISHED_FLASH, "num_nextn_predict_layers": said, "compress_ratios": ratios}
-    )
+    config = ModelConfig.from_json({**PUBLISHED_FLASH, "num_nextn_predict_layers": said, "compress_ratios": ratios})
     assert config == ModelConfig.preset("flash", num_nextn_predict_layers=0, compress_ratios=tuple(TRUNK_RATIOS))
 
 

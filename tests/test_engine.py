@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from models import small_model
+from models import KINDS, small_model
 
 from dsv4.engine import Completion, Engine, SamplingParams, Session
 from dsv4.engine.scheduler import Scheduler
@@ -182,6 +182,25 @@ def forced(model: Transformer, engine: Engine, monkeypatch: pytest.MonkeyPatch, 
         return ready, logits
 
     monkeypatch.setattr(engine.runner, "run", run)
+
+
+@pytest.mark.parametrize("stop_ids", [(70, 99), (1,), ()])
+def test_every_eos_of_the_model_ends_and_is_no_text(model, monkeypatch, stop_ids):
+    """The model's own eos ids count beside the tokenizer's, also where that takes one for an ordinary token."""
+    monkeypatch.setattr(model, "stop_ids", stop_ids)
+    for end in {*stop_ids, TOKENIZER.eos_id}:
+        engine = Engine(model, TOKENIZER)
+        forced(model, engine, monkeypatch, b"xyz", end=end)
+        done = engine.generate(["x"], GREEDY)[0]
+        assert (done.text, done.finish_reason, done.ids[-1]) == ("xyz", "stop", end)
+        session = Session(engine)
+        assert [e.text for e in session.generate("x", GREEDY)] == ["x", "y", "z", ""]
+        assert session.ids == [0, *TOKENIZER.encode("xxyz")], "an eos is not part of the timeline"
+
+
+@pytest.mark.parametrize(("eos", "ids"), [(None, ()), (7, (7,)), (0, (0,)), ((3, 9), (3, 9))])
+def test_the_stop_ids_of_a_model_are_its_configuration_s(eos, ids):
+    assert small_model(KINDS["window"], eos_token_id=eos).stop_ids == ids
 
 
 def test_eos_ends_and_is_no_text(model, engine, monkeypatch):
@@ -395,6 +414,44 @@ def test_streams_side_by_side_and_one_closed_early(model, by_itself):
     assert same(done[plain], by_itself[0])
 
 
+CLOSINGS = {
+    "close": lambda events: events.close(),
+    "closing": lambda events: closing(events).__exit__(None, None, None),
+    "dropped": lambda events: None,
+}
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+@pytest.mark.parametrize("how", CLOSINGS)
+@pytest.mark.parametrize("opened", ["stream", "follow"])
+def test_a_stream_that_is_closed_is_cancelled(model, by_itself, how, taken, opened):
+    """Also before its first event, where a generator's `finally` never runs; others go on."""
+    engine = Engine(model, TOKENIZER)
+    other = engine.add(*BATCH[0])
+    events = engine.stream(*BATCH[1]) if opened == "stream" else engine.follow(engine.add(*BATCH[1]))
+    for _ in range(taken):
+        next(events)
+    CLOSINGS[how](events)
+    if how != "dropped":
+        assert list(events) == []
+    del events
+    assert [r.number for r in engine.scheduler] == [other]
+    news = [*engine._news]
+    assert all(e.request == other for e in news)
+    done = {e.request: e.completion for e in engine.step() if e.completion} | finish(engine)
+    assert set(done) == {other} and same(done[other], by_itself[0])
+
+
+def test_a_stream_that_came_to_its_end_cancels_nothing_else(model):
+    engine = Engine(model, TOKENIZER)
+    events = engine.stream(*BATCH[1])
+    assert list(events)[-1].completion and list(events) == []
+    later = engine.add(*BATCH[2])
+    events.close()
+    del events
+    assert [r.number for r in engine.scheduler] == [later]
+
+
 # --- who runs when ---------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +573,45 @@ def test_an_interrupted_reply_leaves_a_usable_timeline(model, monkeypatch, where
     assert sum(sizes) <= len(ids) - len(start) + len(reply), "the turns before were computed again"
     assert reply == fresh.generate([ids], SHORT)[0].ids
     assert session.undo() and session.undo() and session.ids == start
+
+
+@pytest.mark.parametrize("how", CLOSINGS)
+def test_a_turn_closed_before_its_first_event_was_said(model, how):
+    """Its text is in the timeline, nothing stays in line, and `undo` takes back this turn and not the one before."""
+    engine = Engine(model, TOKENIZER)
+    session = Session(engine)
+    say(session, "It was")
+    start = list(session.ids)
+    events = session.generate(" a dark", GREEDY)
+    CLOSINGS[how](events)
+    del events
+    assert not list(engine.scheduler) and session.ids == start + TOKENIZER.encode(" a dark")
+    assert say(session, "") == Engine(model, TOKENIZER).generate([start + TOKENIZER.encode(" a dark")], SHORT)[0].ids
+    assert session.undo() and session.undo() and session.ids == start
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_what_comes_next_closes_an_open_turn(model, taken):
+    """A second turn, an undo or a reset while events of a turn are still held: one timeline, nothing left in line."""
+    engine = Engine(model, TOKENIZER)
+    session = Session(engine)
+    events = session.generate("It was", GREEDY)
+    told = [next(events).token for _ in range(taken)]
+    ids = [0, *TOKENIZER.encode("It was"), *told, *TOKENIZER.encode(" so")]
+    assert say(session, " so") == Engine(model, TOKENIZER).generate([ids], SHORT)[0].ids
+    assert list(events) == [] and not list(engine.scheduler)
+    held = session.generate("x", GREEDY)
+    assert session.undo() and session.ids[: len(ids)] == ids and not list(engine.scheduler)
+    again = session.generate("y", GREEDY)
+    session.reset()
+    assert session.ids == [0] and list(held) == list(again) == [] and not list(engine.scheduler)
+
+
+def test_a_turn_that_does_not_fit_is_refused_at_once(model):
+    session = Session(Engine(small_model(vocab_size=258, max_position_embeddings=20), TOKENIZER))
+    with pytest.raises(UserError, match="shorten"):
+        session.generate("x" * 20)
+    assert session.ids == [0] and not session.undo()
 
 
 def test_a_session_drops_the_eos_and_goes_on(model, monkeypatch):

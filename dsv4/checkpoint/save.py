@@ -95,6 +95,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], *, safe: str = "") -> 
                 save_file(tensors, path, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(files.reason_of(error)) from None
+            path.chmod(files.MODE)  # the library's own choice is for its owner's eyes alone
             files.synchronise(path)
     except BaseException:
         files.discard(path)

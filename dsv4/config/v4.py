@@ -7,10 +7,9 @@ through `ModelConfig.from_json`. The kind of a layer is one line: ratio 0 = wind
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, Literal
 
-from dsv4.errors import UserError, nearest
+from dsv4.errors import UserError, nearest, shown
 
 LayerKind = Literal["window", "csa", "hca"]
 KIND_OF_RATIO: dict[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
@@ -143,13 +142,6 @@ def check_ids(name: str, value: Any, vocab_size: int) -> None:
             raise UserError(f"{name}={shown(value)} must be a token id or a list of them")
         if not 0 <= one < vocab_size:
             raise UserError(f"{name}={shown(one)} must be at least 0 and below vocab_size={vocab_size}")
-
-
-def shown(value: Any) -> str:
-    """A value of unknown size and depth for a message: its repr, cut."""
-    short = Repr()
-    short.maxstring = short.maxother = short.maxlong = 60
-    return short.repr(value)
 
 
 # The largest values that are taken for a size. They are far above any model's, and so low that the shape of no tensor

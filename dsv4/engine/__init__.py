@@ -1,7 +1,7 @@
 """Generation: requests in, tokens and text out. Start with engine.py; `step` is the whole story."""
 
-from dsv4.engine.engine import Engine
+from dsv4.engine.engine import Engine, Events
 from dsv4.engine.session import Session
 from dsv4.engine.types import Completion, Event, SamplingParams
 
-__all__ = ["Completion", "Engine", "Event", "SamplingParams", "Session"]
+__all__ = ["Completion", "Engine", "Event", "Events", "SamplingParams", "Session"]

@@ -4,13 +4,16 @@
 draw sampler.py, text and stop strings writer.py; a conversation over one memory is session.py.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from dsv4.cache import SequenceMemory
+from dsv4.checkpoint import load, resolve_checkpoint
 from dsv4.engine.runner import Runner
 from dsv4.engine.sampler import BROKEN, sample
 from dsv4.engine.scheduler import Scheduler, Work
@@ -18,11 +21,39 @@ from dsv4.engine.types import Completion, Event, FinishReason, Request, Sampling
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
 from dsv4.model import Transformer
-from dsv4.text import Tokenizer
+from dsv4.text import Tokenizer, load_tokenizer
+
+
+class Events(Iterator[Event]):
+    """The events of a request as they happen. Closed at any time, or dropped, it ends the request.
+
+    A generator alone would not do: one that was never started skips its `finally`.
+    """
+
+    def __init__(self, events: Generator[Event, None, None], at_end: Callable[[], None]):
+        self._events, self._at_end = events, at_end
+        self._open = True
+
+    def __next__(self) -> Event:
+        try:
+            return next(self._events)
+        except BaseException:  # the last event is out, or the step failed or was interrupted
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ask for no more; what has to be done at the end is done once."""
+        if self._open:
+            self._open = False
+            self._events.close()
+            self._at_end()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Engine:
-    """Generates text with a model and its tokenizer.
+    """Generates text with a model and its tokenizer. It ends at the tokenizer's eos or at any of the model's own.
 
     A prompt is a text, which gets a bos in front, or token ids, which are taken as they are (none: a bos alone).
 
@@ -47,10 +78,35 @@ class Engine:
                 "use the tokenizer that the model was trained with"
             )
         self.config, self.tokenizer = model.config, tokenizer
+        self.stop_ids = frozenset((tokenizer.eos_id, *model.stop_ids))
         self.scheduler = Scheduler(max_batch, tokens_per_step)
         self.runner = Runner(model, memory_format, max_rewind)
         self._numbers = count()
         self._news: list[Event] = []  # events that nobody has been given yet
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | str = "float32",
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> "Engine":
+        """The engine of a run folder (its latest checkpoint) or a checkpoint folder; `options` are those of Engine.
+
+        UserError, before any weight is read, if model or tokenizer is missing or damaged.
+        """
+        folder = resolve_checkpoint(path)
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"{folder} has no tokenizer.json: copy in the one that the model was trained with")
+        tokenizer = load_tokenizer(folder)
+        return cls(load(folder, dtype=dtype, device=device), tokenizer, **options)
+
+    @property
+    def model(self) -> Transformer:
+        """The model that generates."""
+        return self.runner.model
 
     def step(self) -> list[Event]:
         """One call of the model for all running requests, and one event for each that got a token.
@@ -79,20 +135,21 @@ class Engine:
                 break
         self._news = [e for e in self._news if e.request != number]
 
-    def follow(self, number: int) -> Generator[Event, None, None]:
+    def follow(self, number: int) -> Events:
         """Step until a request ends, giving its events; the request is cancelled when the caller stops early.
 
         News of other requests is kept for `step` and for whoever follows them: several may be followed at once.
         """
-        try:
-            while number in [*(r.number for r in self.scheduler), *(e.request for e in self._news)]:
-                news = self.step()
-                self._news = [e for e in news if e.request != number]
-                yield from (e for e in news if e.request == number)
-        finally:
-            self.cancel(number)
+        return Events(self.events_of(number), lambda: self.cancel(number))
 
-    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Generator[Event, None, None]:
+    def events_of(self, number: int) -> Generator[Event, None, None]:
+        """Step until a request ends, giving its events; nothing happens to it when the caller stops early."""
+        while number in [*(r.number for r in self.scheduler), *(e.request for e in self._news)]:
+            news = self.step()
+            self._news = [e for e in news if e.request != number]
+            yield from (e for e in news if e.request == number)
+
+    def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Events:
         """The events of a new request as they happen; the last one has its completion. Checked at once."""
         return self.follow(self.add(prompt, params))
 
@@ -162,7 +219,7 @@ class Engine:
         if token == BROKEN:
             return self._end(request, None, request.writer.flush(), "error")
         request.ids.append(token)
-        if token == self.tokenizer.eos_id:
+        if token in self.stop_ids:  # not written, whether or not the tokenizer knows it as a special token
             return self._end(request, token, request.writer.flush(), "stop")
         text = request.writer.push(token)
         if request.writer.stopped:

@@ -1,10 +1,11 @@
 """One timeline over one memory: say something, let the model go on, take it back. Chat is made of this."""
 
-from collections.abc import Generator
+import weakref
+from collections.abc import Callable
 
 from dsv4.cache import SequenceMemory, Snapshot
-from dsv4.engine.engine import Engine
-from dsv4.engine.types import Event, SamplingParams
+from dsv4.engine.engine import Engine, Events
+from dsv4.engine.types import SamplingParams
 from dsv4.errors import UserError
 
 
@@ -12,40 +13,54 @@ class Session:
     """What was said, as tokens, and the memory of it. Only `ids` count: a lost memory is computed again.
 
     The memory as the last turn found it is kept as a snapshot, so taking back one turn, or stopping in the middle
-    of one, computes nothing of the turns before it.
+    of one, computes nothing of the turns before it. One turn is open at a time: whatever comes next closes it.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self._turn: Callable[[], Events | None] = lambda: None  # the open turn, as long as its caller holds it
         self.reset()
 
     def reset(self) -> None:
         """Back to a bos alone."""
+        self._close()
         self.ids = [self.engine.tokenizer.bos_id]
         self.memory: SequenceMemory | None = None
         self._before: Snapshot | None = None  # of the memory, at the start of the last turn
         self._turns: list[int] = []  # the length of ids at the start of each turn
 
-    def generate(self, text: str, params: SamplingParams | None = None) -> Generator[Event, None, None]:
-        """A turn: append a text ("" just goes on) and stream what follows it; UserError if it does not fit.
+    def generate(self, text: str, params: SamplingParams | None = None) -> Events:
+        """A turn: append a text ("" just goes on) and stream what follows it; UserError, at once, if it does not fit.
 
-        Closed early or interrupted, the turn is what was said until then; `undo` takes back all of it, with the
-        text. A final eos is not part of the timeline.
+        Closed early, also before its first event, or interrupted, the turn is what was said until then; `undo` takes
+        back all of it, with the text. A final eos is not part of the timeline.
         """
+        self._close()
         ids = self.ids + self.engine.tokenizer.encode(text)
         self._recall(len(ids) - 1)  # the model has to run the last token again, or there is nothing to draw from
         request = self.engine.prepare(ids, params or SamplingParams(), self.memory)
         self._turns.append(len(self.ids))
         self._before = self.memory.snapshot() if self.memory else None
-        try:
-            yield from self.engine.follow(self.engine.submit(request))
-        finally:
-            ended = len(request.ids) > len(ids) and request.ids[-1] == self.engine.tokenizer.eos_id
+        number = self.engine.submit(request)
+
+        def settle() -> None:
+            self.engine.cancel(number)
+            ended = len(request.ids) > len(ids) and request.ids[-1] in self.engine.stop_ids
             self.ids = request.ids[:-1] if ended else request.ids
             self.memory = request.memory or self.memory  # torn if a step was stopped: _recall mends it
 
+        events = Events(self.engine.events_of(number), settle)
+        self._turn = weakref.ref(events)  # weak: an open turn that its caller has dropped ends
+        return events
+
+    def _close(self) -> None:
+        turn = self._turn()
+        if turn is not None:
+            turn.close()
+
     def undo(self) -> bool:
         """Take back the last turn; False if there is none."""
+        self._close()
         if not self._turns:
             return False
         self.rewind(len(self.ids) - self._turns[-1])
@@ -53,6 +68,7 @@ class Session:
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens of the timeline (not its bos), and the turns that began in them."""
+        self._close()
         if not 0 <= count < len(self.ids):
             raise UserError(f"cannot rewind {count} tokens: give a number from 0 to {len(self.ids) - 1}")
         del self.ids[len(self.ids) - count :]

@@ -13,7 +13,7 @@ from dsv4.cache import SequenceMemory
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
 
-# "stop": eos or a stop string. "length": max_tokens, or the model's context is full. "error": the logits were not
+# "stop": an eos or a stop string. "length": max_tokens, or the model's context is full. "error": the logits were not
 # finite (a damaged checkpoint, or overflow in a narrow dtype); the other requests of the batch go on.
 FinishReason = Literal["stop", "length", "error"]
 
