@@ -1,15 +1,31 @@
-"""From text to batches: bad input is named, packing loses and repeats nothing, and any step can be asked for."""
+"""From text to batches: bad input is named, packing loses and repeats nothing, and any step can be asked for.
 
+And: text held out is neither lost nor trained on; what was prepared is whole, unchanged and made for this run, or
+there is one sentence; memory does not grow with the longest line.
+"""
+
+import codecs
+import gzip
 import hashlib
+import io
 import itertools
 import json
+import logging
 import lzma
 import math
+import os
+import random
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -20,10 +36,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4 import data as corpus
-from dsv4.errors import UserError
+from dsv4 import files as dsv4_files
+from dsv4.errors import FileError, UserError
 from dsv4.text import ByteTokenizer, Tokenizer, train_bpe
-from dsv4.train import sources
+from dsv4.train import rundata, sources
 from dsv4.train.data import (
+    FORMAT,
     IGNORED,
     Batch,
     Batches,
@@ -33,7 +51,10 @@ from dsv4.train.data import (
     prepare,
     read_documents,
 )
+from dsv4.train.data import split as split_batch
 from dsv4.train.ngram import ngram_bits_per_byte
+from dsv4.train.recipes import RECIPES, DataConfig, RunConfig
+from dsv4.train.rundata import absolute, prepare_data
 
 
 class NumberTokenizer(Tokenizer):
@@ -147,12 +168,88 @@ def test_another_field_can_be_named(tmp_path: Path):
 
 
 def test_a_long_txt_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "TXT_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(sources, "DOCUMENT_CHARS", 100)
     text = "".join(f"line {n}\n" for n in range(100))
     (tmp_path / "a.txt").write_text(text)
     documents = list(read_documents(tmp_path / "a.txt"))
     assert len(documents) > 5 and "".join(documents) == text
-    assert all(document.endswith("\n") for document in documents)
+    assert all(document.endswith("\n") and len(document) <= 100 for document in documents)
+
+
+long_texts = st.lists(st.sampled_from(["word ", "字", "e\u0301", "🐳", "\n", "x" * 30]), min_size=1, max_size=80)
+
+
+@given(pieces=long_texts, block=st.integers(1, 50))
+def test_long_texts_of_every_kind_are_cut_and_nothing_is_lost(tmp_path_factory, pieces: list[str], block: int):
+    """A long line, JSON text, table row or embedded document costs memory without bound, or loses characters."""
+    folder, text = tmp_path_factory.mktemp("long"), "a" + "".join(pieces) + "z"
+    (folder / "a.txt").write_bytes(text.encode())
+    (folder / "a.jsonl").write_text(json.dumps({"text": text}))
+    write_parquet(folder / "a.parquet", text=[text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "DOCUMENT_CHARS", 20)
+        patch.setattr(sources, "BLOCK_BYTES", block)
+        found = [list(read_documents(folder / f"a.{kind}")) for kind in ("txt", "jsonl")]
+        patch.setattr(sources, "BLOCK_BYTES", 1 << 20)  # pyarrow's buffer has a smallest size
+        found.append(list(read_documents(folder / "a.parquet")))
+        found.append(list(sources.bounded([text])))
+    for documents in found:
+        assert "".join(documents).split() == text.split()
+        assert max(map(len, documents)) <= 20
+        if not any(part.isspace() for part in sources_cut(text, 20)):
+            assert "".join(documents) == text
+
+
+def sources_cut(text: str, chars: int) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "DOCUMENT_CHARS", chars)
+        return list(sources.bounded([text]))
+
+
+def test_line_ends_are_joined_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A "\\r\\n" or a character that two blocks share is broken."""
+    (tmp_path / "a.txt").write_bytes("\ufeffé\r\n\r\r\n🐳\u2028\r".encode())
+    for block in range(1, 20):
+        monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+        assert list(read_documents(tmp_path / "a.txt")) == ["é\n\r\n🐳\u2028\r"]
+
+
+def test_only_line_ends_end_a_jsonl_line(tmp_path: Path):
+    text = "a\u2028b\u2029c\u0085d"
+    (tmp_path / "a.jsonl").write_bytes(f'\ufeff{{"text": "{text}"}}\r\n{{"text": "y"}}'.encode())
+    assert list(read_documents(tmp_path / "a.jsonl")) == [text, "y"]
+
+
+def test_a_jsonl_line_beyond_the_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "LINE_BYTES", 40)
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "' + "y" * 40 + '"}\n')
+    with pytest.raises(UserError, match="line 2 of .*a.jsonl is longer than 40 bytes"):
+        list(read_documents(tmp_path / "a.jsonl"))
+
+
+MEMORY = """
+import re, resource, sys
+from dataclasses import replace
+from pathlib import Path
+from dsv4.train import rundata
+from dsv4.train.recipes import RECIPES
+
+rundata.BPE_BYTES = 1 << 20  # the vocabulary of the whole would take a minute
+folder, run = Path(sys.argv[1]), RECIPES["tiny"]()
+rundata.prepare_data(replace(run, data=replace(run.data, path=str(folder / "line.txt"))), folder / "run")
+status = Path("/proc/self/status")  # getrusage's peak includes that of the process this one was started from
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text()) if status.exists() else None
+print(int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_line_of_30_megabytes_takes_a_bounded_memory(tmp_path: Path):
+    """One unbroken line costs gigabytes, and minutes of merging: 140 bytes for each of its own, quadratic time."""
+    letters = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=64_000))
+    (tmp_path / "line.txt").write_text(letters * 470)
+    result = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 1 << 20, "kilobytes at the peak, of which the modules take about a quarter"
 
 
 @pytest.mark.parametrize(
@@ -161,14 +258,20 @@ def test_a_long_txt_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.Monk
         ("a.txt", b"", "a.txt is empty"),
         ("a.txt", b" \n\t\n", "a.txt holds no text"),
         ("a.txt", b"fine\nb\xffd", "line 2 of .*a.txt is not UTF-8 .byte 0xff."),
-        ("a.txt", "utf-16".encode("utf-16"), "line 1 of .*a.txt is not UTF-8"),
+        ("a.txt", "utf-16".encode("utf-16"), "line 1 of .*a.txt is not UTF-8 .it begins with the mark of UTF-16"),
+        ("a.txt", codecs.BOM_UTF32_BE + "x".encode("utf-32-be"), "not UTF-8 .it begins with the mark of UTF-16 or"),
+        ("a.txt", "a\nbc".encode("utf-16-le"), "line 1 of .*a.txt holds NUL characters, as UTF-16 does"),
+        ("a.txt", b"a\nb\0c", "line 2 of .*a.txt holds NUL characters"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "line 1 of .*a.jsonl holds NUL characters"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "not UTF-8 .it begins with the mark of UTF-16"),
         ("a.txt", "\u00e9".encode()[:1], "line 1 of .*a.txt is not UTF-8 .byte 0xc3."),
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.jsonl", b"\n\n", "a.jsonl holds no text"),
         ("a.jsonl", b'{"text": ""}', "a.jsonl holds no text"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "y', "line 2 of .*a.jsonl is not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "line 2 of .*a.jsonl is not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n\n["y"]', "line 3 of .*a.jsonl is a list, not a JSON object"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y', "line 2 of .*a.jsonl is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 200_000, "line 2 of .*a.jsonl is not valid JSON"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 of .*a.jsonl is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n["y"]', "line 3 of .*a.jsonl must hold a JSON object, not a list"),
         ("a.jsonl", b'{"body": "x", "n": 1}', "line 1 of .* lacks the field 'text' .it has body, n."),
         ("a.jsonl", b'{"text": null}', "'text' in line 1 of .*a.jsonl is a NoneType, not text"),
         ("a.jsonl", b'{"text": "\\ud83d"}', "half a surrogate pair"),
@@ -176,6 +279,12 @@ def test_a_long_txt_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.Monk
         ("a.parquet", b"", "a.parquet is empty"),
         ("a.parquet", b"PAR1 no PAR1", "a.parquet is not a readable parquet file"),
         ("a.pdf", b"%PDF", "a.pdf is not a .txt, .jsonl or .parquet file"),
+        ("a.gz", gzip.compress(b"x"), "a.gz is not a .txt, .jsonl or .parquet file"),
+        ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], "a.txt.gz is damaged or cut short"),
+        ("a.txt.gz", b"plain text", "a.txt.gz is damaged or cut short .Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"fine\n\xff"), "line 2 of .*a.txt.gz is not UTF-8 .byte 0xff."),
+        ("a.txt.gz", gzip.compress(b""), "a.txt.gz holds no text"),
+        ("a.jsonl.zst", b"plain text", "a.jsonl.zst is damaged or cut short"),
     ],
 )
 def test_a_bad_file_is_one_sentence(tmp_path: Path, name: str, contents: bytes, says: str):
@@ -206,14 +315,18 @@ def test_what_can_be_known_is_said_before_reading(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="holds no .txt, .jsonl or .parquet file"):
         read_documents(tmp_path)
     (tmp_path / "b.txt").write_text("")
-    (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="b.txt is empty"):
         read_documents(tmp_path)
     file = write_parquet(tmp_path / "c.parquet", text=["x"])
+    packed = tmp_path / "d.txt.zst"
+    packed.write_bytes(zstd(b"x"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="c.parquet needs pyarrow: pip install pyarrow"):
         read_documents(file)
+    monkeypatch.setitem(sys.modules, "compression", None)
+    with pytest.raises(UserError, match="d.txt.zst needs Python 3.14 or pyarrow: pip install pyarrow"):
+        read_documents(packed)
 
 
 def test_an_unreadable_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -224,8 +337,165 @@ def test_an_unreadable_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", denied)
-    with pytest.raises(UserError, match="cannot read .*a.txt .Permission denied."):
+    with pytest.raises(UserError, match="cannot read .*a.txt: Permission denied"):
         list(read_documents(file))
+
+
+# --- folders as people have them ---
+
+
+def zstd(contents: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(contents)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd)])
+def test_compressed_shards_are_read(tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]):
+    (tmp_path / f"a.TXT.{ending}").write_bytes(pack("\ufeffone\r\ntwo é".encode()))
+    (tmp_path / f"b.v2.jsonl.{ending}").write_bytes(pack(b'{"text": "x"}\n') + pack(b'{"text": "y"}'))  # two members
+    assert list(read_documents(tmp_path)) == ["one\ntwo é", "x", "y"]
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd)])
+def test_a_damaged_shard_is_one_sentence_wherever_it_is_damaged(
+    tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]
+):
+    """Cut or changed bytes end in a traceback of a decompressor, or in less text without a word."""
+    text = "".join(f"line {n} of the log\n" for n in range(500))
+    whole, file = pack(text.encode()), tmp_path / f"a.txt.{ending}"
+    draw = random.Random(0)
+    for _ in range(60):
+        at = draw.randrange(len(whole))
+        changed = bytes([whole[at] ^ 1 << draw.randrange(8)])
+        file.write_bytes(whole[:at] if draw.random() < 0.5 else whole[:at] + changed + whole[at + 1 :])
+        try:
+            found = "".join(read_documents(file))
+        except UserError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+        else:
+            assert found == text or ending == "zst", "gzip has a check sum; what pyarrow packs has none"
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was said on the logger "dsv4"."""
+    caplog.set_level(logging.WARNING, logger="dsv4")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "dsv4"]
+
+
+def test_what_is_passed_over_is_listed_once(tmp_path: Path, said: Callable[[], list[str]]):
+    """Text that nobody reads: a .gz of something, .json, .csv, a folder behind a link, without a word about it."""
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    for name in ("a.txt", "b.csv", "sub/c.json", "d.gz", "e.parquet.gz", "f.md", "g.zip", ".hidden"):
+        (folder / name).write_text(name)
+    (folder / "linked").symlink_to(elsewhere)
+    for _ in range(3):
+        assert list(read_documents(folder)) == ["a.txt"]
+    (sentence,) = said()
+    assert "passed over" in sentence and "b.csv, c.json, d.gz, e.parquet.gz, f.md, ... (7 in all)" in sentence
+
+
+def test_a_linked_folder_is_named(tmp_path: Path, said: Callable[[], list[str]]):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "texts" / "more").symlink_to(tmp_path)
+    assert list(read_documents(tmp_path / "texts")) == ["x"]
+    assert "more/ (a link)" in said()[0]
+
+
+def test_a_broken_link_is_an_error(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match="b.txt is a link to something that is not there"):
+        read_documents(tmp_path)
+
+
+@pytest.mark.parametrize(("contents", "says"), [("", "are empty"), (" \n", "every document in them is empty")])
+def test_one_empty_shard_among_others_is_a_warning(
+    tmp_path: Path, said: Callable[[], list[str]], contents: str, says: str
+):
+    for name, text in (("a.txt", "x"), ("b.txt", contents), ("c.txt", "y")):
+        (tmp_path / name).write_text(text)
+    for _ in range(2):
+        assert list(read_documents(tmp_path)) == ["x", "y"]
+    assert len(said()) == 1 and says in said()[0] and "b.txt" in said()[0]
+    for name in ("a.txt", "c.txt"):
+        (tmp_path / name).write_text(contents)
+    with pytest.raises(UserError, match="are empty: give|hold no text"):
+        list(read_documents(tmp_path))
+
+
+def test_a_damaged_parquet_page_is_one_sentence(tmp_path: Path):
+    """pyarrow raises its own errors while it iterates, not only when it opens."""
+    file = write_parquet(tmp_path / "a.parquet", text=[f"row {n} " * 20 for n in range(2000)])
+    whole, draw, refused = file.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        at = draw.randrange(4, len(whole) * 3 // 4)
+        file.write_bytes(whole[:at] + draw.randbytes(40) + whole[at + 40 :])
+        try:
+            list(read_documents(file))
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+    assert refused >= 10
+
+
+def test_columns_of_text_of_every_type_are_read(tmp_path: Path):
+    texts = ["x", "y", "x"] * 20
+    plain = pyarrow.array(texts)
+    for number, column in enumerate((plain, plain.dictionary_encode(), plain.cast(pyarrow.large_string()))):
+        file = write_parquet(tmp_path / f"{number}.parquet", text=column)
+        assert list(read_documents(file)) == texts
+    for column, kind in ((plain.cast(pyarrow.binary()), "bytes"), (pyarrow.array([["x"]]), "list")):
+        with pytest.raises(UserError, match=f"'text' in row 1 of .* is a {kind}, not text"):
+            list(read_documents(write_parquet(tmp_path / "other.parquet", text=column)))
+    raw = pyarrow.array([b"fine", b"\xff\xfe"]).view(pyarrow.string())
+    with pytest.raises(UserError, match="broken.parquet is not a readable parquet file"):
+        list(read_documents(write_parquet(tmp_path / "broken.parquet", text=raw)))
+
+
+# --- holding out ---
+
+SCRIPTS = {
+    "Chinese": "白鲸记是一部小说",
+    "one word a line": "ab\n",
+    "tabs": "x\t",
+    "emoji": "🐳👩\u200d👧🏽",
+    "combining": "e\u0301\u0308o\u0327",
+    "Thai": "ปลาวาฬ",
+    "line ends": "a\r\n",
+    "all white": " \u3000\u2028",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@given(data=st.data())
+def test_holding_out_leaves_most_of_any_text_to_train_on(script: str, data: st.DataObject):
+    """In a text without spaces near the cut, all but a few characters are held out."""
+    alphabet = st.one_of(st.sampled_from(SCRIPTS[script]), st.sampled_from("字a \n\t"))
+    text = data.draw(st.text(st.sampled_from(SCRIPTS[script]), min_size=20, max_size=300))
+    text = data.draw(st.text(alphabet, max_size=5)) + text
+    (train,), (heldout,) = hold_out([text], "train"), hold_out([text], "heldout")
+    assert train + heldout == text and unicodedata.normalize("NFC", train + heldout) == unicodedata.normalize(
+        "NFC", text
+    )
+    assert 1 <= len(text) // 20 <= len(heldout) <= len(text) // 20 + len(text) // 10
+    assert len(train) >= len(text) * 0.85
+
+
+def test_a_text_without_spaces_is_cut_where_the_share_says():
+    text = "一 " + "字" * 998
+    (train,), (heldout,) = hold_out([text], "train"), hold_out([text], "heldout")
+    assert (len(train), len(heldout)) == (950, 50) and train + heldout == text
+
+
+@pytest.mark.parametrize("text", ["a", "a b", "x" * 19])
+def test_a_very_short_text_is_trained_on_whole(text: str):
+    assert (list(hold_out([text], "train")), list(hold_out([text], "heldout"))) == ([text], [])
 
 
 @given(texts=st.lists(st.text(), max_size=70), every=st.integers(2, 25))
@@ -308,12 +578,6 @@ def test_a_failure_half_way_leaves_no_split(tmp_path: Path):
         Packed.open(tmp_path, "train")
 
 
-def test_progress_counts_bytes(tmp_path: Path):
-    told: list[int] = []
-    prepare(["ab", "é"], ByteTokenizer(), tmp_path, split_name="train", on_progress=told.append)
-    assert told[-1] == 4
-
-
 def test_damage_is_named(words: Packed):
     folder = words.folder
     with pytest.raises(UserError, match="no split 'test' .it has train."):
@@ -321,21 +585,463 @@ def test_damage_is_named(words: Packed):
 
     whole = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(b"\x05" + whole[1:])
-    with pytest.raises(UserError, match="train.bin is damaged"):
-        Packed.open(folder, "train").verify()
+    with pytest.raises(UserError, match="train.bin has changed since it was written"):
+        Packed.open(folder, "train")
     (folder / "train.bin").write_bytes(whole[:-1])
     with pytest.raises(UserError, match=f"train.bin has {len(whole) - 1} bytes instead of {len(whole)}"):
         Packed.open(folder, "train")
     (folder / "train.bin").unlink()
     with pytest.raises(UserError, match="train.bin is missing"):
         Packed.open(folder, "train")
-    for manifest in ("{", "[]", "{}", '{"format": 1}'):
-        (folder / "manifest.json").write_text(manifest)
-        with pytest.raises(UserError, match="manifest.json is damaged"):
+    for manifest in (b"{", b"[]", b"null", b"3", b'"x"', b"[" * 200_000, b'{"a":' * 200_000, b"\xff", b"", b"{}"):
+        (folder / "manifest.json").write_bytes(manifest)
+        with pytest.raises(UserError, match="manifest.json (is not|must hold|has changed)") as caught:
             Packed.open(folder, "train")
-    (folder / "manifest.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match="has format 99, not 1"):
-        Packed.open(folder, "train")
+        assert "\n" not in str(caught.value)
+    for number in (1, 99, None, "2", [2]):  # 1: what was written before files had digests
+        (folder / "manifest.json").write_text(json.dumps({"format": number}))
+        with pytest.raises(UserError, match=f"has format .*, not {FORMAT}, as another version of dsv4 wrote it"):
+            Packed.open(folder, "train")
+
+
+def resigned(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest as somebody would who also brings its digests up to date."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    manifest.pop("sha256")
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *itertools.product(("documents", "tokens", "text_bytes", "max_id"), ("12", -1, True, None, 1.5, [], 2**70)),
+        *itertools.product(("sha256", "idx_sha256", "text_sha256"), (None, 3, [])),
+        *itertools.product(("dtype",), ("<f2", "<i2", ">u2", 2, None, "<u4", "O")),
+        ("documents", 0),
+        ("documents", 7),
+        ("tokens", 1),
+        ("max_id", 258),
+        ("max_id", 100),
+    ],
+)
+def test_impossible_facts_are_refused_whatever_the_digest_says(words: Packed, key: str, value: Any):
+    if key == "text_bytes" and value == 2**70:
+        value = -(2**70)  # a large number is only large
+    resigned(words.folder, lambda manifest: manifest["splits"]["train"].update({key: value}))
+    with pytest.raises(UserError, match="has changed since it was written|bytes instead of|impossible offsets"):
+        Packed.open(words.folder, "train")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"splits": []}, {"splits": None}, {"splits": {"train": []}}, {"files": []}, {"files": {}}, {"tokenizer": 3},
+        {"files": {"token_bytes.bin": None}}, {"files": {"../token_bytes.bin": ""}}, {"vocab_size": "258"},
+        {"vocab_size": 2**70}, {"vocab_size": 0},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_the_wrong_types_is_refused(words: Packed, changes: dict[str, Any]):
+    resigned(words.folder, lambda manifest: manifest.update(changes))
+    with pytest.raises(UserError):
+        Packed.open(words.folder, "train")
+
+
+@pytest.mark.parametrize("ends", ["0 1", "first", "back", "same", "beyond", "huge"])
+def test_impossible_offsets_are_refused_whatever_the_digest_says(words: Packed, ends: str):
+    """Offsets that do not increase cut other texts, or hang the reader for a minute."""
+    found = np.array(words.ends)
+    found[{"first": 0, "beyond": -1, "huge": 3}.get(ends, 2)] = {
+        "0 1": found[1] + 1, "first": 1, "back": found[1] - 1, "same": found[1], "beyond": found[-1] + 2, "huge": 2**62,
+    }[ends]  # fmt: skip
+    raw = found.astype("<i8").tobytes()
+    (words.folder / "train.idx").write_bytes(raw)
+    facts = {"idx_sha256": hashlib.sha256(raw).hexdigest()}
+    resigned(words.folder, lambda manifest: manifest["splits"]["train"].update(facts))
+    with pytest.raises(UserError, match="train.idx holds impossible offsets"):
+        Packed.open(words.folder, "train")
+
+
+def test_checking_says_how_far_it_is(words: Packed):
+    told: list[int] = []
+    Packed.open(words.folder, "train", told.append)
+    assert told[-1] == (words.folder / "train.bin").stat().st_size
+
+
+# --- the data of a run ---
+
+
+def settings(path: Path | str = "", heldout: Path | str = "", tokenizer: str = "bytes", **others: Any) -> RunConfig:
+    run = RECIPES["tiny"]()
+    data = DataConfig(str(path), str(heldout), tokenizer=tokenizer, seq_len=32, tokens_per_step=64, **others)
+    return replace(run, data=data)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of three texts."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.txt").write_text(f"text {n}: the whale and the sea. " * 5)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def text_of(packed: Packed) -> list[str]:
+    return [ByteTokenizer().decode(packed.document(n)) for n in range(packed.num_documents)]
+
+
+def test_files_of_the_held_out_source_are_not_trained_on(texts: Path, tmp_path: Path, said: Callable[[], list[str]]):
+    """The held-out file inside the data folder, or a link to it there, is trained on."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "h.txt").write_text("held out")
+    (texts / "soft.txt").symlink_to(outside / "h.txt")
+    os.link(outside / "h.txt", texts / "hard.txt")
+    _, train, heldout = prepare_data(settings(texts, outside / "h.txt"), tmp_path / "run")
+    assert text_of(heldout) == ["held out"] and len(text_of(train)) == 3 and "held out" not in text_of(train)
+    (sentence,) = said()
+    assert "not trained on" in sentence and "soft.txt" in sentence and "hard.txt" in sentence
+    _, train, heldout = prepare_data(settings(texts, texts / "1.txt"), tmp_path / "run2")
+    assert len(text_of(train)) == 4 and text_of(heldout) == [(texts / "1.txt").read_text()]
+
+
+def test_a_held_out_source_that_is_the_training_source_is_refused(texts: Path, tmp_path: Path):
+    (tmp_path / "same").symlink_to(texts)
+    for heldout in (texts, tmp_path / "same", f"{texts}/../texts"):
+        with pytest.raises(UserError, match="is data.path itself"):
+            prepare_data(settings(texts, heldout), tmp_path / "run")
+    for path, heldout in ((texts / "1.txt", texts), (texts, tmp_path)):
+        with pytest.raises(UserError, match="leaves nothing to train on"):
+            prepare_data(settings(path, heldout), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_source_goes_with_the_embedded_corpus(texts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """data.heldout is ignored without a word when data.path is empty."""
+    monkeypatch.setattr(corpus, "documents", lambda split: iter([f"embedded {split}"]))
+    _, train, heldout = prepare_data(settings("", texts / "0.txt"), tmp_path / "run")
+    assert text_of(train) == ["embedded train"] and text_of(heldout) == [(texts / "0.txt").read_text()]
+
+
+def test_text_too_short_to_hold_anything_out_is_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(UserError, match="no text can be held out of .*a.txt"):
+        prepare_data(settings(tmp_path / "a.txt"), tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_held_out_text_without_bytes_is_refused(tmp_path: Path):
+    """Evaluation would divide by zero."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers
+
+    library = Library(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    library.add_special_tokens(["<s>", "</s>", "<unk>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    for name, text in (("train.txt", "a a"), ("heldout.txt", "other words")):
+        (tmp_path / name).write_text(text)
+    run = settings(tmp_path / "train.txt", tmp_path / "heldout.txt", str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="the held-out text has no token that stands for any bytes"):
+        prepare_data(run, tmp_path / "run")
+
+
+def test_every_changed_bit_of_prepared_data_is_noticed(texts: Path, tmp_path: Path):
+    """Any file of the folder: the data are refused, or are the same (white space in a small file)."""
+    run, folder = settings(texts), tmp_path / "run"
+    before = [(packed.facts, packed.tokens.tolist()) for packed in prepare_data(run, folder)[1:]]
+    draw, names = random.Random(0), sorted(contents(folder / "data"))
+    assert len(names) == 8
+    refused = 0
+    for number in range(350):
+        file = folder / "data" / names[number % len(names)]
+        whole = file.read_bytes()
+        at = draw.randrange(len(whole))
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        try:
+            after = [(p.facts, p.tokens.tolist()) for p in prepare_data(run, folder, resuming=True)[1:]]
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(folder) in str(error)
+        else:
+            assert after == before and file.name == "manifest.json"
+        file.write_bytes(whole)
+    assert refused > 340
+    for name in names:
+        file = folder / "data" / name
+        whole = file.read_bytes()
+        file.unlink()
+        with pytest.raises(UserError):
+            prepare_data(run, folder, resuming=True)
+        file.write_bytes(whole)
+
+
+def test_mutated_manifests_are_one_sentence(texts: Path, tmp_path: Path):
+    """300 of them: values of other types, lost and doubled parts, with a digest that fits and without."""
+    run, folder = settings(texts), tmp_path / "run"
+    before = [(packed.facts, packed.tokens.tolist()) for packed in prepare_data(run, folder)[1:]]
+    file = folder / "data" / "manifest.json"
+    whole, draw = file.read_bytes(), random.Random(0)
+    values = [None, [], {}, "", "x", -1, 0, 3, True, 1e300, 2**63, 2**200, [[]], {"a": 1}]
+
+    def place(value: Any) -> Iterator[tuple[Any, Any]]:
+        if isinstance(value, dict):
+            for key in value:
+                yield value, key
+                yield from place(value[key])
+
+    for number in range(300):
+        file.write_bytes(whole)
+        if number % 3:
+            holder, key = draw.choice(list(place(manifest := json.loads(whole))))
+            if draw.random() < 0.2:
+                del holder[key]
+            else:
+                holder[key] = draw.choice(values)
+            if number % 3 == 1:
+                file.write_text(json.dumps(manifest))
+                resigned(folder / "data", lambda found: found.setdefault("sha256", ""))
+            else:
+                file.write_text(json.dumps(manifest))
+        else:
+            a, b = sorted(draw.randrange(len(whole)) for _ in range(2))
+            file.write_bytes(draw.choice([whole[:a], whole[:a] + whole[b:], whole[:b] + whole[a:], draw.randbytes(a)]))
+        try:
+            after = [(p.facts, p.tokens.tolist()) for p in prepare_data(run, folder, resuming=True)[1:]]
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:  # with a digest that fits, a manifest may say that the text had another length or digest
+            assert [tokens for _, tokens in after] == [tokens for _, tokens in before]
+            assert after == before or number % 3 == 1
+
+
+def prepared_in_a_child(run: RunConfig, folder: Path, stop_at: int) -> bool:
+    """Prepare in a forked process that is killed at its file operation number `stop_at`; whether it finished before."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == stop_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return operation(*args, **kwargs)
+
+            return call
+
+        for name in ("mkdir", "replace", "rename", "fsync", "rmdir", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        io.open, write = counted(io.open), Path.write_bytes
+        Path.write_bytes = counted(write)  # type: ignore[method-assign]
+        try:
+            prepare_data(run, folder)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+def test_a_preparation_killed_at_any_moment_can_be_repeated(texts: Path, tmp_path: Path):
+    """A killed preparation blocks its folder for ever, or leaves half of the data to be used."""
+    run = settings(texts)
+    prepare_data(run, tmp_path / "whole")
+    right = contents(tmp_path / "whole")
+    for stop_at in range(1, 1000):
+        folder = tmp_path / f"run{stop_at}"
+        finished = prepared_in_a_child(run, folder, stop_at)
+        left = contents(folder)
+        assert not (folder / "data").exists() or {n: left[n] for n in right} == right
+        prepare_data(run, folder)
+        assert contents(folder) == right
+        if finished:
+            break
+        shutil.rmtree(folder)
+    assert 40 < stop_at < 900
+
+
+@pytest.mark.parametrize("bad", ["heldout", "train"])
+def test_a_preparation_that_failed_can_be_repeated(texts: Path, tmp_path: Path, bad: str):
+    """The split that did succeed stays behind, and refuses all that comes after."""
+    heldout = tmp_path / "h.txt"
+    heldout.write_text("held out")
+    broken = heldout if bad == "heldout" else texts / "1.txt"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"fine\nb\xffd")
+    for _ in range(2):
+        with pytest.raises(UserError, match="line 2 of .* is not UTF-8"):
+            prepare_data(settings(texts, heldout), tmp_path / "run")
+        assert not any((tmp_path / "run").iterdir())
+    broken.write_bytes(whole)
+    assert text_of(prepare_data(settings(texts, heldout), tmp_path / "run")[2]) == ["held out"]
+
+
+def test_what_a_killed_preparation_left_is_not_used(texts: Path, tmp_path: Path):
+    """It may have been made for other settings, from other texts."""
+    prepare_data(settings(texts), tmp_path / "run")
+    (tmp_path / "run" / "data").rename(tmp_path / "run" / ".data.tmp")
+    (tmp_path / "run" / ".data.tmp" / "stray").touch()
+    (texts / "1.txt").write_text("other text " * 9)
+    made = prepare_data(settings(texts, tokenizer="bpe"), tmp_path / "run")
+    assert made[0].vocab_size > 258 and not (tmp_path / "run" / "data" / "stray").exists()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["data"]
+
+
+def test_a_disk_that_fills_up_at_any_write_is_one_sentence(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, synchronise = settings(texts), dsv4_files.synchronise
+    for fails_at in range(1, 100):
+        count = 0
+
+        def full(path: Path, fails_at: int = fails_at) -> None:
+            nonlocal count
+            count += 1
+            if count == fails_at:
+                raise OSError(28, "No space left on device")
+            synchronise(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dsv4_files, "synchronise", full)
+            patch.setattr(rundata, "synchronise", full)
+            try:
+                prepare_data(run, tmp_path / f"run{fails_at}")
+                break
+            except FileError as error:
+                assert "No space left on device" in str(error) and "\n" not in str(error)
+        prepare_data(run, tmp_path / f"run{fails_at}")
+    assert 10 < fails_at < 99
+
+
+def test_something_else_in_the_place_of_the_data_is_left_alone(texts: Path, tmp_path: Path):
+    for name, make in (("file", Path.touch), ("own", lambda path: (path.mkdir(), (path / "mine.txt").touch()))):
+        folder = tmp_path / name
+        folder.mkdir()
+        make(folder / "data")
+        with pytest.raises(UserError, match="data is no finished preparation .* move it away"):
+            prepare_data(settings(texts), folder)
+        assert (folder / "data").exists()
+        shutil.move(folder / "data", tmp_path / f"{name} moved")
+        prepare_data(settings(texts), folder)
+    (tmp_path / "empty" / "data").mkdir(parents=True)
+    prepare_data(settings(texts), tmp_path / "empty")
+    (tmp_path / "in the way").touch()
+    with pytest.raises(UserError, match="in the way"):
+        prepare_data(settings(texts), tmp_path / "in the way")
+
+
+def test_a_run_goes_on_without_its_texts_and_from_anywhere(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    train_bpe(["the whale " * 50], 300).save(tmp_path / "own")
+    for tokenizer in ("bytes", "bpe", "own"):
+        run = settings("texts", tokenizer=tokenizer)
+        run = replace(run, data=absolute(run.data))
+        first = prepare_data(run, tmp_path / f"run-{tokenizer}")
+        shutil.move(tmp_path / "texts", tmp_path / "moved")
+        shutil.move(tmp_path / f"run-{tokenizer}", tmp_path / f"gone-{tokenizer}")
+        again = prepare_data(run, tmp_path / f"gone-{tokenizer}", resuming=True)
+        assert [p.tokens.tolist() for p in again[1:]] == [p.tokens.tolist() for p in first[1:]]
+        with pytest.raises(UserError, match="no file or folder"):
+            prepare_data(run, tmp_path / f"gone-{tokenizer}")
+        shutil.move(tmp_path / "moved", tmp_path / "texts")
+        for kept in contents(tmp_path / f"gone-{tokenizer}").values():
+            assert str(tmp_path).encode() not in kept
+    with pytest.raises(UserError, match="holds no prepared data"):
+        prepare_data(run, tmp_path / "nothing", resuming=True)
+
+
+def test_the_same_texts_are_trusted_by_name_size_and_time(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = settings(texts)
+    prepare_data(run, tmp_path / "run")
+    read = sources.READERS[".txt"]
+    seen: list[str] = []
+    monkeypatch.setitem(sources.READERS, ".txt", lambda file, field: (seen.append(file.name), read(file, field))[1])
+    prepare_data(run, tmp_path / "run")
+    assert seen == []
+    os.utime(texts / "1.txt", (1, 1))
+    prepare_data(run, tmp_path / "run")
+    assert set(seen) == {"0.txt", "1.txt", "2.txt"}
+    before = contents(tmp_path / "run")
+    (texts / "1.txt").write_text("other")
+    with pytest.raises(UserError, match="the train split in .* was made from other text"):
+        prepare_data(run, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_data_made_for_other_settings_are_refused(texts: Path, tmp_path: Path):
+    prepare_data(settings(texts), tmp_path / "run")
+    train_bpe(["the whale " * 50], 300).save(tmp_path / "own")
+    for other in (settings(texts, tokenizer="bpe"), settings(texts, tokenizer=str(tmp_path / "own"))):
+        with pytest.raises(UserError, match="was prepared for .*bytes.*: choose another --out"):
+            prepare_data(other, tmp_path / "run")
+    (tmp_path / "h.txt").write_text("of its own")
+    with pytest.raises(UserError, match="split in .* was made from other text"):
+        prepare_data(settings(texts, tmp_path / "h.txt"), tmp_path / "run")
+
+
+def test_a_given_tokenizer_is_known_by_what_it_does_and_not_by_its_place(texts: Path, tmp_path: Path):
+    train_bpe(["the whale " * 50], 300).save(tmp_path / "own")
+    prepare_data(settings(texts, tokenizer=str(tmp_path / "own")), tmp_path / "run")
+    shutil.move(tmp_path / "own", tmp_path / "moved")
+    prepare_data(settings(texts, tokenizer=str(tmp_path / "moved")), tmp_path / "run")
+
+
+def test_progress_is_told_in_bytes_of_the_sources(texts: Path, tmp_path: Path):
+    told: list[tuple[str, int, int | None]] = []
+    size = sum(file.stat().st_size for file in texts.iterdir())
+    prepare_data(settings(texts, tokenizer="bpe"), tmp_path / "run", on_progress=lambda *at: told.append(at))
+    stages = list(dict.fromkeys(what for what, _, _ in told))
+    assert stages == [
+        "learning the vocabulary", "tokenising train", "tokenising heldout", "checking train", "checking heldout",
+    ]  # fmt: skip
+    for stage in stages:
+        done = [(done, total) for what, done, total in told if what == stage]
+        assert done == sorted(done) and done[0][0] == 0 and len({total for _, total in done}) == 1
+        if stage != "learning the vocabulary":  # only of the train split, so less than what there is to read
+            assert done[-1][0] == done[-1][1]
+        if stage.startswith("tokenising"):
+            assert done[-1][1] == size
+    told.clear()
+    os.utime(texts / "1.txt", (1, 1))
+    prepare_data(settings(texts, tokenizer="bpe"), tmp_path / "run", on_progress=lambda *at: told.append(at))
+    assert {"reading train", "reading heldout"} <= {what for what, _, _ in told}
+
+
+def test_paths_are_made_absolute_and_mean_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    data = absolute(DataConfig(path="a/../b 🐳", heldout="/c", tokenizer="t/tokenizer.json"))
+    here = os.getcwd()
+    assert (data.path, data.heldout, data.tokenizer) == (f"{here}/a/../b 🐳", "/c", f"{here}/t/tokenizer.json")
+    for kept in (DataConfig(), DataConfig(tokenizer="bytes"), data):
+        assert absolute(kept) == kept
+    for name in ("path", "heldout", "tokenizer"):
+        with pytest.raises(UserError, match=f"data.{name}='b.udcff' is not a name in UTF-8"):
+            absolute(DataConfig(**{name: "b\udcff"}))
+
+
+def test_a_damaged_corpus_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = (files("dsv4.data") / "corpus.heldout.jsonl.xz").read_bytes()
+    monkeypatch.setattr(corpus, "files", lambda name: tmp_path)
+    with pytest.raises(FileError, match="embedded corpus.*install dsv4 again"):
+        corpus.facts()
+    (tmp_path / "corpus.json").write_bytes(b"{")
+    with pytest.raises(FileError, match="embedded corpus.*install dsv4 again"):
+        corpus.facts()
+    for raw in (whole[:5000], whole[:5000] + b"\0" + whole[5001:], b"x" * 50, lzma.compress(b"{")):
+        (tmp_path / "corpus.heldout.jsonl.xz").write_bytes(raw)
+        with pytest.raises(FileError, match="embedded corpus.*install dsv4 again"):
+            list(corpus.documents("heldout"))
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(pack):
@@ -462,6 +1168,37 @@ def test_neighbouring_batches_come_from_many_documents(pack):
 def test_impossible_batches_are_refused(pack, tokens: int, seq_len: int, seed: int, says: str):
     with pytest.raises(UserError, match=says):
         Batches(pack([4]), tokens, seed, seq_len)
+
+
+@given(shape=shapes, count=st.integers(1, 12))
+def test_the_parts_of_a_batch_are_the_batch(pack, shape, count: int):
+    lengths, tokens_per_batch, seq_len, seed = shape
+    packed = pack(lengths)
+    batch = Batches(packed, tokens_per_batch, seed, seq_len).batch(0)
+    parts = split_batch(batch, count)
+    assert 1 <= len(parts) <= min(count, len(batch.lengths))
+    for part in parts:
+        check_batch(part, packed, seq_len)
+    assert torch.equal(torch.cat([part.ids for part in parts]), batch.ids)
+    assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+    assert [n for part in parts for n in part.lengths] == batch.lengths
+    assert sum(part.num_bytes for part in parts) == batch.num_bytes
+    borders = list(itertools.accumulate(batch.lengths, initial=0))
+    cuts = set(itertools.accumulate((len(part.ids) for part in parts), initial=0))
+    for share in range(1, count):  # each share of the tokens has a cut as near as a border can be
+        at = len(batch.ids) * share / count
+        assert min(abs(cut - at) for cut in cuts) == min(abs(border - at) for border in borders)
+
+
+def test_a_batch_is_split_at_segments_alone():
+    whole = batch_of([(0, 2)] * 4, 3)
+    assert split_batch(whole, 8) == [whole]  # one segment
+    ids = torch.arange(10)
+    batch = Batch(ids, ids, [1, 1, 1, 5, 1, 1], 6, (1, 0, 2, 0, 3, 0))
+    assert [(part.lengths, part.num_bytes) for part in split_batch(batch, 2)] == [([1, 1, 1], 3), ([5, 1, 1], 3)]
+    assert [part.lengths for part in split_batch(batch, 3)] == [[1, 1, 1], [5], [1, 1]]
+    assert [part.lengths for part in split_batch(batch, 99)] == [[n] for n in batch.lengths]
+    assert split_batch(batch, 1) == [batch]
 
 
 @given(shape=shapes)

@@ -1,7 +1,9 @@
 """Tokenizers lose nothing: text -> ids -> text, whole and streamed, trained, saved, loaded and published."""
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from dsv4.errors import UserError
+from dsv4.errors import FileError, UserError
 from dsv4.text import BPETokenizer, ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer, train_bpe
-from dsv4.text.tokenizer import BOS, EOS
+from dsv4.text.tokenizer import BOS, EOS, WORD_CHARS
 
 SAMPLE = "the whale, the white whale! In 1851 there were 20,000 whales; naïve whalers sang “ahoy” 🐳. " * 20
 BYTES = ByteTokenizer()
@@ -160,6 +162,37 @@ def test_no_token_holds_more_than_three_digits():
     assert max(sum(chr(b).isdigit() for b in piece) for piece in tokenizer.token_table) == 3
 
 
+runs = st.sampled_from(["a", "é", "字", "-", "\u0301", " ", "\n", "\t", "7", "🐳"]).flatmap(
+    lambda character: st.integers(1, 3 * WORD_CHARS).map(lambda n: character * n)
+)
+
+
+@given(parts=st.lists(runs, max_size=6))
+def test_no_word_is_longer_than_the_bound(parts: list[str]):
+    """A text without word breaks is one word, and learning from it takes the square of its length: for ever."""
+    text = "".join(parts)
+    words = Library.from_str(BPE.to_json()).pre_tokenizer.pre_tokenize_str(text)
+    assert "".join(text[start:end] for _, (start, end) in words) == text
+    assert all(end - start <= WORD_CHARS + 1 for _, (start, end) in words)  # a word keeps the space before it
+    assert BPE.decode(BPE.encode(text)) == text
+
+
+@given(text=st.text(st.sampled_from("ab é字-.!'\n\t 7s"), max_size=WORD_CHARS - 1))
+def test_the_bound_changes_nothing_where_no_run_is_long(text: str):
+    spec = json.loads(BPE.to_json())
+    bound = spec["pre_tokenizer"]["pretokenizers"].pop(0)
+    assert str(WORD_CHARS) in bound["pattern"]["Regex"]
+    without = BPETokenizer(json.dumps(spec))
+    assert BPE.encode(f"{text} whales {text}") == without.encode(f"{text} whales {text}")
+
+
+def test_a_vocabulary_is_learned_from_text_without_word_breaks():
+    """Half a megabyte of unbroken letters took minutes, quietly."""
+    letters = "".join(random.Random(0).choices("abcdefgh", k=1 << 19))
+    tokenizer = train_bpe([letters], 400)
+    assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.encode(letters)) == letters
+
+
 @pytest.mark.parametrize("vocab_size", [-1, 0, 257])
 def test_a_vocabulary_without_room_for_the_bytes_is_refused(vocab_size: int):
     with pytest.raises(UserError, match=f"{vocab_size} is too small.*at least 258"):
@@ -198,7 +231,8 @@ def test_transformers_loads_a_saved_folder(tmp_path: Path):
 
     BPE.save(tmp_path)
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    assert theirs.encode(SAMPLE, add_special_tokens=False) == BPE.encode(SAMPLE)
+    for text in (SAMPLE, "x" * 200 + "-" * 200 + " " * 200 + "x"):  # the bound on words is in the file
+        assert theirs.encode(text, add_special_tokens=False) == BPE.encode(text)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
 
 
@@ -239,10 +273,12 @@ def wordless() -> str:
 @pytest.mark.parametrize(
     ("contents", "says"),
     [
-        (b"", "cannot read .* as JSON"),
-        (b'{"version": "1.0", "mod', "cannot read .* as JSON"),
-        (b"\xff\xfe{}", "cannot read .* as JSON"),
-        (b"[1, 2]", "holds a list"),
+        (b"", "is not valid JSON"),
+        (b'{"version": "1.0", "mod', "is not valid JSON"),
+        (b"\xff\xfe{}", "is not UTF-8 text"),
+        (b"[1, 2]", "must hold a JSON object, not a list"),
+        (b"[" * 200_000, "is not valid JSON"),
+        (b'{"a":' * 200_000, "is not valid JSON"),
         (b'{"version": "1.0"}', "not a tokenizer"),
         (wordless().encode(), "bos_token"),
     ],
@@ -265,3 +301,101 @@ def test_a_config_that_names_a_missing_token_is_refused(tmp_path: Path):
 def test_a_missing_tokenizer_is_named(tmp_path: Path, name: str):
     with pytest.raises(UserError, match="no tokenizer at"):
         load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("named", [3, True, ["</s>"], [], {}, {"content": 3}, {"content": []}, 1.5, {"content": {}}])
+@pytest.mark.parametrize("role", ["bos_token", "eos_token"])
+def test_a_config_that_names_no_text_as_special_token_is_refused(tmp_path: Path, role: str, named: Any):
+    BPE.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({role: named}))
+    if named == {}:  # names nothing
+        assert load_tokenizer(tmp_path).eos_id == 1
+    else:
+        with pytest.raises(UserError, match=f"its {role} is .*, not the text of a token"):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("contents", [b"[]", b"null", b"3", b"{", b"\xff", b"[" * 200_000, b'{"x": "\\ud83d"}'])
+def test_a_bad_config_is_one_sentence(tmp_path: Path, contents: bytes):
+    BPE.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(contents)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def mutated(whole: bytes, draw: random.Random) -> bytes:
+    """A tokenizer.json with one defect: changed, lost or doubled bytes, or one JSON value that is another."""
+    kind, at = draw.randrange(5), draw.randrange(len(whole))
+    other = draw.randrange(len(whole))
+    if kind == 0:
+        return whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+    if kind == 1:
+        return whole[: min(at, other)] + whole[max(at, other) :]
+    if kind == 2:
+        return whole[:at] + whole[other : other + draw.randrange(1, 30)] + whole[at:]
+    if kind == 3:
+        return whole[:at] + draw.choice(b'0123456789"abc{}[],:').to_bytes() + whole[at + 1 :]
+    spec: Any = json.loads(whole)
+    holder: Any = spec
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+        key = draw.choice(keys)
+        if not isinstance(holder[key], dict | list) or not holder[key] or draw.random() < 0.2:
+            break
+        holder = holder[key]
+    holder[key] = draw.choice([None, 0, -1, 7, 2**32 - 1, 3_000_000_000, 2**70, 1.5, "", "x", "a", [], {}, True])
+    return json.dumps(spec).encode()
+
+
+def test_a_damaged_tokenizer_is_refused_or_loses_nothing(tmp_path: Path):
+    """300 defects: a traceback or a panic of the library, a table of 3e9 rows, or text that does not come back."""
+    BPE.save(tmp_path)
+    file, draw = tmp_path / "tokenizer.json", random.Random(0)
+    whole, refused = file.read_bytes(), 0
+    for _ in range(300):
+        file.write_bytes(mutated(whole, draw))
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+        except UserError as error:
+            refused += 1
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            continue
+        for text in (SAMPLE, "".join(map(chr, range(1, 0x500))), "字" * 100 + " 🐳  \n\n it's 12345"):
+            assert tokenizer.decode(tokenizer.encode(text)) in (text, " " + text)
+        assert len(tokenizer.token_bytes()) == tokenizer.vocab_size < 1 << 20
+    assert 100 < refused < 300
+
+
+def test_tokens_that_share_an_id_are_refused(tmp_path: Path):
+    """Two words become the same token, and one of them comes back as the other."""
+    BPE.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    first, second, *_ = (token for token in vocab if vocab[token] > 300)
+    vocab[first] = vocab[second]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="several of its tokens have the same id"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_byte_that_is_missing_is_noticed(tmp_path: Path):
+    """Characters with that byte would vanish without a word."""
+    spec = json.loads(BPE.to_json())
+    lost = "\u0101"  # byte 1 in the byte alphabet
+    spec["model"]["vocab"]["lost"] = spec["model"]["vocab"].pop(lost)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="it loses text: '.x01.*' comes back as"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_one_sentence(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for tokenizer in BOTH:
+        with pytest.raises(FileError, match="cannot make the folder .*file"):
+            tokenizer.save(tmp_path / "file")
+        (tmp_path / "taken" / "tokenizer.json").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(FileError, match="cannot write .*tokenizer.json"):
+            tokenizer.save(tmp_path / "taken")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path / "taken")

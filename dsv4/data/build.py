@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsv4.files import write_atomically, write_text
+
 HERE = Path(__file__).parent
 HOLD_OUT_EVERY = 20  # of twenty consecutive documents of a source, one is held out ...
 HOLD_OUT_AT = 10  # ... the one in the middle, so that the held-out addresses span the centuries
@@ -54,7 +56,7 @@ def write_split(split: str, documents: list[tuple[str, str]]) -> dict[str, int |
     lines = [json.dumps({"source": s, "text": t}, ensure_ascii=False) + "\n" for s, t in documents]
     raw = "".join(lines).encode("utf-8")
     packed = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
-    (HERE / f"corpus.{split}.jsonl.xz").write_bytes(packed)
+    write_atomically(HERE / f"corpus.{split}.jsonl.xz", lambda path: path.write_bytes(packed))
     return {
         "documents": len(documents),
         "text_bytes": sum(len(text.encode("utf-8")) for _, text in documents),
@@ -72,7 +74,7 @@ def main() -> None:
         for position, document in enumerate(documents):
             splits[split_of(position)].append(document)
     counts = {split: write_split(split, documents) for split, documents in splits.items()}
-    (HERE / "corpus.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    write_text(HERE / "corpus.json", json.dumps(counts, indent=2) + "\n")
     print(json.dumps(counts, indent=2))
 
 

@@ -7,19 +7,30 @@ neither bos nor eos. Decoding a stream token by token is stream.py; chat formats
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError
+from dsv4.files import explained, make_folder, parse_json, read_json, read_text, reason_of, write_text
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()  # what an id without a token decodes to
 SMALLEST_BPE = 2 + 256  # bos, eos and one token for each byte
+WORD_CHARS = 64  # longer runs of letters, of signs or of white space are several words to a BPE trained here
+
+REMEDY = "copy or save it again"
+
+# Loading tries a byte-level vocabulary on this: ASCII, then characters with every byte that UTF-8 can hold.
+_OTHERS = (*range(0x80, 0xC0), *range(0xC0, 0x800, 0x40), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x10000, 0x800))
+PROBE = (
+    "".join(map(chr, (*range(128), *_OTHERS, 0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)))
+    + " the whale's 1851 whales, whales whales"
+)
 
 # The usual names of bos and eos, for a published tokenizer.json without a tokenizer_config.json beside it.
 KNOWN_BOS = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>", "[CLS]")
@@ -112,9 +123,11 @@ class BPETokenizer(Tokenizer):
             library.no_padding()
         vocab = self._library.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
+        _check_ids(vocab)
         self.bos_id = _special_id("bos_token", self._config, KNOWN_BOS, vocab)
         self.eos_id = _special_id("eos_token", self._config, KNOWN_EOS, vocab)
         self.exact_bytes = "ByteLevel" in _types(json.loads(spec).get("decoder"))
+        self._check_that_text_survives(json.loads(spec))
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         for text in texts:
@@ -142,6 +155,22 @@ class BPETokenizer(Tokenizer):
     def _special_names(self) -> dict[int, str]:
         return {i: t.content for i, t in self._library.get_added_tokens_decoder().items() if t.special}
 
+    def _check_that_text_survives(self, spec: dict[str, Any]) -> None:
+        """UserError if a byte-level vocabulary does not give back what it was given, as a damaged one may not.
+
+        A normaliser or a prefix space changes text on purpose, and other vocabularies may lack characters: for these
+        it is enough that encoding and decoding work.
+        """
+        ids = self.encode(PROBE)
+        back = self.decode(ids)
+        if not self.exact_bytes:
+            if "ByteLevel" in _types(spec.get("pre_tokenizer")):
+                raise UserError("it spells text in bytes but its decoder does not read them; save it again")
+        elif back not in (PROBE, " " + PROBE) and _types(spec.get("normalizer")) <= {"Sequence"}:
+            pairs = zip(PROBE, back + "\0", strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(PROBE))
+            raise UserError(f"it loses text: {PROBE[at : at + 8]!r} comes back as {back[at : at + 8]!r}; save it again")
+
     def to_json(self) -> str:
         return self._spec
 
@@ -158,8 +187,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Byte-level BPE learned from texts: bos 0, eos 1, the 256 bytes, then merges in order of discovery.
 
     Digits are taken in groups of at most three, as the published tokenizer does, so that no number eats the
-    vocabulary. The same texts give the same tokenizer. vocab_size counts everything; fewer tokens come back
-    when the texts run out of pairs that occur twice. UserError for a vocab_size below 258 and for no text.
+    vocabulary. A run of more than WORD_CHARS letters, signs or white space is cut into words of that length, as
+    merging costs the square of a word's length; tokenizer.json holds that rule. The same texts give the same
+    tokenizer. vocab_size counts everything; fewer tokens come back when the texts run out of pairs that occur twice.
+    UserError for a vocab_size below 258 and for no text.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
@@ -170,9 +201,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
             f"ask for at least {SMALLEST_BPE}, or use the byte tokenizer"
         )
     library = Library(models.BPE())
+    n = WORD_CHARS  # a word keeps the space before it, hence " ?" and, of white space, one that is left over
+    runs = Regex(rf" ?\p{{L}}{{{n}}}| ?[^\s\p{{L}}\p{{N}}]{{{n}}}|\s{{{n}}}(?=\s)")
+    bound = pre_tokenizers.Split(runs, behavior="isolated")
     digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), behavior="isolated")
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    library.pre_tokenizer = pre_tokenizers.Sequence([digits, words])  # type: ignore[assignment]
+    library.pre_tokenizer = pre_tokenizers.Sequence([bound, digits, words])  # type: ignore[assignment]
     library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -191,41 +225,33 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     UserError when it is missing, unreadable, not a tokenizer, or does not say which tokens are bos and eos.
     """
     path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"no tokenizer at {path}: name a tokenizer.json or a folder that holds one")
-    spec = _read_json(file)
-    if spec.get("dsv4_tokenizer") == "bytes":
+    with explained(path, "read"):
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.exists():
+            raise UserError(f"no tokenizer at {path}: name a tokenizer.json or a folder that holds one")
+        beside = file.with_name("tokenizer_config.json")
+        configured = beside.exists()
+    text = read_text(file, "the tokenizer", REMEDY)
+    if parse_json(text, f"the tokenizer {file}", REMEDY).get("dsv4_tokenizer") == "bytes":
         return ByteTokenizer()
-    beside = file.with_name("tokenizer_config.json")
-    config = _read_json(beside) if beside.exists() else None
+    config = read_json(beside, "the tokenizer's settings", REMEDY) if configured else None
     try:
-        return BPETokenizer(file.read_text(encoding="utf-8"), config)
+        _utf8(json.dumps(config, ensure_ascii=False))  # saving it later must not fail
+        return BPETokenizer(text, config)
     except UserError as error:
         raise UserError(f"cannot use the tokenizer {file}: {error}") from None
-    except Exception as error:  # the library raises bare Exception for a JSON that is not a tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, or panics, for a JSON that is no tokenizer
         raise UserError(
-            f"{file} is not a tokenizer that the tokenizers library reads ({error}); save it again"
+            f"{file} is not a tokenizer that the tokenizers library reads ({reason_of(error)}); save it again"
         ) from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file} as JSON ({error}); copy or save it again") from None
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise UserError(f"{file} must hold a JSON object, but holds a {kind}; save it again")
-    return value
 
 
 def _write(folder: Path, name: str, text: str) -> Path:
     """Writes a text file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{name}.{os.getpid()}.tmp"
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, folder / name)
+    make_folder(folder)
+    write_text(folder / name, text)
     return folder / name
 
 
@@ -234,6 +260,8 @@ def _special_id(role: str, config: dict[str, Any], usual: tuple[str, ...], vocab
     named = config.get(role)
     if isinstance(named, dict):  # some publish {"content": "<s>", "lstrip": false, ...}
         named = named.get("content")
+    if named is not None and not isinstance(named, str):
+        raise UserError(f"its {role} is {str(named)[:80]}, not the text of a token; correct tokenizer_config.json")
     for name in (named,) if named else usual:
         if name in vocab:
             return vocab[name]
@@ -242,11 +270,21 @@ def _special_id(role: str, config: dict[str, Any], usual: tuple[str, ...], vocab
     raise UserError(f"it does not say what its {role} is; put a tokenizer_config.json that does beside it")
 
 
+def _check_ids(vocab: dict[str, int]) -> None:
+    """UserError if two tokens share an id, or an id is so large that tables of that size would fill the memory."""
+    largest = max(vocab.values(), default=0)
+    if len(set(vocab.values())) < len(vocab):
+        raise UserError("several of its tokens have the same id; save it again")
+    if largest >= 4 * len(vocab) + (1 << 16):
+        raise UserError(f"its largest id is {largest}, though it has {len(vocab)} tokens only; save it again")
+
+
 def _types(part: Any) -> set[str]:
     """The "type" of a tokenizer.json component and, for a Sequence, of its members."""
     if not isinstance(part, dict):
         return set()
-    return {part.get("type", "")}.union(*(_types(p) for p in part.get("decoders", ())))
+    members = chain.from_iterable(part.get(key) or () for key in ("decoders", "pretokenizers", "normalizers"))
+    return {part.get("type", "")}.union(*map(_types, members))
 
 
 def _byte_alphabet() -> dict[str, int]:

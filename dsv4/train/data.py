@@ -3,7 +3,8 @@
 A prepared folder holds, per split, <split>.bin (every document as bos, its tokens, eos; uint16, or uint32
 for a vocabulary beyond 65,536) and <split>.idx (int64: where each document starts, and the end), and for
 all splits token_bytes.bin (int32 [vocab]) and manifest.json, which is written last: what it does not list
-is not there. Files are little-endian and mapped, not read. Reading the user's files is left to sources.py.
+is not there. It has the sha256 of every file and of itself, and they are compared whenever a split is opened.
+Files are little-endian and mapped, not read. Reading the user's files is left to sources.py.
 
 A document is cut into pieces of at most seq_len tokens. Each piece is a segment of its own, so the model
 sees it as the start of a document. A batch is a flat run of pieces without padding. Which tokens stand in
@@ -14,30 +15,32 @@ T tokens of a batch
 """
 
 import hashlib
+import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4.checkpoint import write_atomically
 from dsv4.errors import UserError
+from dsv4.files import explained, make_folder, read_json, sha256_of, write_atomically, write_json
 from dsv4.text import Tokenizer
 from dsv4.train.sources import hold_out, read_documents
 
-__all__ = ["Batch", "Batches", "Packed", "heldout_batches", "hold_out", "prepare", "read_documents"]
+__all__ = ["Batch", "Batches", "Packed", "heldout_batches", "hold_out", "prepare", "read_documents", "split"]
 
-FORMAT = 1
+FORMAT = 2
 IGNORED = -100  # the target where there is none, as torch's cross entropy has it
-CHUNK_CHARS = 1 << 22  # text handed to the tokenizer at once: enough to keep its threads busy
+CHUNK_CHARS = 1 << 21  # text handed to the tokenizer at once: enough to keep its threads busy; 150 bytes each
+BLOCK_BYTES = 1 << 22  # read at once when a file is checked
 
 Span = tuple[int, int, bool]  # first token, end, whether a document ends there
+Checked = Callable[[int], None]  # told how many bytes have been checked so far
 
 
 # --- documents -> a prepared folder ---
@@ -49,91 +52,91 @@ def prepare(
     out_folder: str | Path,
     *,
     split_name: str,
-    on_progress: Callable[[int], None] | None = None,
+    beside: Sequence[str] = (),
 ) -> "Packed":
     """Tokenise documents into one split of a prepared folder, or reuse that split if it is there already.
 
     A split that is there is reused if it was made with the same tokenizer from the same documents, which are
-    then read but not tokenised. on_progress is told the UTF-8 bytes of text done so far.
+    then read but not tokenised. beside: names of files in the folder that belong to the data, whose sha256 the
+    manifest is to hold as well. Everything is on the disk before the manifest names it.
 
     UserError, and nothing written: the folder was prepared with another tokenizer, or this split from other
-    documents (nothing is ever overwritten), or there are no documents.
+    documents (nothing is ever overwritten), or there are no documents. FileError if the machine cannot write.
     """
     folder = Path(out_folder)
     manifest = _manifest_for(folder, tokenizer)
     if split_name in manifest["splits"]:
         packed = Packed.open(folder, split_name)
-        if packed.facts["text_sha256"] != _text_sha256(documents):
-            raise UserError(f"the {split_name} split in {folder} was made from other text: use another folder")
+        packed.check_text(documents)
         return packed
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = {kind: folder / f".{split_name}.{kind}.{os.getpid()}.tmp" for kind in ("bin", "idx")}
-    try:
-        facts = _write_split(documents, tokenizer, scratch["bin"], scratch["idx"], on_progress)
-        for kind, file in scratch.items():
-            os.replace(file, folder / f"{split_name}.{kind}")
-    finally:
-        for file in scratch.values():
-            file.unlink(missing_ok=True)
-    manifest["splits"][split_name] = facts
+    make_folder(folder)
+    facts: dict[str, Any] = {}
+
+    def write(bin_file: Path) -> None:
+        write_atomically(folder / f"{split_name}.idx", lambda idx_file: both(bin_file, idx_file))
+
+    def both(bin_file: Path, idx_file: Path) -> None:
+        with bin_file.open("wb") as ids, idx_file.open("wb") as ends:
+            facts.update(_write_split(documents, tokenizer, ids, ends))
+
+    write_atomically(folder / f"{split_name}.bin", write)
     token_bytes = np.asarray(tokenizer.token_bytes(), dtype="<i4").tobytes()
     write_atomically(folder / "token_bytes.bin", lambda path: path.write_bytes(token_bytes))
-    text = json.dumps(manifest, indent=2) + "\n"
-    write_atomically(folder / "manifest.json", lambda path: path.write_text(text, encoding="utf-8"))
-    return Packed.open(folder, split_name)
+    manifest["splits"][split_name] = facts
+    manifest["files"] = {name: sha256_of(folder / name) for name in ("token_bytes.bin", *beside)}
+    manifest["sha256"] = _manifest_sha256(manifest)
+    write_json(folder / "manifest.json", manifest)
+    return Packed(folder, split_name, facts, np.frombuffer(token_bytes, dtype="<i4"))
 
 
 def _manifest_for(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """The folder's manifest, or a new one; UserError if the folder was prepared with another tokenizer."""
     fingerprint, vocab_size = tokenizer.fingerprint(), tokenizer.vocab_size
-    if not (folder / "manifest.json").exists():
-        return {"format": FORMAT, "tokenizer": fingerprint, "vocab_size": vocab_size, "splits": {}}
-    manifest = _read_manifest(folder)
+    if not is_prepared(folder):
+        return {"format": FORMAT, "tokenizer": fingerprint, "vocab_size": vocab_size, "splits": {}, "files": {}}
+    manifest = read_manifest(folder)
     if manifest["tokenizer"] != fingerprint:
         was, now = manifest["tokenizer"][:12], fingerprint[:12]
         raise UserError(f"{folder} was prepared with tokenizer {was}, not {now}: use that or another folder")
     return manifest
 
 
-def _write_split(
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    bin_file: Path,
-    idx_file: Path,
-    on_progress: Callable[[int], None] | None,
-) -> dict[str, Any]:
-    """Stream documents into the two files; returns the split's entry in the manifest."""
+def _write_split(documents: Iterable[str], tokenizer: Tokenizer, ids: BinaryIO, ends: BinaryIO) -> dict[str, Any]:
+    """Stream documents into the two open files; returns the split's entry in the manifest."""
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    ids_digest, text_digest = hashlib.sha256(), hashlib.sha256()
-    ends, num_bytes, max_id = [0], 0, 0
-    with bin_file.open("wb") as out:
-        for chunk in _chunks(documents):
-            for text, ids in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
-                row = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id])
-                raw, utf8 = row.astype(dtype).tobytes(), text.encode()
-                out.write(raw)
-                ids_digest.update(raw)
-                text_digest.update(hashlib.sha256(utf8).digest())  # as in _text_sha256
-                ends.append(ends[-1] + len(row))
-                num_bytes += len(utf8)
-                max_id = max(max_id, int(row.max()))
-            if on_progress:
-                on_progress(num_bytes)
-    if len(ends) == 1:
+    digests = {ids: hashlib.sha256(), ends: hashlib.sha256()}
+    text_digest, count, end, num_bytes, max_id = hashlib.sha256(), 0, 0, 0, 0
+
+    def put(file: BinaryIO, numbers: np.ndarray) -> None:
+        raw = numbers.tobytes()
+        file.write(raw)
+        digests[file].update(raw)
+
+    put(ends, np.zeros(1, dtype="<i8"))
+    for chunk in _chunks(documents):
+        for text, row in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
+            tokens = np.array([tokenizer.bos_id, *row, tokenizer.eos_id])
+            utf8 = text.encode()
+            end, count, num_bytes = end + len(tokens), count + 1, num_bytes + len(utf8)
+            max_id = max(max_id, int(tokens.max()))
+            put(ids, tokens.astype(dtype))
+            put(ends, np.array([end], dtype="<i8"))
+            text_digest.update(hashlib.sha256(utf8).digest())  # as in text_sha256
+    if not count:
         raise UserError("there are no documents to prepare: give a source with text in it")
-    idx_file.write_bytes(np.asarray(ends, dtype="<i8").tobytes())
     return {
-        "documents": len(ends) - 1,
-        "tokens": ends[-1],
+        "documents": count,
+        "tokens": end,
         "text_bytes": num_bytes,
         "dtype": dtype,
         "max_id": max_id,
-        "sha256": ids_digest.hexdigest(),
+        "sha256": digests[ids].hexdigest(),
+        "idx_sha256": digests[ends].hexdigest(),
         "text_sha256": text_digest.hexdigest(),
     }
 
 
-def _text_sha256(documents: Iterable[str]) -> str:
+def text_sha256(documents: Iterable[str]) -> str:
     """What identifies documents: the sha256 over the sha256 of each, so that their borders count too."""
     digest = hashlib.sha256()
     for text in documents:
@@ -154,18 +157,82 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+# --- the manifest ---
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a preparation was finished there."""
+    with explained(folder, "read"):
+        return (folder / "manifest.json").exists()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A prepared folder's manifest; UserError if there is none, or it is not as it was written."""
     file = folder / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{file} has format {manifest['format']}, not {FORMAT}: prepare the data again")
-        assert {"tokenizer", "vocab_size", "splits"} <= manifest.keys()
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no prepared data (no manifest.json): prepare it first") from None
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{file} is damaged: delete {folder} and prepare the data again") from None
+    if not is_prepared(folder):
+        raise UserError(f"{folder} holds no prepared data (no manifest.json): prepare it first")
+    manifest = read_json(file, "the manifest", _remedy(folder))
+    if "format" in manifest and manifest["format"] != FORMAT:
+        given = repr(manifest["format"])[:40]
+        raise UserError(
+            f"{file} has format {given}, not {FORMAT}, as another version of dsv4 wrote it: "
+            f"move {folder} away to have the data prepared again"
+        )
+    if manifest.get("sha256") != _manifest_sha256(manifest) or not _is_manifest(manifest):
+        raise UserError(f"{file} has changed since it was written: {_remedy(folder)}")
     return manifest
+
+
+def check_file(folder: Path, name: str, sha256: str) -> None:
+    """UserError if a file of a prepared folder is missing or has another sha256 than the manifest says."""
+    file = folder / name
+    with explained(file, "read"):
+        missing = not file.is_file()
+    if missing:
+        raise UserError(f"{file} is missing: {_remedy(folder)}")
+    if sha256_of(file) != sha256:
+        raise UserError(f"{file} has changed since it was written: {_remedy(folder)}")
+
+
+def _remedy(folder: Path) -> str:
+    return f"put back a copy of it, or move {folder} away to have the data prepared again"
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    """The digest of everything in a manifest but the digest itself; the layout of the JSON plays no part."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether every entry is there, of its type, and possible."""
+    splits, files = manifest.get("splits"), manifest.get("files")
+    return (
+        isinstance(manifest.get("tokenizer"), str)
+        and _is_whole(manifest.get("vocab_size"), 1)
+        and isinstance(splits, dict)
+        and all(isinstance(facts, dict) and _are_facts(facts, manifest["vocab_size"]) for facts in splits.values())
+        and isinstance(files, dict)
+        and "token_bytes.bin" in files
+        and all(Path(name).name == name and isinstance(digest, str) for name, digest in files.items())
+    )
+
+
+def _are_facts(facts: dict[str, Any], vocab_size: int) -> bool:
+    """Whether these can be the facts of a split: each document has a bos and an eos at least."""
+    return (
+        _is_whole(facts.get("documents"), 1)
+        and _is_whole(facts.get("tokens"), 2 * facts["documents"])
+        and _is_whole(facts.get("text_bytes"), 0)
+        and _is_whole(facts.get("max_id"), 0)
+        and facts["max_id"] < vocab_size
+        and facts.get("dtype") in ("<u2", "<u4")
+        and all(isinstance(facts.get(key), str) for key in ("sha256", "idx_sha256", "text_sha256"))
+    )
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
 
 
 # --- a prepared split ---
@@ -182,17 +249,25 @@ class Packed:
         self.folder, self.split, self.facts, self.token_bytes = folder, split, facts, token_bytes
         self.tokens = _mapped(folder / f"{split}.bin", facts["dtype"], facts["tokens"])
         self.ends = _mapped(folder / f"{split}.idx", "<i8", facts["documents"] + 1)
+        if self.ends[0] != 0 or self.ends[-1] != facts["tokens"] or (np.diff(self.ends) < 2).any():
+            raise UserError(f"{folder / f'{split}.idx'} holds impossible offsets: {_remedy(folder)}")
 
     @classmethod
-    def open(cls, folder: str | Path, split: str) -> "Packed":
-        """UserError for a folder that is not prepared or lacks the split, and for files cut short."""
+    def open(cls, folder: str | Path, split: str, on_checked: Checked = lambda done: None) -> "Packed":
+        """UserError for a folder that is not prepared or lacks the split, and for files that are not as written.
+
+        Every byte is read for that; on_checked is told how many of the split's tokens' bytes have been.
+        """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         if split not in manifest["splits"]:
             have = ", ".join(manifest["splits"]) or "none"
             raise UserError(f"{folder} has no split {split!r} (it has {have}): prepare it first")
         token_bytes = _mapped(folder / "token_bytes.bin", "<i4", manifest["vocab_size"])
-        return cls(folder, split, manifest["splits"][split], token_bytes)
+        check_file(folder, "token_bytes.bin", manifest["files"]["token_bytes.bin"])
+        packed = cls(folder, split, manifest["splits"][split], token_bytes)
+        packed.verify(on_checked)
+        return packed
 
     @property
     def num_tokens(self) -> int:
@@ -220,11 +295,31 @@ class Packed:
                 "use a smaller tokenizer or a model with a larger vocab_size"
             )
 
-    def verify(self) -> None:
-        """Read every token and compare with the manifest's sha256; UserError if a bit has changed."""
-        if hashlib.sha256(self.tokens.tobytes()).hexdigest() != self.facts["sha256"]:
-            file = self.folder / f"{self.split}.bin"
-            raise UserError(f"{file} is damaged: delete {self.folder} and prepare the data again")
+    def check_text(self, documents: Iterable[str]) -> None:
+        """UserError if the split was made from other documents, all of which are read for that."""
+        if self.facts["text_sha256"] != text_sha256(documents):
+            raise UserError(
+                f"the {self.split} split in {self.folder} was made from other text: use another folder, or move this "
+                "one away"
+            )
+
+    def verify(self, on_checked: Checked = lambda done: None) -> None:
+        """Read every token and offset; UserError if a bit is not as the manifest says, or an id above its max_id."""
+        file, digest, max_id, done = self.folder / f"{self.split}.bin", hashlib.sha256(), 0, 0
+        with explained(file, "read"), file.open("rb") as tokens:
+            while block := tokens.read(BLOCK_BYTES):
+                digest.update(block)
+                max_id, done = max(max_id, int(np.frombuffer(block, self.facts["dtype"]).max())), done + len(block)
+                on_checked(done)
+        if digest.hexdigest() != self.facts["sha256"] or max_id > self.facts["max_id"]:
+            raise UserError(f"{file} has changed since it was written: {_remedy(self.folder)}")
+        check_file(self.folder, f"{self.split}.idx", self.facts["idx_sha256"])
+
+    def has_text(self) -> bool:
+        """Whether some token stands for at least one byte of text: without one, bits per byte have no meaning."""
+        step = BLOCK_BYTES // self.tokens.itemsize
+        starts = range(0, self.num_tokens, step)
+        return any(bool(self.token_bytes[self.tokens[start : start + step]].any()) for start in starts)
 
     def pieces(self, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every document cut into pieces of at most seq_len tokens, in order: (first, end, closes), each [P].
@@ -242,11 +337,12 @@ class Packed:
 
 def _mapped(file: Path, dtype: str, count: int) -> np.ndarray:
     """A read-only array over a file that must have exactly this many elements."""
-    want, have = count * np.dtype(dtype).itemsize, file.stat().st_size if file.exists() else -1
-    if have != want:
-        state = "is missing" if have < 0 else f"has {have} bytes instead of {want}"
-        raise UserError(f"{file} {state}: delete {file.parent} and prepare the data again")
-    return np.memmap(file, dtype=dtype, mode="r", shape=(count,))
+    with explained(file, "read"):
+        want, have = count * np.dtype(dtype).itemsize, file.stat().st_size if file.exists() else -1
+        if have != want:
+            state = "is missing" if have < 0 else f"has {have} bytes instead of {want}"
+            raise UserError(f"{file} {state}: {_remedy(file.parent)}")
+        return np.memmap(file, dtype=dtype, mode="r", shape=(count,))
 
 
 # --- batches ---
@@ -259,13 +355,41 @@ class Batch:
     ids: int64 [T]. targets: int64 [T], the token that follows in the document, or -100 after its last
     token; where a piece ends inside a document, the next token is known and is the target. lengths: of the
     segments, summing to T. num_bytes: UTF-8 bytes of the targets, so that bits per byte = (sum of losses in
-    nats) / ln 2 / num_bytes; eos is a target of 0 bytes, whose loss counts.
+    nats) / ln 2 / num_bytes; eos is a target of 0 bytes, whose loss counts. segment_bytes: the same for each
+    segment, for `split`.
     """
 
     ids: Tensor
     targets: Tensor
     lengths: list[int]
     num_bytes: int
+    segment_bytes: tuple[int, ...] = ()
+
+
+def split(batch: Batch, count: int) -> list[Batch]:
+    """The batch as at most `count` batches of whole segments, in order, about equally long; none is empty.
+
+    Each cut falls on the border between segments that is nearest to its share of the tokens (the earlier of two);
+    where two cuts would fall on the same border there is one. Together they are the batch, in every field.
+    """
+    assert count >= 1, f"a batch cannot be split into {count}"
+    borders = np.cumsum([0, *batch.lengths])
+    shares = len(batch.ids) * np.arange(1, count) / count
+    nearest = (int(np.abs(borders - share).argmin()) for share in shares)
+    cuts = sorted({0, len(batch.lengths), *nearest})
+    if len(cuts) == 2:
+        return [batch]
+    assert len(batch.segment_bytes) == len(batch.lengths), "only batches that data.py made can be split"
+    return [
+        Batch(
+            batch.ids[borders[a] : borders[b]],
+            batch.targets[borders[a] : borders[b]],
+            batch.lengths[a:b],
+            sum(batch.segment_bytes[a:b]),
+            batch.segment_bytes[a:b],
+        )
+        for a, b in itertools.pairwise(cuts)
+    ]
 
 
 class Batches:
@@ -388,11 +512,12 @@ def _batch(packed: Packed, spans: list[Span]) -> Batch:
     lengths = [end - first for first, end, _ in spans]
     ids = np.empty(sum(lengths), dtype=np.int64)
     targets = np.full(len(ids), IGNORED, dtype=np.int64)
-    at = 0
+    at, segment_bytes = 0, []
     for (first, end, closes), length in zip(spans, lengths, strict=True):
         known = length - closes
         ids[at : at + length] = packed.tokens[first:end]
         targets[at : at + known] = packed.tokens[first + 1 : first + 1 + known]
+        segment_bytes.append(int(packed.token_bytes[targets[at : at + known]].sum()))
         at += length
-    num_bytes = int(packed.token_bytes[targets[targets != IGNORED]].sum())
-    return Batch(torch.from_numpy(ids), torch.from_numpy(targets), lengths, num_bytes)
+    found = torch.from_numpy(ids), torch.from_numpy(targets)
+    return Batch(*found, lengths, sum(segment_bytes), tuple(segment_bytes))

@@ -1,57 +1,119 @@
 """Where training text comes from: the user's .txt, .jsonl and .parquet files, read document by document.
 
-Nothing here tokenises (data.py does) and nothing is held in memory but the document at hand, a batch of
-.parquet rows or, of a long .txt, about a megabyte. Every defect of a file is one sentence that names the
-file and the place.
+Nothing here tokenises (data.py does). What is held in memory has a bound that the files cannot move: a text longer
+than DOCUMENT_CHARS is cut into several documents while it is read, a .jsonl line has at most LINE_BYTES, a .parquet
+comes PARQUET_ROWS rows at a time. Every defect of a file is one sentence that names the file and the place.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import gzip
+import io
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from dsv4.errors import UserError
+from dsv4.files import StrictDecoder, explained, parse_json, read_lines, reason_of
 
-TXT_DOCUMENT_BYTES = 1 << 20  # a longer .txt becomes several documents, cut at line ends
+DOCUMENT_CHARS = 1 << 20  # a longer text becomes several documents
+LINE_BYTES = 32 << 20  # of a .jsonl line, which is held whole and a few times over while it is read
+BLOCK_BYTES = 1 << 20
+PARQUET_ROWS = 16
 HOLD_OUT_EVERY = 20
+NAMES_SHOWN = 5
+
+KINDS = ".txt, .jsonl or .parquet"
+PACKINGS = (".gz", ".zst")  # of .txt and .jsonl; a .parquet is compressed inside
+
+Read = Callable[[int], None]  # told how many bytes of the files have been read so far
+Place = Callable[[], int]  # how many bytes of a file have been read so far
 
 
-def read_documents(path: str | Path, field: str = "text") -> Iterator[str]:
+def read_documents(path: str | Path, field: str = "text", on_read: Read = lambda done: None) -> Iterator[str]:
     """The documents of a file, or of a folder of files in sorted order (subfolders too, hidden names not).
 
-    .txt: the file is one document, or several of about a megabyte. .jsonl: one JSON object per line, the
-    text in `field`. .parquet: one document per row, the text in column `field`. Files of other kinds in a
-    folder are passed over, as are documents without a visible character. Line ends become "\\n" in .txt; a
-    byte-order mark is dropped.
+    .txt: the file is one document. .jsonl: one JSON object per line, the text in `field`. .parquet: one document
+    per row, the text in column `field`. .txt and .jsonl may be compressed (.txt.gz, .jsonl.zst). A text longer
+    than DOCUMENT_CHARS becomes several documents (as `bounded` cuts them); documents without a visible character
+    are passed over. Line ends become "\\n" in .txt; a byte-order mark is dropped.
 
     Whether the files exist, have contents and can be read by this installation is checked at once. A
     UserError about what is in them comes when the reading gets there: invalid UTF-8, bad JSON, a missing
-    field or column.
+    field or column, damage. Of several files some may be empty, which is said once; all of them may not.
     """
-    files = data_files(path)
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"{file} is empty: give a file with text in it")
-        if _kind(file) == ".parquet":
-            _pyarrow_parquet(file)
-    return chain.from_iterable(_read_file(file, field) for file in files)
+    return read_files(data_files(path), field, on_read)
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """The files that read_documents would read, in its order. UserError if there are none."""
+    """The files that read_documents would read, in its order. UserError if there are none.
+
+    What a folder holds besides is listed once, on the logger "dsv4"; a broken link in it is an error.
+    """
     path = Path(path)
-    if path.is_dir():
-        found = [f for f in sorted(path.rglob("*")) if _kind(f) in READERS and f.is_file()]
-        found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-        if not found:
-            raise UserError(f"the folder {path} holds no {KINDS} file: put the training text there")
-        return found
-    if not path.exists():
-        raise UserError(f"there is no file or folder {path}: give a {KINDS} file or a folder of them")
-    if _kind(path) not in READERS:
-        raise UserError(f"{path} is not a {KINDS} file: convert it to one of these")
-    return [path]
+    with explained(path, "read"):
+        if path.is_dir():
+            found, others = _survey(path)
+            if not found:
+                raise UserError(f"the folder {path} holds no {KINDS} file: put the training text there")
+            if others:
+                say_once(f"passed over in {path}, as they are no {KINDS} files: {names_of(others)}")
+            return found
+        if not path.exists():
+            raise UserError(f"there is no file or folder {path}: give a {KINDS} file or a folder of them")
+        if _kind(path) == NO_KIND or not path.is_file():
+            raise UserError(
+                f"{path} is not a {KINDS} file: convert it to one of these (.txt and .jsonl also as .gz or .zst)"
+            )
+        return [path]
+
+
+def read_files(files: Sequence[Path], field: str = "text", on_read: Read = lambda done: None) -> Iterator[str]:
+    """The documents of these files, one file after another: `read_documents` without looking for them."""
+    sizes = [size_of(file) for file in files]
+    empty = [str(file) for file, size in zip(files, sizes, strict=True) if size == 0]
+    if len(empty) == len(files):
+        raise UserError(f"{names_of(empty)} {'is' if len(empty) == 1 else 'are'} empty: give a file with text in it")
+    if empty:
+        say_once(f"passed over, as they are empty: {names_of(empty)}")
+    for file in files:
+        kind, packing = _kind(file)
+        if kind == ".parquet":
+            _pyarrow_parquet(file)
+        if packing == ".zst":
+            _zstd_opener(file)
+    return _documents([(file, size) for file, size in zip(files, sizes, strict=True) if size], field, on_read)
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a file; UserError if it is gone."""
+    with explained(file, "read"):
+        return file.stat().st_size
+
+
+def without(files: Iterable[Path], others: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """(the files that are none of `others`, those that are); the same file under another name or link is the same."""
+
+    def identity(file: Path) -> tuple[int, int]:
+        with explained(file, "read"):
+            found = file.stat()
+        return found.st_dev, found.st_ino
+
+    taken = {identity(file) for file in others}
+    kept, left = [], []
+    for file in files:
+        (left if identity(file) in taken else kept).append(file)
+    return kept, left
+
+
+def bounded(documents: Iterable[str]) -> Iterator[str]:
+    """Documents of at most DOCUMENT_CHARS characters: longer ones are cut, at a line end or space near by if any."""
+    for text in documents:
+        yield from _cut_up([text])
 
 
 def hold_out(
@@ -59,8 +121,9 @@ def hold_out(
 ) -> Iterator[str]:
     """One split of documents that come without one: of every `every` in a row, the middle one is held out.
 
-    Fewer documents than that are each cut instead, and the last 1/every of each is held out. By position
-    alone, so the two splits, read at different times, never overlap and together are everything.
+    Fewer documents than that are each cut instead: the last 1/every of each is held out, or up to a tenth of the
+    text more where a line end or a space is near. A document of fewer than `every` characters stays whole, in
+    train. By position alone, so the two splits, read at different times, never overlap and together are everything.
     """
     documents = iter(documents)
     head = list(islice(documents, every))
@@ -73,97 +136,226 @@ def hold_out(
 
 
 def _part(text: str, split: str, every: int) -> str:
-    """The beginning of a text, or its last 1/every, parted before a space where there is one."""
+    """The beginning of a text, or about its last 1/every."""
     cut = len(text) - len(text) // every
-    cut = max(text.rfind(" ", 0, cut), 0) or cut
+    if cut < len(text):
+        cut = _place_to_cut(text, cut, cut // 10)
     return text[cut:] if split == "heldout" else text[:cut]
 
 
-def _read_file(file: Path, field: str) -> Iterator[str]:
-    found = False
-    for text in READERS[_kind(file)](file, field):
-        if text and not text.isspace():
-            found = True
-            yield text
-    if not found:
-        raise UserError(f"{file} holds no text: every document in it is empty")
+def _place_to_cut(text: str, at: int, room: int) -> int:
+    """Where to cut a text that is to be cut at `at`, looking at the `room` characters before it.
+
+    After the last line end there; else before the last other white space, as a word keeps the space before it;
+    else at `at`, whatever stands there.
+    """
+    if (line_end := text.rfind("\n", at - room, at)) >= 0:
+        return line_end + 1
+    return next((i for i in range(at - 1, at - room - 1, -1) if text[i].isspace()), at)
 
 
-def _read_txt(file: Path, field: str) -> Iterator[str]:
-    lines, size = [], 0
-    for _, line in _lines(file):
-        lines.append(line)
-        size += len(line)
-        if size >= TXT_DOCUMENT_BYTES:
-            yield "".join(lines)
-            lines, size = [], 0
-    yield "".join(lines)
+def _cut_up(parts: Iterable[str]) -> Iterator[str]:
+    """One text that comes in parts, as documents of at most DOCUMENT_CHARS characters; together they are the text."""
+    held: list[str] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size > DOCUMENT_CHARS:
+            text, start = "".join(held), 0
+            while len(text) - start > DOCUMENT_CHARS:
+                cut = _place_to_cut(text, start + DOCUMENT_CHARS, DOCUMENT_CHARS // 10)
+                yield text[start:cut]
+                start = cut
+            held = [text[start:]]
+            size = len(held[0])
+    yield "".join(held)
 
 
-def _read_jsonl(file: Path, field: str) -> Iterator[str]:
-    for number, line in _lines(file):
-        if not line.strip():
-            continue
-        place = f"line {number} of {file}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place} is not JSON ({error}): correct the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{place} is a {type(record).__name__}, not a JSON object: correct the line")
-        if field not in record:
-            have = ", ".join(record) or "none"
-            raise UserError(f"{place} lacks the field {field!r} (it has {have}): name another field")
-        yield _checked(record[field], place, field)
+# --- a folder of files ---
+
+NO_KIND = ("", "")
 
 
-def _read_parquet(file: Path, field: str) -> Iterator[str]:
+def _kind(file: Path) -> tuple[str, str]:
+    """(what a file holds, how it is compressed), by its name: (".jsonl", ".gz"), (".txt", ""), NO_KIND."""
+    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+    packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else ""
+    kind = suffixes[-1] if suffixes else ""
+    known = kind in READERS and not (packing and kind == ".parquet")
+    return (kind, packing) if known else NO_KIND
+
+
+def _survey(folder: Path) -> tuple[list[Path], list[str]]:
+    """(files to read in sorted order, names of what is passed over); hidden names are neither."""
+
+    def failed(error: OSError) -> None:
+        raise error  # a sub-folder that cannot be read would otherwise be left out in silence
+
+    found: list[Path] = []
+    others: list[str] = []
+    for place, folders, names in os.walk(folder, onerror=failed):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others += [f"{name}/ (a link)" for name in folders if (Path(place) / name).is_symlink()]
+        for file in (Path(place) / name for name in names if not name.startswith(".")):
+            if file.is_symlink() and not file.exists():
+                raise UserError(f"{file} is a link to something that is not there: mend or remove the link")
+            if _kind(file) != NO_KIND and file.is_file():
+                found.append(file)
+            else:
+                others.append(file.name)
+    return sorted(found), sorted(others)
+
+
+def names_of(found: Iterable[object]) -> str:
+    """A few of the names, and how many there are if not all are shown."""
+    names = [str(name) for name in found]
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown}, ... ({len(names)} in all)"
+
+
+@lru_cache(maxsize=1000)
+def say_once(sentence: str) -> None:
+    """Preparing reads the same files several times; what is to be said of them is said the first time."""
+    logging.getLogger("dsv4").warning("%s", sentence)
+
+
+# --- one file ---
+
+
+def _documents(files: Sequence[tuple[Path, int]], field: str, on_read: Read) -> Iterator[str]:
+    before = 0
+    barren: list[str] = []
+    for file, size in files:
+        found = False
+        for text, place in READERS[_kind(file)[0]](file, field):
+            on_read(before + place)
+            if text and not text.isspace():
+                found = True
+                yield text
+        before += size
+        on_read(before)
+        if not found:
+            barren.append(str(file))
+    if len(barren) == len(files):
+        holds = "holds no text: every document in it is empty" if len(files) == 1 else "hold no text"
+        raise UserError(f"{names_of(barren)} {holds}; give text to read")
+    if barren:
+        say_once(f"passed over, as every document in them is empty: {names_of(barren)}")
+
+
+def _read_txt(file: Path, field: str) -> Iterator[tuple[str, int]]:
+    with _opened(file) as (contents, place):
+        for text in _cut_up(_decoded(contents, str(file))):
+            yield text, place()
+
+
+def _decoded(contents: BinaryIO, what: str) -> Iterator[str]:
+    """The text of an open file, a block at a time; "\\r\\n" becomes "\\n"."""
+    decoder, held = StrictDecoder(what), ""
+    while raw := contents.read(BLOCK_BYTES):
+        text = held + decoder.decode(raw)
+        held = "\r" if text.endswith("\r") else ""  # its "\n" may come with the next block
+        yield text.removesuffix("\r").replace("\r\n", "\n")
+    yield held + decoder.decode(b"", final=True)
+
+
+def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, int]]:
+    with _opened(file) as (contents, place):
+        for number, line in read_lines(_lines(contents, file), str(file)):
+            if not line or line.isspace():
+                continue
+            where = f"line {number} of {file}"
+            record = parse_json(line, where, "correct the line")
+            if field not in record:
+                have = names_of(name[:40] for name in record) or "none"
+                raise UserError(f"{where} lacks the field {field!r} (it has {have}): name another field")
+            for text in _cut_up([_checked(record[field], where, field)]):
+                yield text, place()
+
+
+def _lines(contents: BinaryIO, file: Path) -> Iterator[bytes]:
+    number = 0
+    while raw := contents.readline(LINE_BYTES + 1):
+        number += 1
+        if len(raw) > LINE_BYTES:
+            limit = f"{LINE_BYTES:,} bytes, the most that a line may have"
+            raise UserError(f"line {number} of {file} is longer than {limit}: split its text over several lines")
+        yield raw
+
+
+def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, int]]:
     parquet = _pyarrow_parquet(file)
     try:
-        table = parquet.ParquetFile(file)
+        with parquet.ParquetFile(file, buffer_size=BLOCK_BYTES) as table:
+            names, size, number = table.schema_arrow.names, size_of(file), 0
+            if field not in names:
+                have = names_of(names) or "none"
+                raise UserError(f"{file} lacks the column {field!r} (it has {have}): name another column")
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    for text in _cut_up([_checked(value, f"row {number} of {file}", field)]):
+                        yield text, size * number // table.metadata.num_rows
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's own exceptions share no base class but this one
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is not a readable parquet file ({reason}): copy or write it again") from None
-    with table:
-        names = table.schema_arrow.names
-        if field not in names:
-            have = ", ".join(names)
-            raise UserError(f"{file} lacks the column {field!r} (it has {have}): name another column")
-        batches = table.iter_batches(batch_size=256, columns=[field])
-        rows = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        for number, value in enumerate(rows, start=1):
-            yield _checked(value, f"row {number} of {file}", field)
+        raise UserError(f"{file} is not a readable parquet file ({reason_of(error)}): copy or write it again") from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, int]]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
-KINDS = ".txt, .jsonl or .parquet"
 
 
-def _kind(file: Path) -> str:
-    return file.suffix.lower()
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[BinaryIO, Place]]:
+    """The contents of a file, unpacked, and how far it has been read; what goes wrong meanwhile is one sentence."""
+    packing = _kind(file)[1]
+    with explained(file, "read"), file.open("rb") as raw:
+        if not packing:
+            yield raw, raw.tell
+            return
+        try:
+            unpacked: Any = _zstd_opener(file)(raw) if packing == ".zst" else gzip.GzipFile(fileobj=raw)
+            with unpacked as contents:
+                yield contents, raw.tell
+        except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the packing's
+                raise
+            raise UserError(f"{file} is damaged or cut short ({reason_of(error)}): copy or pack it again") from None
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of a UTF-8 file; read as bytes so that a bad byte can be blamed on its line."""
-    with _opened(file) as contents:
-        for number, line in enumerate(contents, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                bad = f"byte 0x{error.object[error.start]:02x}"
-                raise UserError(f"line {number} of {file} is not UTF-8 ({bad}): save it as UTF-8") from None
-            yield number, text.replace("\r\n", "\n")
-
-
-def _opened(file: Path):
+def _zstd_opener(file: Path) -> Callable[[BinaryIO], Any]:
+    """What unpacks an open .zst: the standard library of Python 3.14, else pyarrow."""
     try:
-        return file.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): check its permissions") from None
+        from compression.zstd import ZstdFile  # type: ignore[import-not-found]
+
+        return ZstdFile
+    except ImportError:
+        pass
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(f"reading {file} needs Python 3.14 or pyarrow: pip install pyarrow") from None
+
+    def opened(raw: BinaryIO) -> io.BufferedReader:
+        stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        return io.BufferedReader(stream)
+
+    return opened
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    """What unpacking a damaged .zst raises besides OSError and EOFError."""
+    try:
+        from compression.zstd import ZstdError  # type: ignore[import-not-found]
+
+        return (ZstdError,)
+    except ImportError:
+        return ()
 
 
 def _checked(value: Any, place: str, field: str) -> str:
