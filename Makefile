@@ -2,6 +2,7 @@
 # and again only when pyproject.toml or constraints.txt change.
 #   make demo    train a small V4 on real English and continue a prompt     make test    the tests
 #   make check   ruff and pyright                                           make setup   only install
+#   make faults  crashes, full disks, damaged files, kills and races: what a training run survives (minutes)
 #   make gpu-check   parity and timings on a machine with a GPU; needs torch alone, no set-up, no network
 # Options for the program behind a target go into ARGS, as in: make test ARGS="-k muon"
 
@@ -11,7 +12,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: setup demo test check gpu-check
+.PHONY: setup demo test check faults gpu-check
 
 setup: $(VENV)/.dev
 
@@ -25,6 +26,9 @@ test: $(VENV)/.dev $(VENV)/.browser
 check: $(VENV)/.dev
 	$(PY) -m ruff check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
+
+faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PY) tests/faults.py $(ARGS)
 
 # The .venv if there is one, else python3; PYTHON=... given by the user always wins.
 gpu-check:

@@ -3,6 +3,7 @@
 Also the router's balance bias, which is not trained by gradient but nudged after every step. All losses are fp32.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,40 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class Totals:
+    """What the means of one update are over, in all its micro-batches together."""
+
+    targets: int
+    mtp_targets: int
+    sequences: int
+    mtp_sequences: int  # those long enough for MTP to have a row in them
+
+
+@dataclass(frozen=True)
 class Loss:
-    """`total` is what to minimise (mean per token, with a graph); the rest are plain numbers for the log, in nats."""
+    """`total` is what to minimise, with a graph; the rest are plain numbers for the log, in nats.
+
+    All are the shares of a micro-batch in the means over its update: summed over the micro-batches, they are the means.
+    """
 
     total: Tensor
     next_token: float
     mtp: float
     balance: float
-    tokens: int
     loads: dict[int, Tensor]  # by number of a layer with a learned gate: tokens sent to each expert, fp32 [X]
+
+
+def count_totals(parts: Iterable[tuple[Tensor, list[int]]]) -> Totals:
+    """The totals of an update from the (targets int64 [T], lengths) of its micro-batches."""
+    targets = mtp_targets = sequences = mtp_sequences = 0
+    for part, lengths in parts:
+        known = part != IGNORE
+        first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # the target of a sequence's first row is no MTP target
+        targets += int(known.sum())
+        mtp_targets += int(known.sum()) - int(known[first].sum())
+        sequences += len(lengths)
+        mtp_sequences += sum(n > 1 for n in lengths)
+    return Totals(targets, mtp_targets, sequences, mtp_sequences)
 
 
 def training_loss(
@@ -35,30 +61,31 @@ def training_loss(
     *,
     mtp_weight: float,
     balance_weight: float,
+    totals: Totals | None = None,
 ) -> Loss:
     """ids, targets int64 [T] cut into documents of `lengths`; targets are -100 where there is nothing to predict.
 
-    The MTP target of row t is the target of row t+1, so nothing is predicted across a document's end.
+    The MTP target of row t is the target of row t+1, so nothing is predicted across a document's end. totals: of the
+    update that this is a micro-batch of; default: it is all of it.
     """
+    totals = totals or count_totals([(targets, lengths)])
     targets = targets.to(model.device)
     trunk = model.trunk(ids, [Segment(n) for n in lengths])
-    count = max(1, int((targets != IGNORE).sum()))
-    nll = ops.cross_entropy(trunk.hidden, model.head.weight, targets, IGNORE)
-    total, mtp = nll / count, 0.0
-    routed = {layer: (r, lengths) for layer, r in enumerate(trunk.routing)}
+    nll = ops.cross_entropy(trunk.hidden, model.head.weight, targets, IGNORE) / max(1, totals.targets)
+    total, mtp = nll, 0.0
+    routed = {layer: (r, lengths, totals.sequences) for layer, r in enumerate(trunk.routing)}
     if model.mtp and max(lengths) > 1:
         hidden, rows, routing = model.predict_next(trunk, ids)
-        after = targets[rows + 1]
-        nll_mtp = ops.cross_entropy(hidden, model.head.weight, after, IGNORE) / max(1, int((after != IGNORE).sum()))
+        nll_mtp = ops.cross_entropy(hidden, model.head.weight, targets[rows + 1], IGNORE) / max(1, totals.mtp_targets)
         total, mtp = total + mtp_weight * nll_mtp, nll_mtp.item()
-        routed[len(trunk.routing)] = (routing, [n - 1 for n in lengths if n > 1])
+        routed[len(trunk.routing)] = (routing, [n - 1 for n in lengths if n > 1], totals.mtp_sequences)
     balance = torch.zeros((), device=model.device)
     learned = {layer: routed[layer] for layer in learned_gates(model) if layer in routed}
-    for routing, sequences in learned.values():
-        balance = balance + balance_loss(routing, sequences)
+    for routing, sequences, count in learned.values():
+        balance = balance + balance_loss(routing, sequences, count)
     total = total + balance_weight * balance
-    loads = {layer: _load(routing) for layer, (routing, _) in learned.items()}
-    return Loss(total, nll.item() / count, mtp, balance.item(), count, loads)
+    loads = {layer: _load(routing) for layer, (routing, _, _) in learned.items()}
+    return Loss(total, nll.item(), mtp, balance.item(), loads)
 
 
 def heldout_nll(model: Transformer, ids: Tensor, targets: Tensor, lengths: list[int]) -> float:
@@ -74,10 +101,11 @@ def learned_gates(model: Transformer) -> dict[int, Gate]:
     return {i: block.ffn.gate for i, block in enumerate(blocks) if block.ffn.gate.bias is not None}  # type: ignore[union-attr, misc]
 
 
-def balance_loss(routing: Routing, lengths: list[int]) -> Tensor:
+def balance_loss(routing: Routing, lengths: list[int], count: int | None = None) -> Tensor:
     """Mean over sequences of sum_e f_e P_e (paper 2.1, as in V3): 1 when balanced, up to X/K when not.
 
     f_e = X / (K T) x tokens sent to e, P_e = mean share of e in the scores; both within one sequence of T tokens.
+    count: the sequences that the mean is over, where these are only some of them.
     """
     scores, chosen = routing.scores, routing.chosen
     tokens, num = scores.shape
@@ -88,7 +116,7 @@ def balance_loss(routing: Routing, lengths: list[int]) -> Tensor:
     fraction = sent.view(len(lengths), num) * (num / chosen.shape[1]) / per_sequence
     share = scores / scores.sum(dim=1, keepdim=True)
     mean_share = torch.zeros(len(lengths), num, device=scores.device).index_add(0, sequence, share) / per_sequence
-    return (fraction * mean_share).sum(dim=1).mean()
+    return (fraction * mean_share).sum() / (count or len(lengths))
 
 
 def _load(routing: Routing) -> Tensor:

@@ -1,21 +1,30 @@
-"""A run is one frozen RunConfig; a recipe is a function that returns a whole one. YAML and `a.b=value` go on top."""
+"""A run is one frozen RunConfig; a recipe is a function that returns a whole one. YAML and `a.b=value` go on top.
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+Every setting is judged when the RunConfig is made: before any text is read or folder written.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError, nearest
+from dsv4.settings import merge, read_overrides, read_yaml
+from dsv4.train.optim import ORTHOGONALISERS
 from dsv4.train.schedule import check_schedule, decay_steps
+
+LARGEST = 10**12  # of whatever is counted: more would be a slip of the keyboard
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """path: a .txt, .jsonl or .parquet file or a folder of them; empty = the embedded corpus.
+    """path: a .txt, .jsonl (also .gz, .zst) or .parquet file or a folder of them; empty = the embedded corpus.
+
+    heldout: a source of its own, whose files are not trained on where they lie in `path`.
 
     tokenizer: "bpe" (trained on the data, of the model's vocab_size), "bytes", or a folder or tokenizer.json.
+    micro_batches: a step's sequences are computed in at most so many parts, to save memory; the gradient is the same.
     """
 
     path: str = ""
@@ -77,20 +86,23 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         s = self.schedule
+        _check_whole("schedule.steps", s.steps)
+        _check_whole("schedule.warmup", s.warmup, smallest=0)
         check_schedule(s.steps, s.warmup, decay_steps(s.steps, s.decay_fraction), s.final)
-        positive = {
-            "data.seq_len": self.data.seq_len, "data.tokens_per_step": self.data.tokens_per_step,
-            "data.micro_batches": self.data.micro_batches, "optim.lr": self.optim.lr, "save.every": self.save.every,
-            "save.keep": self.save.keep, "save.eval_every": self.save.eval_every,
-            "save.eval_tokens": self.save.eval_tokens,
-        }  # fmt: skip
-        for name, value in positive.items():
-            if value <= 0:
-                raise UserError(f"{name}={value} must be positive")
-        if self.data.tokens_per_step % self.data.micro_batches:
+        for group in ("data", "save"):
+            for name, value in vars(getattr(self, group)).items():
+                if type(value) is int:
+                    _check_whole(f"{group}.{name}", value)
+        _check_optim(self.optim)
+        for name, value in vars(self.loss).items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"loss.{name}={value} must be a finite number of at least 0")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"seed={self.seed} must be a whole number from 0 to 2**64 - 1")
+        if self.data.micro_batches > self.data.tokens_per_step:
             raise UserError(
-                f"data.tokens_per_step={self.data.tokens_per_step} must be a multiple of "
-                f"data.micro_batches={self.data.micro_batches}"
+                f"data.micro_batches={self.data.micro_batches} must be at most "
+                f"data.tokens_per_step={self.data.tokens_per_step}"
             )
         if self.data.seq_len > self.model.max_position_embeddings:
             raise UserError(
@@ -98,10 +110,38 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, ready for YAML; `from_dict` reads it back unchanged."""
-        config = asdict(self)
-        config["model"]["compress_ratios"] = list(self.model.compress_ratios)
-        return config
+        """Plain nested dict, ready for YAML and JSON; `resolve` reads it back unchanged."""
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists; an infinity, which JSON does not have, as the text that reads back as one."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _check_whole(name: str, value: int, smallest: int = 1) -> None:
+    if not smallest <= value <= LARGEST:
+        rule = "must be positive" if smallest else "must not be negative"
+        raise UserError(f"{name}={value} {rule if value < smallest else f'is beyond all reason: at most {LARGEST:,}'}")
+
+
+def _check_optim(o: OptimConfig) -> None:
+    if not 0 < o.lr < math.inf:
+        raise UserError(f"optim.lr={o.lr} must be a positive finite number, such as 3e-4")
+    if not 0 <= o.weight_decay < math.inf:
+        raise UserError(f"optim.weight_decay={o.weight_decay} must be a finite number of at least 0")
+    if not 0 <= o.momentum < 1:
+        raise UserError(f"optim.momentum={o.momentum} must be at least 0 and below 1")
+    if not o.clip > 0:
+        raise UserError(f"optim.clip={o.clip} must be a positive norm, or inf for no clipping")
+    if o.ns not in ORTHOGONALISERS:
+        raise UserError(
+            f"optim.ns={o.ns!r} must be one of {', '.join(ORTHOGONALISERS)}{nearest(o.ns, ORTHOGONALISERS)}"
+        )
 
 
 def demo() -> RunConfig:
@@ -160,76 +200,37 @@ def base() -> RunConfig:
 RECIPES = {"demo": demo, "tiny": tiny, "small": small, "base": base}
 
 
-def resolve(recipe: str, yaml_file: Path | None = None, overrides: list[str] | None = None) -> RunConfig:
-    """A recipe by name, a YAML file's values on top, then `optim.lr=3e-4`-style overrides."""
+def resolve(
+    recipe: str, yaml_file: Path | None = None, overrides: list[str] | None = None, *, data: str = ""
+) -> RunConfig:
+    """A recipe by name, a YAML file's values on top, then `optim.lr=3e-4`-style overrides and a path of `data`."""
     if recipe not in RECIPES:
-        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}{nearest(recipe, RECIPES)}")
     config = RECIPES[recipe]()
     if yaml_file is not None:
-        config = merge(config, read_yaml(yaml_file))
-    changes: dict[str, Any] = {}
-    for item in overrides or []:
-        path, eq, value = item.partition("=")
-        if not eq or not path:
-            raise UserError(f"override {item!r} is not of the form key=value, such as optim.lr=3e-4")
-        at = changes
-        *parents, leaf = path.strip().split(".")
-        for key in parents:
-            at = at.setdefault(key, {})
-        at[leaf] = _scalar(value, item)
+        config = _merge(config, read_yaml(yaml_file))
+    changes = _overrides(config, overrides or [])
+    if data:
+        if "path" in changes.get("data", {}):
+            raise UserError("data.path is given twice, as an override and as --data: give it once")
+        changes.setdefault("data", {})["path"] = data
+    return _merge(config, changes)
+
+
+def _overrides(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
+    """As `read_overrides`; `model.preset=NAME` is no field of a model but all of them at once."""
+    presets = [item for item in overrides if item.partition("=")[0].strip() == "model.preset"]
+    if len(presets) > 1:
+        raise UserError("model.preset is given twice: give it once")
+    changes = read_overrides(config, [item for item in overrides if item not in presets])
+    if presets:
+        changes["model"] = {"preset": presets[0].partition("=")[2], **changes.get("model", {})}
+    return changes
+
+
+def _merge(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    model = changes.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        config = replace(config, model=ModelConfig.preset(str(model["preset"])))
+        changes = {**changes, "model": {k: v for k, v in model.items() if k != "preset"}}
     return merge(config, changes)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a YAML file of run settings") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}): mend it") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings: write key: value lines such as those of a run's config.yaml")
-    return values
-
-
-def merge(config: Any, changes: dict[str, Any], where: str = "") -> Any:
-    """`config` (a nested frozen dataclass) with nested `changes`; unknown keys name the nearest one."""
-    if where == "model" and isinstance(changes.get("preset"), str):
-        changes = dict(changes)
-        config = ModelConfig.preset(changes.pop("preset"))
-    known = {f.name: getattr(config, f.name) for f in fields(config)}
-    new: dict[str, Any] = {}
-    for key, value in changes.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            hint = nearest(str(key), known) or f"; known here: {', '.join(known)}"
-            raise UserError(f"unknown configuration key {name!r}{hint}")
-        new[key] = _converted(known[key], value, name)
-    return replace(config, **new)
-
-
-def _converted(old: Any, value: Any, name: str) -> Any:
-    """`value` as the type of `old`, without guessing."""
-    if is_dataclass(old):
-        if not isinstance(value, dict):
-            raise UserError(f"{name}={value!r} must be a group of settings, such as {name}.{fields(old)[0].name}=...")
-        return merge(old, value, name)
-    if isinstance(old, tuple) and isinstance(value, list | tuple):
-        return tuple(value)
-    if isinstance(old, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 3e-4 as text
-        except ValueError:
-            pass
-    if isinstance(old, str) and value is None:
-        return ""
-    if type(value) is not type(old):
-        raise UserError(f"{name}={value!r} must be of type {type(old).__name__}, such as {old!r}")
-    return value
-
-
-def _scalar(text: str, item: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {item!r} has a value that is not valid YAML: quote it") from None

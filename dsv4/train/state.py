@@ -1,26 +1,54 @@
 """Checkpoints of a run: everything the next step depends on, written whole or not at all.
 
 A run folder holds `checkpoints/step-000123/` (weights in the published layout, config.json, tokenizer.json, the
-optimiser's tensors, state.json) and `checkpoints/latest`, a text file with the newest name. The batches depend on the
-step number only, and nothing else in a step is random, so weights, buffers, momenta and step are the whole state.
+optimiser's tensors, state.json, and the digests of them all) and `checkpoints/latest`, a text file with the newest
+name. While the loss is far above its own past, `checkpoints/last_good` names the newest checkpoint from before that,
+which then stays. The batches depend on the step number only, and nothing else in a step is random, so weights, buffers,
+momenta and step are the whole state.
 """
 
-import json
+import logging
+import math
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
-from dsv4.checkpoint import load, read_config, save, write_atomically
-from dsv4.errors import UserError
+from dsv4.checkpoint import load, read_config, save
+from dsv4.checkpoint.find import named_by
+from dsv4.checkpoint.save import write_tensors
+from dsv4.errors import UserError, shown
+from dsv4.files import (
+    DIGESTS,
+    check_digests,
+    discard,
+    explained,
+    make_folder,
+    read_json,
+    reason_of,
+    synchronise,
+    write_digests,
+    write_json,
+    write_text,
+)
 from dsv4.model import Transformer
+from dsv4.settings import flat
 from dsv4.text import Tokenizer
 from dsv4.train.optim import HybridOptimizer
+
+log = logging.getLogger("dsv4")
+
+# Settings that a resumed run may change; what they were and are is logged. All others decide what was learned from.
+CHANGEABLE = ("optim.", "schedule.", "save.", "recompute", "data.micro_batches")
+_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass
@@ -33,14 +61,26 @@ class Progress:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
+    """The newest complete checkpoint of a run folder, None if it has none; UserError if the pointer is damaged.
+
+    A checkpoint is whole before the pointer names it: where there is no pointer, it is the one with the highest step.
+    """
     pointer = folder / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    path = folder / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
-    if not path.is_dir():
-        raise UserError(f"{pointer} names {path.name}, which is missing: write the name of a checkpoint into it")
-    return path
+    if pointer.exists():
+        return named_by(pointer)
+    return max(numbered(folder / "checkpoints").items(), default=(0, None))[1]
+
+
+def last_good(folder: Path) -> Path | None:
+    """The checkpoint from before the loss left its past, if it has; else the newest one."""
+    pointer = folder / "checkpoints" / "last_good"
+    return named_by(pointer) if pointer.exists() else latest(folder)
+
+
+def numbered(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their step."""
+    found = ((_STEP.fullmatch(p.name), p) for p in checkpoints.glob("step-*"))
+    return {int(match[1]): p for match, p in found if match}
 
 
 def save_state(
@@ -50,58 +90,135 @@ def save_state(
     tokenizer: Tokenizer,
     progress: Progress,
     settings: dict[str, Any],
+    data: dict[str, Any],
+    *,
     keep: int,
+    diverging: bool = False,
 ) -> Path:
-    """Write a checkpoint beside the others under a temporary name, rename it, then drop all but the newest `keep`."""
+    """Write a checkpoint beside the others under a temporary name, rename it, then drop all but the newest `keep`.
+
+    data: what identifies the training data. diverging: the loss is far above its past; the checkpoint from before
+    that stays. FileError, and the older checkpoints as they were, if the machine does not let it be written.
+    """
     checkpoints = folder / "checkpoints"
     target = checkpoints / f"step-{progress.step:06d}"
     temporary = checkpoints / f".{target.name}.tmp"
+    before = latest(folder)
+    safe = f"{before} is whole" if before else "there was no checkpoint before"
+    make_folder(checkpoints)
     shutil.rmtree(temporary, ignore_errors=True)
-    save(model, temporary)
-    tokenizer.save(temporary)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state_dict().items()}
-    save_file(tensors, temporary / "optimizer.safetensors")
-    state = {**vars(progress), "settings": settings}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
-    write_atomically(checkpoints / "latest", lambda path: path.write_text(target.name, encoding="utf-8"))
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
-        if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+    try:
+        save(model, temporary)
+        tokenizer.save(temporary)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state_dict().items()}
+        write_tensors(temporary / "optimizer.safetensors", tensors, safe=safe)
+        write_json(temporary / "state.json", {**vars(progress), "settings": settings, "data": data}, safe=safe)
+        write_digests(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with explained(target, safe=safe):
+        _remove(target)  # there is one of the same step if the run was resumed from an older one
+        os.replace(temporary, target)
+        synchronise(checkpoints)
+    good = checkpoints / "last_good"
+    if diverging and before is not None and not good.exists():
+        write_text(good, before.name)
+    set_latest(target)
+    if not diverging:
+        discard(good)
+    drop_old(checkpoints, progress.step, keep)
     return target
 
 
-def load_state(path: Path, model: Transformer, optimizer: HybridOptimizer, settings: dict[str, Any]) -> Progress:
-    """Continue from a checkpoint: fills model and optimiser in place. UserError if it belongs to another run."""
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        progress = Progress(state["step"], state["tokens"], state["seconds"])
-        momenta = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{path} is not a complete training checkpoint ({error}): resume from another one") from None
-    different = _difference(state["settings"], settings)
-    if different:
-        raise UserError(
-            f"the run was started with {different}: resume it with the same settings, or start anew with another --out"
-        )
+def set_latest(checkpoint: Path) -> None:
+    """Make a checkpoint the one that its run goes on from."""
+    write_text(checkpoint.parent / "latest", checkpoint.name, safe=f"{checkpoint} is whole")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take a checkpoint away, if it is there: under its name it is whole or gone at every moment."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if checkpoint.exists():
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def drop_old(checkpoints: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` up to this step and the last good one. Later ones are of a course that was left."""
+    good = last_good(checkpoints.parent)
+    present = numbered(checkpoints)
+    kept = sorted(n for n in present if n <= step)[-keep:]
+    for number, path in present.items():
+        if number not in kept and path != good:
+            with explained(path, "remove", safe="the newest checkpoint is whole"):
+                _remove(path)
+
+
+def load_state(
+    path: Path, model: Transformer, optimizer: HybridOptimizer, settings: dict[str, Any], data: dict[str, Any]
+) -> tuple[Progress, dict[str, tuple[Any, Any]]]:
+    """Continue from a checkpoint: fills model and optimiser in place.
+
+    Returns where it stands and which settings have changed since, each with the old and the new value. UserError,
+    and nothing filled, if a file is damaged, or if the checkpoint belongs to another run.
+    """
+    if not (path / DIGESTS).exists():
+        log.warning("%s has no %s: whether its files are as they were written cannot be told", path, DIGESTS)
+    check_digests(path)
+    remedy = "resume from another checkpoint"
+    state = read_json(path / "state.json", "the training state", remedy)
+    progress = _progress(state, path, remedy)
+    changed = changes(state["settings"], settings)
+    for name, (old, new) in changed.items():
+        if not name.startswith(CHANGEABLE):
+            raise UserError(
+                f"the run was started with {name}={shown(old)}, not {shown(new)}: leave that setting as it was (with "
+                f"--config {path.parent.parent / 'config.yaml'}), or start anew with another --out"
+            )
+    for name, value in data.items():
+        if name in state["data"] and state["data"][name] != value:
+            raise UserError(
+                f"{path} was trained on other data ({name} {shown(state['data'][name])}, not {shown(value)}): "
+                "resume it in its own run folder, or start anew with another --out"
+            )
     if read_config(path) != model.config:
         raise UserError(f"{path} holds a model of another configuration: resume with the one it was started with")
+    try:
+        momenta = load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path / 'optimizer.safetensors'} is damaged ({reason_of(error)}): {remedy}") from None
     loaded = load(path, dtype=torch.float32)
+    optimizer.load_state_dict(momenta)
     with torch.no_grad():
         for own, saved in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True):
             own.copy_(saved)
-    optimizer.load_state_dict(momenta)
-    return progress
+    return progress, changed
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str:
-    """The first setting that differs, as `key=old value`; checkpoint and evaluation rhythm may differ freely."""
-    for key in old.keys() | new.keys():
-        name, a, b = f"{where}{key}", old.get(key), new.get(key)
-        if name == "save" or a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            return _difference(a, b, f"{name}.")
-        return f"{name}={a!r}, not {b!r}"
-    return ""
+def _progress(state: dict[str, Any], path: Path, remedy: str) -> Progress:
+    kinds = {"step": int, "tokens": int, "seconds": float, "settings": dict, "data": dict}
+    for name, kind in kinds.items():
+        value: Any = state.get(name)
+        if type(value) is not kind or (kind is not dict and not 0 <= value < math.inf):
+            raise UserError(f"{path / 'state.json'} is no training state ({name}={shown(value)}): {remedy}")
+    return Progress(state["step"], state["tokens"], state["seconds"])
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, by dotted name: (old value, new value)."""
+    was, now = dict(flat(old)), dict(flat(new))
+    names = [*now, *(name for name in was if name not in now)]
+    return {n: (was.get(n), now.get(n)) for n in names if was.get(n) != now.get(n)}
+
+
+def not_finite(model: Transformer, optimizer: HybridOptimizer) -> str:
+    """The name of a weight or momentum that holds a NaN or an infinity, "" if all are finite."""
+    return next((name for name, t in _state_tensors(model, optimizer) if not bool(torch.isfinite(t).all())), "")
+
+
+def _state_tensors(model: Transformer, optimizer: HybridOptimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*model.state_dict().items(), *optimizer.state_dict().items()):
+        if tensor.is_floating_point():
+            yield name, tensor

@@ -1,41 +1,54 @@
 """The training loop: batch -> loss -> backward -> clip -> step -> balance bias -> log; evaluate and save now and then.
 
-A run lives in a folder: config.yaml (resolved), log.jsonl, data/, checkpoints/. What the loop shows while it works is
-left to the caller, who gets every record. Ctrl-C or SIGTERM end the run after the current step, with a checkpoint.
+A run lives in a folder: config.yaml (resolved), log.jsonl, data/, checkpoints/; one process at a time works in it. What
+the loop shows while it works is left to the caller, who gets every record. Ctrl-C or SIGTERM end the run after the
+current step, a second one gives that step up; either way the newest whole state is saved (stop.py).
 """
 
+import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from dsv4.checkpoint import write_atomically
-from dsv4.errors import UserError
+from dsv4.errors import UserError, shown
+from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
 from dsv4.model import Transformer
+from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
-from dsv4.train.data import Batches, Packed, heldout_batches
-from dsv4.train.log import Log
-from dsv4.train.loss import Loss, heldout_nll, training_loss, update_balance_bias
+from dsv4.train.data import Batches, Packed, heldout_batches, split
+from dsv4.train.log import Log, LossWatch
+from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss, update_balance_bias
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
 from dsv4.train.recipes import RunConfig
-from dsv4.train.rundata import prepare_data
+from dsv4.train.rundata import absolute, prepare_data
 from dsv4.train.schedule import decay_steps, lr_scale, mtp_weight
-from dsv4.train.state import Progress, latest, load_state, save_state
+from dsv4.train.state import Progress, drop_old, last_good, latest, load_state, not_finite, save_state, set_latest
+from dsv4.train.stop import GivenUp, Stop
+
+log = logging.getLogger("dsv4")
 
 Record = dict[str, Any]
+
+
+class NotFinite(FloatingPointError):
+    """A run has come to numbers that are none; `good` is the checkpoint to go back to, if there is one."""
+
+    def __init__(self, what: str, good: Path | None):
+        self.good = good
+        back = f"the last good state is {good}: resume from it" if good else "there is no checkpoint yet: start anew"
+        super().__init__(f"{what}; {back} with a lower optim.lr or optim.clip")
 
 
 class Trainer:
     """One run. `Trainer(config, folder).run(report)`; `report` gets every log record as it is written.
 
     resume: "" (the folder must hold no run yet), "auto" (go on if it holds one) or the path of a checkpoint. Master
-    weights are fp32; `dtype` is that of the computation.
+    weights are fp32; `dtype` is that of the computation. on_progress: told of the preparation of the data.
     """
 
     def __init__(
@@ -46,71 +59,125 @@ class Trainer:
         resume: str = "",
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        on_progress: Callable[[str, int, int | None], None] | None = None,
     ):
-        self.config, self.folder = config, folder
+        self.folder = folder
         checkpoint = _resume_point(folder, resume)
-        folder.mkdir(parents=True, exist_ok=True)
+        config = replace(config, data=absolute(config.data))
+        make_folder(folder)
+        self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
         self.tokenizer: Tokenizer
         self.train_data: Packed
         self.heldout: Packed
-        self.tokenizer, self.train_data, self.heldout = prepare_data(config, folder)
+        prepared = checkpoint is not None and (folder / "data" / "manifest.json").exists()
+        self.tokenizer, self.train_data, self.heldout = prepare_data(
+            config, folder, resuming=prepared, on_progress=on_progress
+        )
+        self.config = config = _with_tokenizer(config, self.tokenizer)
         torch.manual_seed(config.seed)
         self.model = Transformer(config.model, recompute=config.recompute).to(device)
         self.model.dtype = dtype
         groups = parameter_groups(self.model.named_parameters(), config.model, weight_decay=config.optim.weight_decay)
         self.optimizer = HybridOptimizer(groups, config.optim.lr, momentum=config.optim.momentum, ns=config.optim.ns)
-        self.progress = Progress()
+        self.batches = Batches(
+            self.train_data, config.data.tokens_per_step, seed=config.seed, seq_len=config.data.seq_len
+        )
+        self.progress, changed = Progress(), {}
         if checkpoint is not None:
-            self.progress = load_state(checkpoint, self.model, self.optimizer, config.to_dict())
-        micro = config.data.tokens_per_step // config.data.micro_batches
-        self.batches = Batches(self.train_data, micro, seed=config.seed, seq_len=config.data.seq_len)
+            self.progress, changed = load_state(
+                checkpoint, self.model, self.optimizer, config.to_dict(), self._data_identity()
+            )
+            self._go_on_from(checkpoint)
         self.saved_step = self.progress.step if checkpoint is not None else -1
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-        write_atomically(folder / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / "config.yaml", write_yaml(config.to_dict()))
         self.log = Log(folder, self.progress.step)
+        self.watch = LossWatch(r["loss"] for r in self.log.records if "loss" in r)
+        if changed:
+            told = {name: [old, new] for name, (old, new) in changed.items()}
+            self.log.write({"step": self.progress.step, "event": "resumed", "changed": told})
+            log.info("resumed with %s", ", ".join(f"{n}={shown(b)} (was {shown(a)})" for n, (a, b) in changed.items()))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule was completed."""
+        return self.progress.step == self.config.schedule.steps
+
+    @property
+    def passes(self) -> float:
+        """How many times the whole run sees its training tokens."""
+        return self.config.schedule.steps * self.config.data.tokens_per_step / self.train_data.num_tokens
 
     def run(self, report: Callable[[Record], None] = lambda record: None) -> bool:
-        """Train to the end of the schedule; True when it was reached, False when a signal stopped the run."""
+        """Train to the end of the schedule; True when it was reached, False when a signal stopped the run.
+
+        NotFinite for a loss, a gradient, a weight or an evaluation that is not a number; FileError when the
+        machine does not let something be written. The newest checkpoint is whole then, and of finite numbers.
+        """
+        steps = self.config.schedule.steps
+        if steps < self.progress.step:
+            raise UserError(
+                f"the run in {self.folder} stands at step {self.progress.step} already: "
+                f"schedule.steps={steps} must be at least that"
+            )
+        try:
+            with self.stop:
+                self._loop(report)
+        finally:
+            self.close()
+        return self.finished
+
+    def close(self) -> None:
+        """Let others work in the folder."""
+        self.lock.release()
+
+    def _loop(self, report: Callable[[Record], None]) -> None:
         steps, save = self.config.schedule.steps, self.config.save
-        with _stop_signals() as stopped:
-            while self.progress.step < steps and not stopped():
+        while self.progress.step < steps and not self.stop.asked:
+            try:
                 record = self.step()
-                at_end = self.progress.step == steps
-                if self.progress.step % save.eval_every == 0 or at_end:
-                    record["heldout_bpb"] = self.evaluate()
-                if self.progress.step % save.every == 0 or at_end:
-                    self.save()
-                self.log.write(record)
-                report(record)
-            if self.saved_step != self.progress.step:
+            except GivenUp:
+                break
+            at_end = self.progress.step == steps
+            if self.progress.step % save.eval_every == 0 or at_end:
+                try:
+                    with self.stop.may_give_up():
+                        record["heldout_bpb"] = self.evaluate()
+                except GivenUp:
+                    pass
+            self._watch(record)
+            self.log.write(record)  # before the checkpoint: none is ever newer than its line
+            if self.progress.step % save.every == 0 or at_end:
                 self.save()
-        return self.progress.step == steps
+            report(record)
+        if self.saved_step != self.progress.step:
+            self.save()
+
+    def _watch(self, record: Record) -> None:
+        """Say so, once, when the loss leaves its own past."""
+        was = self.watch.diverging
+        if self.watch.push(record["loss"]):
+            record["diverging"] = True
+            if not was:
+                log.warning(
+                    "step %d: the loss has risen far above its own past (the mean of the last updates was %.3f); "
+                    "the last good checkpoint stays: %s", record["step"], self.watch.lowest, last_good(self.folder),
+                )  # fmt: skip
 
     def step(self) -> Record:
-        """One update; returns its log record."""
+        """One update; returns its log record. NotFinite, and nothing changed, if a number is not finite."""
         config, step, began = self.config, self.progress.step, time.perf_counter()
         s = config.schedule
         course = (step, s.steps, s.warmup, decay_steps(s.steps, s.decay_fraction))
         self.optimizer.set_lr(config.optim.lr * lr_scale(*course, s.final))
         weight = mtp_weight(*course, before=config.loss.mtp, after=config.loss.mtp_in_decay)
-        self.optimizer.zero_grad(set_to_none=True)
-        micro = config.data.micro_batches
-        parts: list[Loss] = []
-        for i in range(micro):
-            batch = self.batches.batch(step * micro + i)
-            part = training_loss(
-                self.model, batch.ids, batch.targets, batch.lengths,
-                mtp_weight=weight, balance_weight=config.loss.balance,
-            )  # fmt: skip
-            (part.total / micro).backward()
-            parts.append(part)
-        norm = clip_gradients(self.model.parameters(), config.optim.clip)
-        loss = sum(p.next_token for p in parts) / micro
+        with self.stop.may_give_up():
+            parts = self._gradient(step, weight)
+            norm = clip_gradients(self.model.parameters(), config.optim.clip)
+        loss = sum(p.next_token for p in parts)
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise FloatingPointError(
-                f"step {step + 1} has loss {loss} and gradient norm {norm}; the last good state is the newest "
-                f"checkpoint in {self.folder}: lower optim.lr or optim.clip and resume"
-            )
+            raise self._not_finite(f"step {step + 1} has loss {loss} and gradient norm {norm}")
         self.optimizer.step()
         loads: dict[int, torch.Tensor] = {}
         for layer, load in (item for part in parts for item in part.loads.items()):
@@ -123,8 +190,8 @@ class Trainer:
         return {
             "step": step + 1,
             "loss": loss,
-            "mtp_loss": sum(p.mtp for p in parts) / micro,
-            "balance": sum(p.balance for p in parts) / micro / max(1, len(loads)),
+            "mtp_loss": sum(p.mtp for p in parts),
+            "balance": sum(p.balance for p in parts) / max(1, len(loads)),
             "load_max": max((float(load.max() / load.mean()) for load in loads.values()), default=1.0),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
@@ -132,57 +199,85 @@ class Trainer:
             "tokens_per_second": config.data.tokens_per_step / seconds,
         }
 
+    def _gradient(self, step: int, mtp: float) -> list[Loss]:
+        """Leave the gradient of an update's mean losses in the parameters, however many parts it is computed in."""
+        self.optimizer.zero_grad(set_to_none=True)
+        micro = split(self.batches.batch(step), self.config.data.micro_batches)
+        totals = count_totals((b.targets, b.lengths) for b in micro)
+        parts: list[Loss] = []
+        for batch in micro:
+            part = training_loss(
+                self.model, batch.ids, batch.targets, batch.lengths,
+                mtp_weight=mtp, balance_weight=self.config.loss.balance, totals=totals,
+            )  # fmt: skip
+            part.total.backward()
+            parts.append(replace(part, total=part.total.detach()))  # its graph is not needed any more
+        return parts
+
     def evaluate(self) -> float:
-        """Held-out bits per byte over `save.eval_tokens` tokens."""
+        """Held-out bits per byte over `save.eval_tokens` tokens; NotFinite if that is not a number."""
         save, data = self.config.save, self.config.data
         nats, count = 0.0, 0
-        for batch in heldout_batches(
-            self.heldout, data.tokens_per_step // data.micro_batches, data.seq_len, save.eval_tokens
-        ):
+        tokens = max(1, data.tokens_per_step // data.micro_batches)
+        for batch in heldout_batches(self.heldout, tokens, data.seq_len, save.eval_tokens):
             nats += heldout_nll(self.model, batch.ids, batch.targets, batch.lengths)
             count += batch.num_bytes
+        if not math.isfinite(nats):
+            raise self._not_finite(f"the evaluation after step {self.progress.step} gives {nats}")
+        if not count:
+            raise UserError(f"save.eval_tokens={save.eval_tokens} takes only targets that stand for no bytes: raise it")
         return nats / math.log(2) / count
 
     def save(self) -> Path:
-        """Write a checkpoint of the state after the last update."""
-        self.saved_step = self.progress.step
-        return save_state(
+        """Write a checkpoint of the state after the last update; never one with a number that is not finite."""
+        bad = not_finite(self.model, self.optimizer)
+        if bad:
+            raise self._not_finite(f"{bad} holds a number that is not finite after step {self.progress.step}")
+        self.log.synchronise()
+        path = save_state(
             self.folder, self.model, self.optimizer, self.tokenizer, self.progress, self.config.to_dict(),
-            self.config.save.keep,
+            self._data_identity(), keep=self.config.save.keep, diverging=self.watch.diverging,
         )  # fmt: skip
+        self.saved_step = self.progress.step
+        return path
+
+    def _not_finite(self, what: str) -> "NotFinite":
+        return NotFinite(what, last_good(self.folder))
+
+    def _data_identity(self) -> Record:
+        """What the order of batches means something for."""
+        return {"sha256": self.train_data.facts["sha256"]}
+
+    def _go_on_from(self, checkpoint: Path) -> None:
+        """Make the point of resumption the newest state of this run, if it is one of its own."""
+        newest = latest(self.folder)
+        if newest is None or checkpoint.resolve() == newest.resolve():
+            drop_old(
+                self.folder / "checkpoints", self.progress.step, self.config.save.keep
+            )  # a crash may have kept them
+        else:
+            log.info("going on from %s: the checkpoints after it will be replaced", checkpoint)
+            set_latest(self.folder / "checkpoints" / checkpoint.name)
 
 
 def _resume_point(folder: Path, resume: str) -> Path | None:
     """Which checkpoint to go on from; UserError rather than writing over a run."""
+    found = latest(folder)
     if resume not in ("", "auto"):
         path = Path(resume)
-        if not path.is_dir():
-            raise UserError(f"there is no checkpoint {path}: resume from a folder such as RUN/checkpoints/step-000100")
+        if not (path / "state.json").is_file():
+            raise UserError(
+                f"there is no training checkpoint {path}: resume from a folder such as RUN/checkpoints/step-000100"
+            )
+        if found is not None and path.resolve().parent != found.resolve().parent:
+            raise UserError(f"{folder} already holds a run of its own: resume {path} with another --out")
         return path
-    found = latest(folder)
     if found is not None and not resume:
         raise UserError(f"{folder} already holds a run ({found.name}): add --resume auto, or choose another --out")
     return found
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block the first SIGINT or SIGTERM only sets a flag; a second one interrupts as usual."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
-        before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        before = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        restore()
+def _with_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The model's files must say which ids begin and end a text here, whatever its preset said."""
+    model = config.model.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    return replace(config, model=model)
