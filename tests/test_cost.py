@@ -21,6 +21,7 @@ from dsv4.cost import (
     kv_bytes,
     parameters,
     prefill,
+    report,
     train,
     weighted,
 )
@@ -35,7 +36,7 @@ from dsv4.cost.causes import (
     shapley,
     verdicts,
 )
-from dsv4.cost.flops import SCHEMES, attended, by_component, scheme_weights
+from dsv4.cost.flops import KINDS, SCHEMES, attended, by_component, scheme_weights
 from dsv4.cost.params import active_by_component, active_bytes, families, mtp_families, on_file, weight_bytes
 
 K = 1024
@@ -478,8 +479,16 @@ def test_wrong_questions_are_refused() -> None:
     refused("dtype 'int4' is unknown", weight_bytes, flash, "int4")
     refused("scheme 'Z' is unknown", scheme_weights, "Z")
     refused("did you mean 'core'", scheme_weights, {"cores": 2})
-    refused("at least 0", scheme_weights, {"core": -1})
+    refused("from 0 to 1,000", scheme_weights, {"core": -1})
+    refused("from 0 to 1,000", scheme_weights, {"core": float("nan")})
     refused("batch=0", hardware.step, flash, hardware.machine("h200"), 10, 0)
+    refused("batch=1000001", hardware.step, flash, hardware.machine("h200"), 10, 1_000_001)
+    refused("from 1 to 100,000", hardware.machine, "h200x100001")
+    refused("a page of 0 tokens", kv_bytes.held, flash, 10, page_tokens=0)
+    for load in ({"batch": 0}, {"rate": float("nan")}, {"rate": -1.0}, {"dtype": "fp9"}, {"page_tokens": 0}):
+        refused("from|use one of", report.of_model, "flash", flash, [10], **load)
+    refused("costs nothing", report.comparison, scheme={kind: 0.0 for kind in KINDS})
+    assert hardware.machine("h200x100000").count == 100_000
 
 
 def test_a_config_of_a_control_is_read() -> None:
@@ -490,7 +499,8 @@ def test_a_config_of_a_control_is_read() -> None:
     config = read_any(llama)
     assert parameters(config)["total"] == 2 * 32000 * 64 + 64 + 2 * (4 * 64 * 64 + 3 * 64 * 96 + 2 * 64)
     v32 = {f: getattr(CONTROLS["v3.2"], f) for f in CONTROLS["v3.2"].__dataclass_fields__ if f != "rope_scaling"}
-    assert read_any({"model_type": "deepseek_v32", **v32, "rope_scaling": {"type": "yarn"}}) == CONTROLS["v3.2"]
+    yarn = {**vars(CONTROLS["v3.2"].rope_scaling), "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert read_any({"model_type": "deepseek_v32", **v32, "rope_scaling": yarn}) == CONTROLS["v3.2"]
     assert read_any(ModelConfig.preset("pro").to_json()) == MODELS["pro"]
 
 

@@ -12,8 +12,8 @@ from models import small_model
 from typer.testing import CliRunner
 
 import dsv4.cli
-from dsv4.checkpoint import load, save
-from dsv4.cli.common import open_model, resolve_checkpoint, resolve_device
+from dsv4.checkpoint import load, resolve_checkpoint, save
+from dsv4.cli.common import resolve_device
 from dsv4.engine import Completion, Engine, SamplingParams
 from dsv4.errors import UserError
 from dsv4.text import ByteTokenizer
@@ -34,9 +34,10 @@ def run_folder(tmp_path_factory) -> Path:
 def dsv4_run(monkeypatch, capfd):
     """`dsv4 ...` as from a shell: (exit code, stdout, stderr)."""
 
-    def call(*arguments: object, typed: str = "") -> tuple[int, str, str]:
+    def call(*arguments: object, typed: str | bytes = "") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["dsv4", *map(str, arguments)])
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        piped = io.BytesIO(typed.encode() if isinstance(typed, str) else typed)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding="cp1252"))  # whatever the console has
         capfd.readouterr()
         try:
             dsv4.cli.main()
@@ -49,7 +50,7 @@ def dsv4_run(monkeypatch, capfd):
 
 
 def expected(folder: Path, prompts: list[str], **params) -> list[Completion]:
-    return Engine(*open_model(folder)).generate(prompts, SamplingParams(**params))
+    return Engine.open(folder).generate(prompts, SamplingParams(**params))
 
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -73,6 +74,33 @@ def test_several_prompts_in_order(run_folder, dsv4_run, tmp_path):
     done = expected(run_folder, prompts, **GREEDY)
     assert code == 0
     assert out == "\n".join(f"{p}{c.text}\n" for p, c in zip(prompts, done, strict=True))
+
+
+def test_a_prompt_file_is_utf_8_and_its_lines_end_at_line_ends_alone(run_folder, dsv4_run, tmp_path):
+    """A byte-order mark is no character of the first prompt, and U+2028, U+000B, U+000C end no line."""
+    prompts = ["é first", "a\u2028b", "c\x0bd\x0ce\x1c", "last"]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf" + end.join(prompts).encode() + end.encode())
+        code, out, err = dsv4_run("generate", run_folder, "--prompt-file", tmp_path / "p.txt", *OPTIONS, "--json")
+        assert code == 0, err
+        assert [c["prompt"] for c in json.loads(out)["completions"]] == prompts
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+def test_a_prompt_file_of_another_encoding_is_refused(run_folder, dsv4_run, tmp_path, encoding):
+    """UTF-16 without a mark is valid UTF-8 full of NULs."""
+    (tmp_path / "p.txt").write_bytes(
+        "caf\u00e9 au lait\n".encode(encoding) if encoding == "cp1252" else "au lait\n".encode(encoding)
+    )
+    code, out, err = dsv4_run("generate", run_folder, "--prompt-file", tmp_path / "p.txt", *OPTIONS)
+    assert code == 2 and "save it as UTF-8" in err and err.count("\n") == 1 and not out
+
+
+def test_a_prompt_of_several_lines_comes_from_stdin(run_folder, dsv4_run):
+    typed = b"\xef\xbb\xbf" + "It was a dark\r\n\r\nand stormy\u2028 night é\n".encode()
+    code, out, err = dsv4_run("generate", run_folder, "-", *OPTIONS, "--json", typed=typed)
+    assert code == 0, err
+    assert json.loads(out)["completions"][0]["prompt"] == "It was a dark\n\nand stormy\u2028 night é"
 
 
 def test_json_is_one_object_with_everything(run_folder, dsv4_run):
@@ -103,7 +131,7 @@ def test_stop_strings_and_no_prompt(run_folder, dsv4_run):
         (["RUN", "x", "--dtype", "int8"], "dtype 'int8' is unknown: use one of float32"),
         (["RUN", "x", "--top-p", "2"], "top_p=2.0 must be"),
         (["RUN", "x" * 300], "max_position_embeddings=300; shorten the prompt"),
-        (["RUN", "--prompt-file", "nowhere"], "cannot read prompts from nowhere"),
+        (["RUN", "--prompt-file", "nowhere"], "cannot read nowhere: No such file"),
         (["RUN", "--prompt-file", "EMPTY/none.txt"], "holds no prompt"),
     ],
 )
@@ -116,9 +144,9 @@ def test_wrong_use_is_one_sentence_and_code_2(run_folder, dsv4_run, tmp_path, ar
 
 def test_usage_errors_of_the_shell(run_folder):
     for arguments in (["generate"], ["generate", str(run_folder), "--no-such"], ["chat", str(run_folder), "a", "b"]):
-        assert CliRunner().invoke(dsv4.cli.app, arguments).exit_code == 2
+        assert CliRunner().invoke(dsv4.cli.application(), arguments).exit_code == 2
     for verb in ("generate", "chat"):
-        result = CliRunner().invoke(dsv4.cli.app, [verb, "--help"])
+        result = CliRunner().invoke(dsv4.cli.application(), [verb, "--help"])
         assert result.exit_code == 0 and f"Example: dsv4 {verb}" in result.output
 
 
@@ -129,21 +157,21 @@ def test_what_a_folder_can_lack(run_folder, tmp_path):
         resolve_checkpoint(tmp_path)
     for name in ("step-000009", "../checkpoints", "", "."):
         (checkpoints / "latest").write_text(name)
-        with pytest.raises(UserError, match="not a checkpoint beside it: name one of no folder"):
+        with pytest.raises(UserError, match="not a checkpoint beside it: no checkpoint is left"):
             resolve_checkpoint(tmp_path)
     save(load(resolve_checkpoint(run_folder)), checkpoints / "step-000009")
     (checkpoints / "latest").write_text("step-000009")
     with pytest.raises(UserError, match="has no tokenizer.json: copy in the one"):
-        open_model(tmp_path)
+        Engine.open(tmp_path)
     ByteTokenizer().save(checkpoints / "step-000009")
     weights = checkpoints / "step-000009" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="truncated or damaged"):
-        open_model(tmp_path)
+        Engine.open(tmp_path)
 
 
 def test_dtype_and_device(run_folder):
-    model, _ = open_model(run_folder, "cpu", "bfloat16")
+    model = Engine.open(run_folder, device="cpu", dtype="bfloat16").model
     assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -158,7 +186,7 @@ def chat_lines(out: str) -> list[str]:
 
 def test_chat_continues_one_text(run_folder, dsv4_run):
     code, out, _ = dsv4_run("chat", run_folder, *OPTIONS, typed="It was\n\nThen\n/undo\nThen\n/quit\nnever\n")
-    engine = Engine(*open_model(run_folder))
+    engine = Engine.open(run_folder)
     ids, replies = [0], []
     for said in (b"It was", b"", b"\nThen"):
         ids += [b + 2 for b in said]
@@ -167,6 +195,17 @@ def test_chat_continues_one_text(run_folder, dsv4_run):
         replies.append(done.text)
     assert code == 0 and out.startswith("The model continues your text; it was not taught to follow instructions")
     assert chat_lines(out) == [*replies, "(taken back)", replies[2], ""]
+
+
+def test_what_is_piped_into_a_chat_is_read_as_every_file_of_lines(run_folder, dsv4_run):
+    """The console's encoding, a byte-order mark and U+2028 used to change what was said."""
+    plain = dsv4_run("chat", run_folder, *OPTIONS, typed="é a\u2028b\n/undo\n")[1]
+    marked = dsv4_run("chat", run_folder, *OPTIONS, typed=b"\xef\xbb\xbf" + "é a\u2028b\r\n/undo\r\n".encode())[1]
+    engine = Engine.open(run_folder)
+    reply = engine.generate([[0, *(b + 2 for b in "é a\u2028b".encode())]], SamplingParams(**GREEDY))[0].text
+    assert chat_lines(plain) == chat_lines(marked) == [reply, "(taken back)", ""]
+    code, _, err = dsv4_run("chat", run_folder, *OPTIONS, typed=b"caf\xe9\n")
+    assert code == 2 and "line 1 of stdin is not UTF-8" in err
 
 
 def test_chat_reset_and_what_it_does_not_know(run_folder, dsv4_run):

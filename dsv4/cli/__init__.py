@@ -3,38 +3,74 @@
 Exit codes: 0 fine, 1 failed or stopped, 2 wrong use (one sentence on stderr says what to change).
 """
 
+import io
 import logging
+import os
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, NoReturn
 
 import typer
 
-from dsv4.cli.chat import chat
-from dsv4.cli.cost import cost
-from dsv4.cli.demo import demo
-from dsv4.cli.doctor import doctor
-from dsv4.cli.generate import generate
-from dsv4.cli.train import train
+from dsv4 import __version__
 from dsv4.errors import UserError
+from dsv4.files import reason_of
 
-app = typer.Typer(
-    name="dsv4",
-    help="The whole DeepSeek-V4 system: train it, run it, look inside.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for verb in (demo, train, generate, chat, cost, doctor):
-    app.command()(verb)
+VERBS = ("demo", "train", "generate", "chat", "cost", "doctor")
+
+
+def application(verbs: Sequence[str] = VERBS) -> typer.Typer:
+    """The command line with these verbs; only their modules are imported, so that none waits for the others' needs."""
+    app = typer.Typer(
+        name="dsv4",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(options)
+    for verb in verbs:
+        app.command()(getattr(import_module(f"dsv4.cli.{verb}"), verb))
+    return app
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"dsv4 {__version__}")
+        raise typer.Exit
+
+
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The whole DeepSeek-V4 system: train it, run it, look inside."""
 
 
 def main() -> None:
-    """Run the command line; a user's mistake becomes one sentence and exit code 2."""
+    """Run the command line; a user's mistake becomes one sentence and exit code 2, a machine's refusal code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console whose encoding lacks a character gets a ? for it
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.raiseExceptions = False  # a log line that nobody reads is no error
+    asked = [word for word in sys.argv[1:] if word in VERBS][:1]
     try:
-        app()
+        application(asked or VERBS)()
     except UserError as error:
-        print(f"dsv4: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error), error.exit_code)
     except FloatingPointError as error:
-        print(f"dsv4: {error}", file=sys.stderr)
+        _fail(str(error), 1)
+    except BrokenPipeError:  # the reader of a pipe has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
+    except OSError as error:  # the last net: where the path is known, a better sentence has been made of it
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{reason_of(error)}: mend that and try again", 1)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    print(f"dsv4: {sentence}", file=sys.stderr)
+    raise SystemExit(code) from None

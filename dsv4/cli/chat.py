@@ -1,13 +1,15 @@
 """`dsv4 chat`: a model continues what you type, over one memory that can be taken back turn by turn."""
 
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 
 import typer
 
 from dsv4.cli import common
-from dsv4.engine import Engine, SamplingParams, Session
+from dsv4.engine import SamplingParams, Session
 from dsv4.errors import UserError
+from dsv4.files import read_lines
 
 HELLO = """The model continues your text; it was not taught to follow instructions or to answer.
 An empty line lets it go on. /undo takes back a turn, /reset everything, /quit leaves; Ctrl-C stops a reply."""
@@ -31,11 +33,11 @@ def chat(
     Example: dsv4 chat runs/demo --temperature 0.8 --max-tokens 60
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
-    memory_format = common.resolve_cache(cache)
-    engine = Engine(*common.open_model(model_folder, device, dtype), max_batch=1, memory_format=memory_format)
+    engine = common.open_engine(model_folder, device, dtype, cache, max_batch=1)
     session = Session(engine)
     typer.echo(HELLO)
-    while (line := _read()) != "/quit":
+    piped = None if sys.stdin.isatty() else read_lines(sys.stdin.buffer, "stdin")
+    while (line := _read(piped)) != "/quit":
         if line is None:
             typer.echo("(/quit leaves)")
         elif line == "/reset":
@@ -48,10 +50,20 @@ def chat(
             _reply(session, line, params)
 
 
-def _read() -> str | None:
-    """A line; /quit at the end of the input, None on Ctrl-C, which may have come just after a reply's end."""
+def _read(piped: Iterator[tuple[int, str]] | None) -> str | None:
+    """A line; /quit at the end of the input, None on Ctrl-C, which may have come just after a reply's end.
+
+    Lines of a terminal are edited by it; those of a file or a pipe are UTF-8 and end as in every file of lines.
+    """
     try:
-        return input("you> ")
+        if piped is None:
+            return input("you> ")
+        typer.echo("you> ", nl=False)
+        sys.stdout.flush()
+        line = next(piped, None)
+        if line is None:
+            raise EOFError
+        return line[1]
     except EOFError:
         typer.echo()
         return "/quit"

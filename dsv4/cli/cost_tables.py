@@ -4,20 +4,126 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from dsv4.cost.report import COMPARED, scheme_name
+from dsv4.cost.flops import SCHEMES
+from dsv4.cost.report import COMPARED, Scheme, scheme_name
+
+SCREEN_WIDTH = 100  # of a summary that is not printed on a terminal
 
 
-def show(out: dict[str, Any]) -> None:
-    """Everything that is in a report."""
-    console = Console(width=None if Console().is_terminal else 140, highlight=False)
+def show(out: dict[str, Any], *, details: bool = True) -> None:
+    """A summary of one screen; with details everything that is in a report. What was measured is shown whole."""
+    terminal = Console().is_terminal
+    console = Console(width=None if terminal else 140, highlight=False)
+    screen = Console(width=None if terminal else SCREEN_WIDTH, highlight=False)
     if "model" in out:
-        _model(console, out["model"])
+        _model_summary(screen, out["model"])
+        if details:
+            _model(console, out["model"])
     if "comparison" in out:
-        _comparison(console, out["comparison"])
+        _comparison_summary(screen, out["comparison"])
+        if details:
+            _comparison(console, out["comparison"])
+    if not details and "measured" not in out:
+        screen.print("All tables: --details. All numbers: --json. With plots: --html cost.html.")
     if "measured" in out:
         _measured(console, out["measured"])
+
+
+def _summary_table(console: Console, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+
+
+def _some(contexts: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many, evenly spread, the last one always."""
+    step = -(-len(contexts) // most)
+    return list(contexts[::-1][::step][::-1])
+
+
+def _model_summary(console: Console, r: dict[str, Any]) -> None:
+    """What a planner asks: the model, a batch of it at each context on each machine, and the smallest machines."""
+    p, batch, at = r["parameters"], r["batch"], r["contexts"]
+    console.print(
+        f"[bold]{escape(r['model'])}[/bold]: {p['total']:,} parameters, {p['active']:,} active per token; weights "
+        f"{bytes_(r['weight_bytes'])} ({r['dtype']}); cache {_growth(r)}"
+    )
+    rows = [
+        [
+            tokens(c["context"]), flops(c["decode_flops_weighted"]), bytes_(c["cache_bytes"]), s["machine"],
+            "weights do not" if s["sequences"] < 0 else f"{s['sequences']:,}"
+            + ("" if s["sequences"] >= batch else " (too few)"),
+            seconds(s["seconds"]), f"{s['tokens_per_second']:,.0f}", f"{s['tokens_per_second'] * batch:,.0f}",
+        ]
+        for c in _some(at, max(1, 8 // max(1, len(at[0]["machines"]))))
+        for s in c["machines"]
+    ]  # fmt: skip
+    console.print()
+    _summary_table(
+        console, ["context", "FLOPs/token", "cache each", "machine", "fit", f"step of {batch}", "tokens/s each", "all"],
+        rows,
+    )  # fmt: skip
+    console.print(
+        f"\nCeilings at batch {batch}, without communication; {_counting(r['scheme'])}. Fit: sequences beside the "
+        "weights."
+    )
+    found = [f"{m['machine']} ({m['sequences']:,} fit, {m['tokens_per_second']:,.0f} tokens/s)"
+             for m in r["smallest_machines"]]  # fmt: skip
+    rate = f" at {r['rate']:g} tokens/s each" if r["rate"] else ""
+    more = f"; {len(found) - 5} more" if len(found) > 5 else ""
+    none = "none of the known accelerators, up to 256 of them"
+    console.print(
+        f"Smallest machines for {batch} x {tokens(max(c['context'] for c in at))}{rate}: "
+        f"{', '.join(found[:5]) or none}{more}."
+    )
+
+
+def _counting(scheme: Scheme) -> str:
+    """A scheme in few words; the tables have all of them."""
+    name = scheme_name(scheme)
+    return f"scheme {': '.join(name.split(': ')[:2])}" if isinstance(scheme, str) else name
+
+
+def _growth(r: dict[str, Any]) -> str:
+    """A memory in two numbers, over all layer kinds."""
+    fixed, each = (sum(two[i] for two in r["cache_fixed_and_per_token"].values()) for i in (0, 1))
+    return f"{bytes_(fixed)} + {each:,.0f} B per token"
+
+
+def _comparison_summary(console: Console, r: dict[str, Any]) -> None:
+    """V4 beside V3.2 and Llama on one screen of 24 lines and 100 columns."""
+    p, last = r["parameters"], r["contexts"][-1]
+
+    def share(row: dict[str, Any], name: str, what: str) -> str:
+        return f"{100 * row[name][what] / row['v3.2'][what]:.1f}%"
+
+    console.print(f"[bold]What {tokens(last['context'])} tokens cost[/bold], counted from the configurations alone.")
+    console.print(f"FLOPs of one decoded token; {_counting(r['scheme'])}.\n")
+    rows = [
+        [n, f"{p[n]['total'] / 1e9:,.1f} B", f"{p[n]['active'] / 1e9:,.1f} B", flops(last[n]["flops"]),
+         share(last, n, "flops"), bytes_(last[n]["cache_bytes"]), share(last, n, "cache_bytes")]
+        for n in COMPARED
+    ]  # fmt: skip
+    head = ["model", "parameters", "active", "FLOPs/token", "of v3.2", "cache/sequence", "of v3.2"]
+    _summary_table(console, head, rows)
+    rows = [
+        [tokens(c["context"]), *(share(c, n, what) for what in ("flops", "cache_bytes") for n in ("pro", "flash"))]
+        for c in _some(r["contexts"], 4)
+    ]
+    console.print()
+    _summary_table(console, ["of v3.2 at", "pro FLOPs", "flash FLOPs", "pro cache", "flash cache"], rows)
+    said = ", ".join(f"{c['name']} {c['said']:g}% ({c['counted']:.2f}%)" for c in r["claims"][:4])
+    console.print(f"\nThe report at 1M, and counted here: {said}.")
+    for what, name in (("flops_causes", "FLOPs"), ("cache_causes", "cache")):
+        causes = sorted(r[what]["pro"].values(), key=lambda c: -c["shapley"])[:2]
+        console.print(f"Saves most of pro's {name}: " + "; ".join(f"{c['what']} {c['shapley']:.2f}x" for c in causes))
+    console.print("For one model and a machine: dsv4 cost pro --batch 8 --hardware h200x8")
 
 
 def tokens(count: int | None, never: str = "never") -> str:
@@ -61,7 +167,7 @@ def _table(console: Console, title: str, head: Sequence[str], rows: Sequence[Seq
 def _model(console: Console, r: dict[str, Any]) -> None:
     p = r["parameters"]
     console.print(
-        f"[bold]{r['model']}[/bold]: {p['total']:,} parameters (routing biases apart: {p['routing_biases']:,}; "
+        f"[bold]{escape(r['model'])}[/bold]: {p['total']:,} parameters (routing biases apart: {p['routing_biases']:,}; "
         f"MTP block: {p['mtp']:,}), {p['active']:,} active per token\n"
         f"weights {bytes_(r['weight_bytes'])}, read per token {bytes_(r['active_bytes_per_token'])} ({r['dtype']})"
     )
@@ -97,7 +203,7 @@ def _model(console: Console, r: dict[str, Any]) -> None:
         for c in at
         for s in c["machines"]
     ]  # fmt: skip
-    batch = at[0]["machines"][0]["batch"] if at[0]["machines"] else 1
+    batch = r["batch"]
     _table(
         console, f"Ceilings at batch {batch}",
         ["machine", "context", "sequences that fit", "a step", "tokens/s each", "tokens/s all", "bound", "prompt"],
@@ -142,14 +248,15 @@ def _comparison(console: Console, r: dict[str, Any]) -> None:
         [(c["name"], f"{c['said']:g}%", f"{c['counted']:.2f}%", f"{c['error']:+.2f}", c["rule"]) for c in r["claims"]],
     )  # fmt: skip
     rows = [
-        [k, v["what"], *(f"{v[n + ' %']:.1f}% ({v[n + ' error']:+.1f})" for n in ("pro", "flash"))]
+        [k if k in SCHEMES else "-", v["what"],
+         *(f"{v[n + ' %']:.1f}% ({v[n + ' error']:+.1f})" for n in ("pro", "flash"))]
         for k, v in r["other_ways_to_count_flops"].items()
-    ]
+    ]  # fmt: skip
     note = (
         f"Of {r['readings']['tried']} ways to weigh, {r['readings']['fit']} give both 3.7x and 9.8x: "
         "all with FP4 scores at 1/2 and the core at 2"
     )
-    _table(console, "Ways to count FLOPs, said 27% and 10%", ["", "way", "pro", "flash"], rows, note)
+    _table(console, "Ways to count FLOPs, said 27% and 10%", ["--scheme", "way", "pro", "flash"], rows, note)
     _table(
         console, "Ways to count the cache, said 9.5x and 13.7x", ["way", "v3.2", "pro", "flash", "pro x", "flash x"],
         [(v["what"], *(bytes_(v[n]) for n in COMPARED[:3]), f"{v['pro x']:.2f}", f"{v['flash x']:.2f}")

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv4.checkpoint import write_atomically
-from dsv4.cli.common import open_model
+from dsv4.cli.common import resolve_device
+from dsv4.cli.hints import command
 from dsv4.cli.train import run_training
 from dsv4.cost import flops_per_token, parameters
 from dsv4.engine import Engine, SamplingParams
+from dsv4.files import write_json
 from dsv4.model import Transformer
-from dsv4.train.data import Batches, Packed, heldout_batches
+from dsv4.train.data import heldout_batches
 from dsv4.train.log import plot_loss, read_log
 from dsv4.train.ngram import ngram_bits_per_byte
-from dsv4.train.recipes import RunConfig, merge, resolve
-from dsv4.train.state import latest
+from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.trainer import Trainer
 
 PROMPT = "The people of the United States"
 
@@ -34,60 +35,58 @@ def demo(
 
     Example: dsv4 demo --out runs/demo
     """
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=tokens)  # judged before any work
     run = resolve("demo")
     if steps is not None:
-        s = run.schedule
-        run = merge(run, {"schedule": {"steps": steps, "warmup": min(s.warmup, steps // 10)}})
+        run = resolve(
+            "demo", None, [f"schedule.steps={steps}", f"schedule.warmup={min(run.schedule.warmup, steps // 10)}"]
+        )
     if not as_json:
         _introduce(run)
-    if not run_training(run, out, resume="auto", device=device):
-        print(f"stopped; `dsv4 demo --out {out}` goes on from here", file=sys.stderr)
+    trainer = run_training(run, out, resume="auto", device=device)
+    if not trainer.finished:
+        again = ["demo", "--out", out, *(["--steps", str(steps)] if steps is not None else [])]
+        print(f"stopped; go on with: {command(*again)}", file=sys.stderr)
         raise typer.Exit(1)
-    summary = summarise(run, out)
+    summary = summarise(trainer)
     plot_loss(out, {name: summary[f"heldout_bpb_{name}"] for name in ("bigram", "unigram")})
-    summary |= _sample(out, prompt, tokens, device)
-    text = json.dumps(summary, indent=1)
-    write_atomically(out / "summary.json", lambda path: path.write_text(text, encoding="utf-8"))
+    summary |= _sample(out, prompt, params, device)
+    write_json(out / "summary.json", summary)
     print(json.dumps(summary)) if as_json else _show(summary, out)
 
 
-def summarise(run: RunConfig, out: Path) -> dict[str, Any]:
-    """The run's figures, and those of counting models that learned from exactly the same batches."""
-    records = read_log(out / "log.jsonl")
-    train, heldout = (Packed.open(out / "data", split) for split in ("train", "heldout"))
-    data = run.data
-    batches = Batches(train, data.tokens_per_step // data.micro_batches, seed=run.seed, seq_len=data.seq_len)
-    seen = (batches.batch(i) for i in range(run.schedule.steps * data.micro_batches))
-    held = heldout_batches(heldout, data.tokens_per_step // data.micro_batches, data.seq_len, run.save.eval_tokens)
+def summarise(trainer: Trainer) -> dict[str, Any]:
+    """The finished run's figures, and those of counting models that learned from exactly the same batches."""
+    run = trainer.config
+    updates = [r for r in read_log(trainer.folder / "log.jsonl") if "loss" in r]
+    evaluated = [r["heldout_bpb"] for r in updates if r["step"] == run.schedule.steps and "heldout_bpb" in r]
+    seen = (trainer.batches.batch(i) for i in range(run.schedule.steps))
+    held = heldout_batches(trainer.heldout, run.data.tokens_per_step, run.data.seq_len, run.save.eval_tokens)
     counted = ngram_bits_per_byte(seen, held, run.model.vocab_size)
     size = parameters(run.model)
     return {
         "steps": run.schedule.steps,
-        "tokens": records[-1]["tokens"],
-        "loss_first": records[0]["loss"],
-        "loss_last": records[-1]["loss"],
-        "heldout_bpb": records[-1]["heldout_bpb"],
+        "tokens": trainer.progress.tokens,
+        "loss_first": updates[0]["loss"] if updates else None,  # a log may have been deleted
+        "loss_last": updates[-1]["loss"] if updates else None,
+        "heldout_bpb": evaluated[-1] if evaluated else trainer.evaluate(),
         **{f"heldout_bpb_{name}": value for name, value in counted.items()},
         "parameters": size["total"],
         "active_parameters": size["active"],
-        "flops_per_token": flops_per_token(run.model, data.seq_len),
+        "flops_per_token": flops_per_token(run.model, run.data.seq_len),
     }
 
 
-def _sample(out: Path, prompt: str, tokens: int, device: str) -> dict[str, Any]:
+def _sample(out: Path, prompt: str, params: SamplingParams, device: str) -> dict[str, Any]:
     """Generate from the checkpoint that was just written, through the compressed memory."""
-    checkpoint = latest(out)
-    assert checkpoint is not None
-    model, tokenizer = open_model(checkpoint, device)
-    engine = Engine(model, tokenizer)
-    params = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=tokens)
+    engine = Engine.open(out, device=resolve_device(device))
     completion = engine.generate([prompt], params)[0]
     return {
         "prompt": prompt,
         "continuation": completion.text,
         "sample_tokens": len(completion.prompt_ids) + len(completion.ids),
         "sample_cache_bytes": completion.memory_bytes,
-        **_memory_of(model),
+        **_memory_of(engine.model),
     }
 
 
@@ -107,10 +106,11 @@ def _introduce(run: RunConfig) -> None:
 
 
 def _show(s: dict[str, Any], out: Path) -> None:
+    first, last = ("unknown" if x is None else f"{x:.3f}" for x in (s["loss_first"], s["loss_last"]))
     print(f"""
 parameters           {s["parameters"]:,}, of which active per token {s["active_parameters"]:,}
 FLOPs per token      {s["flops_per_token"]:,} (forward, at the training length)
-training loss        {s["loss_first"]:.3f} -> {s["loss_last"]:.3f} nats per token over {s["tokens"]:,} tokens
+training loss        {first} -> {last} nats per token over {s["tokens"]:,} tokens
 held-out text        {s["heldout_bpb"]:.3f} bits per byte
   bigram, same text  {s["heldout_bpb_bigram"]:.3f}
   unigram            {s["heldout_bpb_unigram"]:.3f}
@@ -120,4 +120,4 @@ cache                {s["cache_bytes_per_token"]:,.0f} bytes per token, {s["cach
 {s["prompt"]}|{s["continuation"]}
 
 In {out}: config.yaml, log.jsonl, loss.png, summary.json, checkpoints/. Go on with
-  dsv4 generate {out} "My fellow citizens" --temperature 0.8""")
+  {command("generate", out, "My fellow citizens", "--temperature", "0.8")}""")

@@ -12,11 +12,14 @@ from typer import Argument, Option
 from dsv4.cli import common
 from dsv4.engine import Completion, Engine, SamplingParams
 from dsv4.errors import UserError
+from dsv4.files import read_lines
 
 
 def generate(
     model_folder: common.ModelFolder,
-    prompt: Annotated[str | None, Argument(help="The text to continue; none: begin a document.")] = None,
+    prompt: Annotated[
+        str | None, Argument(help="The text to continue; - reads it from stdin; none: begin a document.")
+    ] = None,
     prompts: Annotated[list[str] | None, Option("--prompt", help="One more prompt; repeatable.")] = None,
     prompt_file: Annotated[Path | None, Option(help="A text file with a prompt on each line.")] = None,
     max_tokens: common.MaxTokens = 128,
@@ -37,13 +40,13 @@ def generate(
     Speed and the size of the memory go to stderr.
 
     Example: dsv4 generate runs/demo "It was a dark" --max-tokens 200 --temperature 0.8 --seed 1
+    Several lines: dsv4 generate runs/demo - < chapter.txt
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
-    texts = [] if prompt is None else [prompt]
+    texts = [] if prompt is None else [_from_stdin() if prompt == "-" else prompt]
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
-    memory_format = common.resolve_cache(cache)
-    engine = Engine(*common.open_model(model_folder, device, dtype), memory_format=memory_format)
+    engine = common.open_engine(model_folder, device, dtype, cache)
     started = time.perf_counter()
     done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
     seconds = time.perf_counter() - started
@@ -89,11 +92,13 @@ def _row(text: str, c: Completion) -> dict[str, object]:
     }
 
 
+def _from_stdin() -> str:
+    """All of stdin as one prompt, its last line end dropped."""
+    return "\n".join(line for _, line in read_lines(sys.stdin.buffer, "stdin"))
+
+
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path} ({error}): give a UTF-8 text file") from None
+    lines = [line for _, line in read_lines(path) if line.strip()]
     if not lines:
         raise UserError(f"{path} holds no prompt: write one on each line")
     return lines

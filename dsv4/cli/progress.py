@@ -1,5 +1,6 @@
 """How long work is shown: a bar with time left on a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 PLAIN_SECONDS = 15.0  # at most one plain line in this time, unless it brings an evaluation
 
@@ -36,6 +46,64 @@ def training_progress(start: int, total: int) -> Iterator[Callable[[dict[str, An
         print(f"step {record['step']}/{total}  {_note(record)}  {_clock(left)} left", file=sys.stderr, flush=True)
 
     yield plain
+
+
+@contextmanager
+def preparation_progress() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Yields a function to call with (what is being done, bytes done, bytes in all or None) while data are prepared."""
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def show(what: str, done: int, total: int | None) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done, total=total)
+
+            yield show
+        return
+    shown = time.monotonic()
+
+    def plain(what: str, done: int, total: int | None) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= PLAIN_SECONDS:
+            shown = now
+            of = f" of {total / 1e6:,.0f}" if total else ""
+            print(f"{what}: {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)
+
+    yield plain
+
+
+def shown_as_long_as_read(show: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """`show`, until its reader leaves: the work goes on then, and says so where it still can."""
+    read = True
+
+    def report(record: dict[str, Any]) -> None:
+        nonlocal read
+        if not read:
+            return
+        try:
+            show(record)
+        except OSError:  # a closed pipe or terminal
+            read = False
+            for stream in (sys.stdout, sys.stderr):
+                _say_or_silence(stream)
+
+    return report
+
+
+def _say_or_silence(stream: Any) -> None:
+    """Tell whoever still reads `stream` that the run goes on; a stream that nobody reads is led nowhere."""
+    try:
+        if stream is sys.stderr:
+            print("nobody reads the records any more; the run goes on, they are in log.jsonl", file=stream)
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _note(record: dict[str, Any]) -> str:

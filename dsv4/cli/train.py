@@ -8,18 +8,21 @@ from typing import Annotated
 import typer
 
 from dsv4.cli.common import resolve_device, resolve_dtype
-from dsv4.cli.progress import training_progress
+from dsv4.cli.hints import command
+from dsv4.cli.progress import preparation_progress, shown_as_long_as_read, training_progress
 from dsv4.train.log import plot_loss
 from dsv4.train.memory import keep_freed_memory
 from dsv4.train.recipes import RunConfig, resolve
-from dsv4.train.trainer import Trainer
+from dsv4.train.trainer import NotFinite, Trainer
+
+MANY_PASSES = 4.0  # over the same text: from about here a model learns it by heart rather than from it
 
 
 def train(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=3e-4.")] = None,
     recipe: Annotated[str, typer.Option(help="tiny, demo, small or base.")] = "small",
     config: Annotated[Path | None, typer.Option(help="YAML with settings, such as a run's config.yaml.")] = None,
-    data: Annotated[str, typer.Option(help=".txt, .jsonl or .parquet file, or a folder; default: embedded.")] = "",
+    data: Annotated[str, typer.Option(help="Text to learn from: a file or a folder; default: embedded.")] = "",
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
     resume: Annotated[str, typer.Option(help='"auto" or the path of a checkpoint.')] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -28,27 +31,48 @@ def train(
 ) -> None:
     """Train a model.
 
+    Text: .txt, .jsonl or .parquet, also .gz and .zst, or a folder of these. A resumed run may change optim, schedule
+    and save settings.
+
     Example: dsv4 train --recipe small --data my_texts/ --out runs/mine optim.lr=1e-3 schedule.steps=2000
     """
-    overrides = list(settings or []) + ([f"data.path={json.dumps(data)}"] if data else [])
-    run = resolve(recipe, config, overrides)
-    finished = run_training(run, out, resume=resume, device=device, dtype=dtype, as_json=as_json)
-    print(f"{'finished' if finished else 'stopped'}: {out}", file=sys.stderr)
-    if not finished:
-        print(f"go on with: dsv4 train --config {out}/config.yaml --out {out} --resume auto", file=sys.stderr)
+    run = resolve(recipe, config, settings, data=data)
+    trainer = run_training(run, out, resume=resume, device=device, dtype=dtype, as_json=as_json)
+    print(f"{'finished' if trainer.finished else 'stopped'}: {out}", file=sys.stderr)
+    if not trainer.finished:
+        print(f"go on with: {resume_command(out)}", file=sys.stderr)
         raise typer.Exit(1)
 
 
 def run_training(
     run: RunConfig, out: Path, *, resume: str = "", device: str = "auto", dtype: str = "float32", as_json: bool = False
-) -> bool:
-    """Train with progress on stderr and draw the loss plot; True when the schedule was completed."""
+) -> Trainer:
+    """Train with progress on stderr and draw the loss plot; the trainer says whether it came to the schedule's end."""
+    place, numbers = str(resolve_device(device)), resolve_dtype(dtype)
     keep_freed_memory()
-    trainer = Trainer(run, out, resume=resume, device=str(resolve_device(device)), dtype=resolve_dtype(dtype))
-    if as_json:
-        finished = trainer.run(lambda record: print(json.dumps(record), flush=True))
-    else:
-        with training_progress(trainer.progress.step, run.schedule.steps) as report:
-            finished = trainer.run(report)
+    with preparation_progress() as preparing:
+        trainer = Trainer(run, out, resume=resume, device=place, dtype=numbers, on_progress=preparing)
+    passes = trainer.passes
+    if passes > MANY_PASSES:
+        print(
+            f"note: the text has {trainer.train_data.num_tokens:,} tokens; this run sees each about {passes:.0f} times",
+            file=sys.stderr,
+        )
+    try:
+        if as_json:
+            trainer.run(shown_as_long_as_read(lambda record: print(json.dumps(record), flush=True)))
+        else:
+            with training_progress(trainer.progress.step, run.schedule.steps) as report:
+                trainer.run(shown_as_long_as_read(report))
+    except NotFinite as error:
+        if error.good:
+            lower = f"optim.lr={run.optim.lr / 2:g}"
+            print(f"go on with: {resume_command(out, str(error.good))} {lower}", file=sys.stderr)
+        raise
     plot_loss(out)
-    return finished
+    return trainer
+
+
+def resume_command(out: Path, resume: str = "auto") -> str:
+    """The command that goes on with the run in `out`."""
+    return command("train", "--config", out / "config.yaml", "--out", out, "--resume", resume)

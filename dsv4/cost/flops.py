@@ -31,6 +31,8 @@ class Work:
 # which no scheme counts.
 KINDS = ("fp8", "expert", "wo_a", "absorb", "aux", "head", "mhc", "core", "idx4", "idx8", "llm", "sum")
 
+MOST_WEIGHT = 1000  # that a FLOP can count for
+
 _TYPED: dict[str, float] = {"absorb": 2, "aux": 2, "head": 2, "mhc": 2, "core": 2, "idx4": 0.5, "llm": 2}
 _ATTENTION_ONLY: dict[str, float] = dict.fromkeys(KINDS, 0.0) | {"core": 1.0, "idx4": 1.0, "idx8": 1.0}
 
@@ -53,13 +55,15 @@ def scheme_weights(scheme: str | Mapping[str, float]) -> dict[str, float]:
     """kind -> weight, for a scheme's letter or for weights of one's own (a kind that is not named counts 1)."""
     if isinstance(scheme, str):
         if scheme not in SCHEMES:
-            raise UserError(f"counting scheme {scheme!r} is unknown: use one of {', '.join(SCHEMES)}")
+            raise UserError(
+                f"counting scheme {scheme!r} is unknown: use one of {', '.join(SCHEMES)}, or weights such as core=2"
+            )
         scheme = SCHEMES[scheme][1]
     for kind, weight in scheme.items():
         if kind not in KINDS:
             raise UserError(f"kind of work {kind!r} is unknown: use {', '.join(KINDS)}{nearest(kind, KINDS)}")
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"weight {kind}={weight} must be a finite number of at least 0")
+        if not 0 <= weight <= MOST_WEIGHT:
+            raise UserError(f"weight {kind}={weight} must be a number from 0 to {MOST_WEIGHT:,}")
     return {kind: scheme.get(kind, 0.0 if kind == "sum" else 1.0) for kind in KINDS}
 
 

@@ -16,6 +16,8 @@ from dsv4.cost.params import active_bytes, weight_bytes
 from dsv4.errors import UserError, nearest
 
 USABLE = 0.9  # of a machine's memory, for weights and caches
+MOST_DEVICES = 100_000  # in a machine; more than were ever put to one model
+MOST_SEQUENCES = 1_000_000  # decoded together
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,18 @@ def machine(text: str, measured: Accelerator | None = None) -> Machine:
     """A machine by its name, h200 or h200x8; cpu needs `measured`. UserError for an unknown name."""
     devices = {**ACCELERATORS, **({"cpu": measured} if measured else {})}
     text = text.strip().lower()
-    found = re.fullmatch(r"(.+)x(\d+)", text)
-    key, count = (found[1], int(found[2])) if found else (text, 1)
+    found = re.fullmatch(r"(.+)x([0-9]+)", text)
+    key, digits = (found[1], found[2]) if found else (text, "1")
     if key not in devices and f"{key}x" in devices:  # mi355x8 is eight of mi355x
         key = f"{key}x"
     if key not in devices:
         known = ", ".join(sorted(devices))
         raise UserError(f"accelerator {key!r} is unknown: use one of {known}, as in h200x8{nearest(key, devices)}")
-    if count < 1:
+    if not digits.strip("0"):
         raise UserError(f"{text!r} is a machine without accelerators: give at least one, as in {key}x8")
-    return Machine(devices[key], count)
+    if len(digits.lstrip("0")) > len(str(MOST_DEVICES)) or int(digits) > MOST_DEVICES:
+        raise UserError(f"{text[:40]!r} has too many accelerators: give from 1 to {MOST_DEVICES:,}, as in {key}x8")
+    return Machine(devices[key], int(digits))
 
 
 # The number format in which a kind of work runs, as published; `--dtype` widens it.
@@ -121,8 +125,7 @@ def runs_in(kind: str, dtype: str) -> str:
 
 def step(config: AnyConfig, on: Machine, context: int, batch: int = 1, dtype: str = "published") -> Step:
     """The roofline of one decoding step: every active weight once, the cache rows read, the FLOPs, `batch` times."""
-    if batch < 1:
-        raise UserError(f"batch={batch} must be at least 1")
+    check_batch(batch)
     work = decode(config, context)
     weights = active_bytes(config, dtype, batch)
     cache = batch * sum(kv_bytes.read(config, context, dtype).values())
@@ -130,6 +133,12 @@ def step(config: AnyConfig, on: Machine, context: int, batch: int = 1, dtype: st
         on.name, batch, context, weights, cache, batch * int(weighted(work)),
         (weights + cache) / (on.count * on.device.bandwidth * 1e12), batch * compute_seconds(work, on, dtype),
     )  # fmt: skip
+
+
+def check_batch(batch: int) -> None:
+    """UserError for a number of sequences that nobody decodes together."""
+    if not 1 <= batch <= MOST_SEQUENCES:
+        raise UserError(f"batch={str(batch)[:20]} must be from 1 to {MOST_SEQUENCES:,} sequences")
 
 
 def compute_seconds(work: Iterable[Work], on: Machine, dtype: str = "published") -> float:

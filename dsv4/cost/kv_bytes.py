@@ -12,6 +12,7 @@ from dsv4.config import KIND_OF_RATIO, AnyConfig, LlamaConfig, ModelConfig, V32C
 from dsv4.errors import UserError
 
 FORMATS = ("published", "fp8", "bfloat16", "float32")
+MOST_PAGE_TOKENS = 1 << 20
 _PLAIN = {"bfloat16": 2, "float32": 4}
 
 
@@ -119,8 +120,9 @@ def held(
     state: with the compressors' open groups. page_tokens: growing stores are rounded up to whole pages of that many
     tokens. allocated: as a live memory of that capacity has allocated them, windows whole.
     """
-    if context < 0 or page_tokens < 1:
-        raise UserError(f"context={context} must not be negative and page_tokens={page_tokens} must be at least 1")
+    if context < 0:
+        raise UserError(f"context={context} must not be negative")
+    check_page(page_tokens)
     out = {}
     for s in stores(config, format, max_rewind=max_rewind):
         if s.state and not state:
@@ -128,6 +130,12 @@ def held(
         tokens = context if s.most is not None else -(-context // page_tokens) * page_tokens
         out[f"{s.kind}: {s.part}"] = s.layers * s.row_bytes * s.rows(tokens, allocated=allocated)
     return {name: size for name, size in out.items() if size}
+
+
+def check_page(page_tokens: int) -> None:
+    """UserError for a page of no tokens, or of more than any context has."""
+    if not 1 <= page_tokens <= MOST_PAGE_TOKENS:
+        raise UserError(f"a page of {str(page_tokens)[:20]} tokens is not one: give from 1 to {MOST_PAGE_TOKENS:,}")
 
 
 def read(config: AnyConfig, context: int, format: str = "published") -> dict[str, int]:

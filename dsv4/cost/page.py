@@ -37,7 +37,8 @@ def page_of(
 ) -> str:
     """The whole page as HTML for what `dsv4 cost` found; without a comparison in it, one is counted for the plots.
 
-    models: those whose map of what fits is drawn, by default the two released ones; machines: rows it has as well.
+    A model that was asked for comes first. models: those whose map of what fits is drawn, by default the two released
+    ones; machines: rows it has as well.
     """
     found = out.get("comparison") or report.comparison()
     scheme = found["scheme"]
@@ -45,6 +46,8 @@ def page_of(
         "<h1>What a million tokens cost: DeepSeek-V4</h1>",
         f"<p>Counted from the configurations alone, FLOPs by scheme {html.escape(report.scheme_name(scheme))}. "
         "The figures are those of <code>dsv4 cost --json</code>; docs/cost.md of the project derives them.</p>",
+        *([_model(out["model"])] if "model" in out else []),
+        *(_what_fits(models, machines) if models else []),
         _claims(found),
         "<h2>Against the context</h2>",
         _figure("against-context", lambda: _against_context(scheme), "Per decoded token, and per sequence held."),
@@ -52,17 +55,20 @@ def page_of(
         _figure("components", lambda: _components(found), "Parts of a token's FLOPs and of a sequence's bytes."),
         "<h2>What causes the savings</h2>",
         _figure("causes", lambda: _causes(found), "Multiplicative Shapley values: the factors multiply to the whole."),
-        "<h2>What fits</h2>",
+        *([] if models else _what_fits(compare.targets(), machines)),
     ]
-    for number, (name, config) in enumerate((models or compare.targets()).items()):
-        caption = f"Sequences beside the weights of {name}, 90% of the memory usable; empty: the weights do not fit."
-        parts.append(_figure(f"fits-{number}", lambda c=config: _fits(c, machines), caption))
-    if "model" in out:
-        parts.append(_model(out["model"]))
     body = "\n".join(parts)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f"<title>What a million tokens cost</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+
+
+def _what_fits(models: Mapping[str, AnyConfig], machines: Sequence[hardware.Machine]) -> list[str]:
+    parts = ["<h2>What fits</h2>"]
+    for number, (name, config) in enumerate(models.items()):
+        caption = f"Sequences beside the weights of {name}, 90% of the memory usable; empty: the weights do not fit."
+        parts.append(_figure(f"fits-{number}", lambda c=config: _fits(c, machines), caption))
+    return parts
 
 
 def _claims(found: dict[str, Any]) -> str:

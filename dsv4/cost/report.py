@@ -3,6 +3,7 @@
 A model's report answers a planner; the comparison sets V4 beside V3.2 and Llama-3.1-405B.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from dsv4.config import CONTROLS, PRESETS, AnyConfig
 from dsv4.cost import causes, compare, hardware, kv_bytes
 from dsv4.cost.flops import SCHEMES, by_component, decode, prefill, train, weighted
-from dsv4.cost.params import active_by_component, active_bytes, parameters, weight_bytes
-from dsv4.errors import UserError
+from dsv4.cost.params import DTYPES, active_by_component, active_bytes, parameters, weight_bytes
+from dsv4.errors import UserError, nearest
 
 KNOWN: dict[str, AnyConfig] = {**PRESETS, **CONTROLS}
 COMPARED = ("v3.2", "pro", "flash", "llama-405b")
 Scheme = str | Mapping[str, float]
+MOST_TOKENS_PER_SECOND = 1_000_000  # of one sequence
 
 
 def check_context(config: AnyConfig, contexts: Sequence[int]) -> None:
@@ -26,6 +28,17 @@ def check_context(config: AnyConfig, contexts: Sequence[int]) -> None:
                 f"a context of {context:,} tokens is beyond max_position_embeddings="
                 f"{config.max_position_embeddings:,}: give at most that"
             )
+
+
+def check_load(batch: int, rate: float, dtype: str, page_tokens: int) -> None:
+    """UserError for a load that cannot be counted: sequences, tokens per second for each, formats, page size."""
+    hardware.check_batch(batch)
+    if not math.isfinite(rate) or not 0 <= rate <= MOST_TOKENS_PER_SECOND:
+        most = f"{MOST_TOKENS_PER_SECOND:,}"
+        raise UserError(f"a rate of {rate} is not one: give tokens per second for each sequence, from 0 to {most}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    kv_bytes.check_page(page_tokens)
 
 
 def of_model(
@@ -46,12 +59,15 @@ def of_model(
     page_tokens: growing stores are rounded up to pages. Raises UserError before anything is counted.
     """
     check_context(config, contexts)
+    check_load(batch, rate, dtype, page_tokens)
     count = parameters(config)
     extra = ("total", "active", "embedding_table", "routing_biases", "mtp")
     two = kv_bytes.fixed_and_per_token(config, dtype)
     return {
         "model": name,
         "dtype": dtype,
+        "batch": batch,
+        "rate": rate,
         "scheme": scheme if isinstance(scheme, str) else dict(scheme),
         "parameters": {k: count[k] for k in extra},
         "parameters_by_component": {k: v for k, v in count.items() if k not in extra},
@@ -116,6 +132,9 @@ def comparison(contexts: Sequence[int] = compare.CONTEXTS, *, scheme: Scheme = "
     V3.2 and Llama are counted beyond their own longest context, as the report does.
     """
     check_context(KNOWN["pro"], contexts)
+    for name in COMPARED[:3]:
+        if not weighted(decode(KNOWN[name], min(contexts)), scheme):
+            raise UserError(f"by these weights a token of {name} costs nothing, so there is nothing to compare with it")
     tried, hits = compare.grid()
     targets = compare.targets()
     rows = []
