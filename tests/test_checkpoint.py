@@ -842,3 +842,10 @@ def test_a_checkpoint_can_be_read_by_whom_its_folder_lets_in(tmp_path: Path) -> 
     (tmp_path / "plain").write_text("")
     modes = {f.name: f.stat().st_mode for f in (tmp_path / "a").iterdir()}
     assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}, modes
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:x", "", None])
+def test_a_device_that_is_none_is_one_sentence(tmp_path: Path, device: str) -> None:
+    save(small_model(), tmp_path / "a")
+    with pytest.raises(UserError, match="device .* is unknown: use cpu, cuda"):
+        load(tmp_path / "a", device=device)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -639,6 +640,22 @@ def test_something_in_the_way_is_one_sentence(text: Path, tmp_path: Path, place:
     target.mkdir() if target.suffix else target.write_text("in the way")
     with pytest.raises(UserError, match=target.name):
         Trainer(config_for(text), tmp_path / "run").run()
+
+
+@pytest.mark.parametrize("gone", ["run", "run/checkpoints"])
+def test_a_folder_that_is_deleted_under_a_run(text: Path, tmp_path: Path, gone: str) -> None:
+    """A sentence at the next thing to write, or a folder that is made again: never a traceback."""
+    run = Trainer(config_for(text), tmp_path / "run")
+
+    def delete(record: dict) -> None:
+        if record["step"] == 3:
+            shutil.rmtree(tmp_path / gone)
+
+    if gone == "run":
+        with pytest.raises(FileError, match=r"cannot write .*log\.jsonl: No such file"):
+            run.run(delete)
+    else:
+        assert run.run(delete) and checkpoints(tmp_path / "run") == [4, 6]
 
 
 def test_the_picture_shows_a_smoothed_line_and_the_final_values(text: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def load(
     missing, truncated, misshapen, unknown or repeated tensor, and for a file that has changed since digests.json listed
     it.
     """
-    folder = resolve_checkpoint(folder, needs_config=config is None)
+    folder, device = resolve_checkpoint(folder, needs_config=config is None), _device(device)
     files.check_digests(folder, lambda name: name in (GENERATION, INDEX))
     config = config or read_config(folder)
     stop_ids = as_ids([*config.stop_ids, *_generation_stops(folder, config)])
@@ -68,6 +68,14 @@ def load(
     model.load_state_dict(state, assign=True)
     model.stop_ids = stop_ids
     return model
+
+
+def _device(given: torch.device | str) -> torch.device:
+    """UserError for a name that is no device's; whether there is such a device is torch's to say."""
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device {shown(given)} is unknown: use cpu, cuda or cuda:N") from None
 
 
 def listed_files(folder: Path) -> set[str]:

@@ -17,7 +17,10 @@ def check_schedule(total: int, warmup: int, decay: int, final: float = 0.1) -> N
     if warmup < 0 or decay < 0:
         raise UserError(f"warm-up {warmup} and decay {decay} are lengths in steps: neither may be negative")
     if warmup + decay > total:
-        raise UserError(f"warm-up {warmup} + decay {decay} exceed the {total} steps: shorten one or lengthen the run")
+        raise UserError(
+            f"warm-up {warmup} + decay {decay} exceed the {total} steps: lower "
+            "schedule.warmup or schedule.decay_fraction, or raise schedule.steps"
+        )
     if not 0 <= final <= 1:  # also refuses a NaN
         raise UserError(f"the final rate {final} is a fraction of the peak rate: choose it between 0 and 1")
 
