@@ -1,25 +1,38 @@
 """Failures caught here: a fast op that is not the reference (values, gradients, awkward sizes, low precision), a tie
 that falls differently, a mask off by one row, a gradient that overflows, memory that grows with the square of the
-length.
+length; a call that goes to a form which does not serve it, or in silence to a slower one; a packed weight that reads as
+other numbers.
 
 Truth is ops/reference.py under autograd, in fp32. Tolerances are for fp32 sums of at most a few thousand terms of
 order one. The reference itself is held to independent arithmetic here where that is short, and by test_quirks.py.
 """
 
+import inspect
+import logging
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from models import KINDS, differ, small_model, tokens
+from models import differ
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4 import ops
+from dsv4.cli.doctor import backends
+from dsv4.measure.subjects import KINDS, small_model, tokens
 from dsv4.model import Segment
-from dsv4.ops import Spans, blocked, reference
+from dsv4.model.layers import Linear
+from dsv4.ops import PackedMatrix, Spans, blocked, reference, table
+from dsv4.ops.formats import v4_rows
+from dsv4.ops.weights import pack_matrix
 
 SIZES = [1, 3, 63, 64, 65, 127, 128, 129, 130]
 
@@ -35,7 +48,8 @@ def agree(name: str, args: tuple, inputs: tuple[int, ...], tolerance: float, exa
         mine = list(args)
         for i in inputs:
             mine[i] = args[i].detach().clone().requires_grad_()
-        out = ops.TABLE[name][backend](*mine)
+        with ops.using(backend):
+            out = getattr(ops, name)(*mine)
         outs = [out] if isinstance(out, Tensor) else list(out)
         if name == "sparse_attention":
             outs = outs[:1]  # the log-sum-exp carries no gradient; it has a test of its own
@@ -64,29 +78,254 @@ def differ_or_empty(a: Tensor, b: Tensor) -> float:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def test_every_op_has_both_backends_and_one_docstring():
-    for name, backends in ops.TABLE.items():
-        assert list(backends) == ["reference", "blocked"]
-        assert getattr(ops, name).__doc__ and getattr(ops, name).__name__ == name
-        assert ops.active(name) == "blocked", "the best backend serves unless asked otherwise"
+def test_every_op_has_a_signature_and_every_form_has_the_same():
+    """A reader, and the type checker, see arguments; a form with other parameters would be called wrongly."""
+    for name, forms in ops.TABLE.items():
+        op = getattr(ops, name)
+        signature = inspect.signature(op)
+        assert op.__doc__ and "reference" in forms
+        for parameter in signature.parameters.values():
+            assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.annotation is not parameter.empty
+        assert signature.return_annotation is not signature.empty
+        for form in forms.values():
+            assert list(inspect.signature(form).parameters) == list(signature.parameters), name
 
 
 def test_every_op_is_compared_with_its_reference():
-    """An op that joins the table needs a test here, so that no fast form goes unchecked."""
+    """An op that joins the table needs a test here: against its reference, or if that is all there is, by hand."""
     text = Path(__file__).read_text(encoding="utf-8")
-    compared = {name for name in ops.TABLE if f'agree("{name}"' in text}
-    # choices are compared as integers, in tests of their own
-    assert compared | {"index_scores_topk", "topk_lowest"} == set(ops.TABLE)
+    for name, forms in ops.TABLE.items():
+        if name in ("index_scores_topk", "topk_lowest"):
+            continue  # choices are compared as integers, in tests of their own
+        assert (f'agree("{name}"' if len(forms) > 1 else f"ops.{name}(") in text, name
 
 
 def test_using_switches_every_op_and_switches_back():
+    fast = {name for name, forms in ops.TABLE.items() if "blocked" in forms}
     with ops.using("reference"):
         assert {ops.active(name) for name in ops.TABLE} == {"reference"}
         with pytest.raises(RuntimeError), ops.using("blocked"):
-            assert {ops.active(name) for name in ops.TABLE} == {"blocked"}
+            assert {name for name in ops.TABLE if ops.active(name) == "blocked"} == fast
             raise RuntimeError
         assert ops.active("sinkhorn") == "reference"
-    assert ops.active("sinkhorn") == "blocked"
+    assert ops.active("sinkhorn") == "blocked" and ops.active("rotate") == "reference"
+
+
+@pytest.mark.parametrize("asked", ["auto", "reference", "blocked", "cpu", "triton", "tritn"])
+def test_the_environment_chooses(asked):
+    """In a process of its own: read once, at the first call, and a name that is none is an error in one sentence."""
+    program = (
+        "import torch; from dsv4 import ops\n"
+        "from dsv4.errors import UserError\n"
+        "try: print(ops.wanted(), ops.active('sinkhorn'), ops.sinkhorn(torch.zeros(1, 2, 2), 3, 0.0)[0, 0, 0].item())\n"
+        "except UserError as e: print(e)\n"
+    )
+    environment = {**os.environ, "DSV4_OPS": asked}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    if asked == "tritn":
+        assert done.stdout == "DSV4_OPS='tritn' is unknown: use one of auto, reference, blocked, cpu, triton\n"
+    else:
+        assert done.stdout.split()[0] == asked and done.stdout.split()[2] == "0.5", done.stderr
+    if asked in ("auto", "reference", "blocked"):
+        assert not done.stderr and done.stdout.split()[1] == ("reference" if asked == "reference" else "blocked")
+
+
+# --- which form serves a call ---------------------------------------------------------------------
+
+STUB = """
+import torch
+from dsv4.ops import reference
+from dsv4.ops.limits import Limits
+
+CALLS = []
+
+def sinkhorn(logits, iters, eps):
+    CALLS.append("sinkhorn")
+    return reference.sinkhorn(logits, iters, eps)
+
+def linear(x, weight):
+    CALLS.append("linear")
+    return reference.linear(x, weight)
+
+def unpack_rows(data, format):
+    CALLS.append("unpack_rows")
+    return reference.unpack_rows(data, format)
+
+def four(logits, iters, eps):
+    return "" if logits.shape[-1] == 4 else f"{logits.shape[-1]} streams"
+
+small = dict(devices=("cpu",), dtypes=(torch.float32,), gradient=False)
+LIMITS = {"sinkhorn": Limits(**small, also=four), "linear": Limits(**small, packed=False)}
+"""
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path) -> Iterator[None]:
+    """A `cpu` backend of three ops, two of which serve fp32 without gradient; the table is put back afterwards."""
+    yield from with_backend(monkeypatch, tmp_path, STUB)
+
+
+def with_backend(monkeypatch, folder: Path, source: str) -> Iterator[None]:
+    (folder / "stub_ops.py").write_text(source)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(table.LAZY, "cpu", table.Lazy("stub_ops", "cpu"))
+    for state in ("_tried", "_said", "_limits"):
+        monkeypatch.setattr(table, state, type(getattr(table, state))())
+    for name, forms in ops.TABLE.items():
+        plain = {form: op for form, op in forms.items() if form in ("reference", "blocked")}
+        monkeypatch.setitem(ops.TABLE, name, plain)
+    assert "stub_ops" not in sys.modules
+    try:
+        yield
+    finally:
+        sys.modules.pop("stub_ops", None)
+
+
+def calls_of_stub() -> list[str]:
+    return sys.modules["stub_ops"].CALLS if "stub_ops" in sys.modules else []
+
+
+LOGITS4 = normal(5, 4, 4)
+
+
+def test_a_backend_is_imported_at_the_first_call_that_may_want_it(stub):
+    """Not by `import dsv4`, not for a tensor on another device, not where a slower form was asked for."""
+    with ops.using("blocked"):
+        ops.sinkhorn(LOGITS4, 3, 1e-6)
+    ops.linear(torch.empty(2, 3, device="meta"), torch.empty(4, 3, device="meta"))
+    assert "stub_ops" not in sys.modules
+    ops.rotate(normal(2, 4), torch.ones(2, 1, dtype=torch.complex64))  # it may have this op: who knows before
+    assert "stub_ops" in sys.modules and ops.TABLE["sinkhorn"].keys() == {"reference", "blocked", "cpu"}
+
+
+def test_the_fastest_form_that_serves_wins(stub, caplog):
+    caplog.set_level(logging.INFO, "dsv4")
+    assert table.ORDER.index("triton") < table.ORDER.index("cpu") < table.ORDER.index("blocked")
+    want = reference.sinkhorn(LOGITS4, 20, 1e-6)
+    assert torch.equal(ops.sinkhorn(LOGITS4, 20, 1e-6), want) and calls_of_stub() == ["sinkhorn"]
+    with torch.no_grad():  # what would need a gradient elsewhere needs none here
+        ops.linear(normal(2, 3), normal(4, 3).requires_grad_())
+    assert calls_of_stub() == ["sinkhorn", "linear"] and ops.active("sinkhorn") == "cpu"
+    row, _ = v4_rows(64, 16, 32, "packed", torch.float32)
+    assert torch.equal(row.unpack(row.pack(normal(3, 64))), row.as_read(normal(3, 64)))
+    assert calls_of_stub()[2:] == ["unpack_rows"] * 2, "the memory's own reading goes by the table too"
+    assert not caplog.records
+
+
+REFUSED = {
+    "dtype": ((LOGITS4.double(), 20, 1e-6), "sinkhorn", "dtype float64"),
+    "low precision": ((LOGITS4.bfloat16(), 20, 1e-6), "sinkhorn", "dtype bfloat16"),
+    "gradient": ((LOGITS4.clone().requires_grad_(), 20, 1e-6), "sinkhorn", "a gradient is needed"),
+    "shape": ((normal(5, 3, 3), 20, 1e-6), "sinkhorn", "3 streams"),
+    "packed": ((normal(2, 64), pack_matrix(normal(3, 64), "fp4")), "linear", "a packed weight"),
+    "meta": ((torch.empty(2, 4, 4, device="meta"), 20, 1e-6), "sinkhorn", ""),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_a_form_refuses_goes_to_the_next_and_is_said_once(why, stub, caplog):
+    caplog.set_level(logging.INFO, "dsv4")
+    args, name, reason = REFUSED[why]
+    best = list(ops.TABLE[name])[-1]  # blocked where there is one
+    want = ops.TABLE[name][best](*args)
+    for _ in range(3):
+        got = getattr(ops, name)(*args)
+        assert got.device.type == "meta" or torch.equal(got, want)
+        assert got.requires_grad == want.requires_grad
+    assert not calls_of_stub()
+    said = [f"the cpu form of {name} does not serve: {reason}"] if reason else []
+    assert [r.getMessage() for r in caplog.records] == said
+    assert all(r.name == "dsv4" and r.levelno == logging.INFO for r in caplog.records)
+
+
+def test_another_reason_is_said_too(stub, caplog):
+    caplog.set_level(logging.INFO, "dsv4")
+    for _ in range(2):
+        for why in ("dtype", "shape", "gradient"):
+            ops.sinkhorn(*REFUSED[why][0])
+    assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == [
+        "dtype float64", "3 streams", "a gradient is needed"
+    ]  # fmt: skip
+
+
+def test_a_forced_backend_that_does_not_serve_falls_back_aloud(stub, caplog):
+    """Asked for by name it warns; where a slower backend is asked for by name, it is not asked at all."""
+    args = REFUSED["dtype"][0]
+    want = blocked.sinkhorn(*args)
+    with ops.using("cpu"):
+        assert torch.equal(ops.sinkhorn(*args), want) and torch.equal(ops.sinkhorn(*args), want)
+        ops.rotate(normal(2, 4), torch.ones(2, 1, dtype=torch.complex64))  # it has no such op: nothing to say
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "the cpu form of sinkhorn does not serve: dtype float64")
+    ]
+    caplog.clear()
+    table._said.clear()
+    with ops.using("reference"):
+        assert torch.equal(ops.sinkhorn(LOGITS4, 20, 1e-6), reference.sinkhorn(LOGITS4, 20, 1e-6))
+        ops.sinkhorn(*args)
+    assert not caplog.records and not calls_of_stub()
+
+
+def test_a_backend_that_is_not_built(stub, monkeypatch, caplog):
+    """In silence unless it was asked for by name; then said once, whatever the number of ops."""
+    caplog.set_level(logging.INFO, "dsv4")
+    monkeypatch.setitem(table.LAZY, "cpu", table.Lazy("stub_that_is_not_there", "cpu"))
+    want = blocked.sinkhorn(LOGITS4, 20, 1e-6)
+    assert torch.equal(ops.sinkhorn(LOGITS4, 20, 1e-6), want) and not caplog.records
+    with ops.using("cpu"):
+        assert torch.equal(ops.sinkhorn(LOGITS4, 20, 1e-6), want)
+        ops.linear(normal(2, 3), normal(4, 3))
+    assert [r.getMessage() for r in caplog.records] == ["the cpu form of any op does not serve: not built"]
+    assert ops.explain("sinkhorn")["cpu"] == "not built"
+
+
+def test_a_backend_that_this_machine_cannot_import(monkeypatch, tmp_path, caplog):
+    """Tried once and said once, also where nobody asked for it: it was built, so somebody wants it."""
+    for _ in with_backend(monkeypatch, tmp_path, "raise ImportError('no AVX2 here')"):
+        want = blocked.sinkhorn(LOGITS4, 20, 1e-6)
+        for _ in range(3):
+            assert torch.equal(ops.sinkhorn(LOGITS4, 20, 1e-6), want)
+        assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+            ("WARNING", "the cpu ops cannot be imported: no AVX2 here")
+        ]
+        assert ops.explain("sinkhorn")["cpu"] == "cannot be imported: no AVX2 here"
+        assert ops.active("sinkhorn") == "blocked"
+
+
+def test_the_table_that_doctor_prints(stub):
+    """For every op the form that serves plain fp32 tensors on the CPU, and why the others do not."""
+    found = backends()
+    assert set(found) == set(ops.TABLE)
+    assert found["sinkhorn"] == "cpu, then blocked, reference (triton: not built)"
+    assert found["experts"] == "blocked, then reference (triton: not built; cpu: has no form of it)"
+    assert found["rotate"] == "reference (triton: not built; cpu: has no form of it; blocked: has no form of it)"
+    assert ops.explain("sinkhorn", dtype=torch.bfloat16)["cpu"] == "dtype bfloat16"
+    with ops.using("reference"):
+        assert set(backends().values()) == {"reference"}
+
+
+def test_wrapped_ops_are_seen_whatever_form_serves(stub):
+    """Wraps nest, see the form that a call goes to, and are gone after an error."""
+    seen = []
+
+    def wrap(name, op):
+        def call(*args):
+            seen.append(name)
+            return op(*args)
+
+        return call
+
+    with pytest.raises(RuntimeError), ops.wrapped(["sinkhorn", "rotate"], wrap):
+        with ops.wrapped(["sinkhorn", "linear"], wrap):
+            ops.sinkhorn(LOGITS4, 3, 1e-6)
+            ops.linear(normal(2, 3), normal(4, 3))
+            ops.rotate(normal(2, 4), torch.ones(2, 1, dtype=torch.complex64))
+        with ops.using("reference"):
+            ops.sinkhorn(LOGITS4, 3, 1e-6)
+        raise RuntimeError
+    ops.sinkhorn(LOGITS4, 3, 1e-6)
+    assert seen == ["sinkhorn", "sinkhorn", "linear", "rotate", "sinkhorn"]
+    assert calls_of_stub() == ["sinkhorn", "linear", "sinkhorn"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -369,13 +608,39 @@ def test_attention_by_hand():
 # --- compression ----------------------------------------------------------------------------------
 
 
+def turns(n: int, pairs: int) -> Tensor:
+    return torch.polar(torch.ones(n, pairs), normal(n, pairs, seed=11, scale=3.0))
+
+
+def compress(values: Tensor, scores: Tensor, first: Tensor, previous: Tensor, r: int, overlap: bool, dtype=None):
+    """The op with a gain and turns of its own."""
+    dtype = dtype or torch.float32
+    d = values.shape[1] // (2 if overlap else 1)
+    gain = 1 + normal(d, seed=12, scale=0.1)
+    return ops.compress(values, scores, first, previous, r, overlap, gain, 1e-6, turns(len(first), d // 4), dtype)
+
+
+def finished(pooled: Tensor) -> Tensor:
+    """Entries [G, d] normed and rotated, written out."""
+    d = pooled.shape[1]
+    gain, turn = 1 + normal(d, seed=12, scale=0.1), turns(len(pooled), d // 4)
+    x = pooled / (pooled.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * gain
+    for g in range(len(x)):
+        for i in range(d // 4):
+            at = d - 2 * (d // 4) + 2 * i
+            a, b, c, s = x[g, at].item(), x[g, at + 1].item(), turn[g, i].real.item(), turn[g, i].imag.item()
+            x[g, at], x[g, at + 1] = a * c - b * s, a * s + b * c
+    return x
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_compress_by_hand(overlap):
-    r, d, groups = 4, 5, 3
+    r, d, groups = 4, 6, 3
     width = d * (2 if overlap else 1)
     values, scores = normal(groups * r, width), normal(groups * r, width, seed=1)
     first, previous = torch.arange(groups) * r, torch.arange(groups) > 0
-    got = ops.compress(values, scores, first, previous, r, overlap)
+    got = compress(values, scores, first, previous, r, overlap)
+    want = torch.empty(groups, d)
     for g in range(groups):
         for channel in range(d):
             own = range(g * r, g * r + r)
@@ -383,21 +648,47 @@ def test_compress_by_hand(overlap):
             if overlap and g:
                 rows += [(s, channel) for s in range(g * r - r, g * r)]  # first half: for the group after
             weight = torch.stack([scores[s, c] for s, c in rows]).softmax(0)
-            want = sum(w * values[s, c] for w, (s, c) in zip(weight, rows, strict=True))
-            assert abs(got[g, channel] - want) < 1e-5
+            want[g, channel] = sum(w * values[s, c] for w, (s, c) in zip(weight, rows, strict=True))
+    assert differ(got, finished(want)) < 1e-5
+
+
+def test_compress_rounds_once_before_the_norm_and_once_after():
+    """In a bf16 model the pooled entry is cast, normed in fp32, cast, rotated in fp32, cast."""
+    values, scores, first = normal(256, 16), normal(256, 16, seed=1), torch.tensor([0, 128])
+    got = compress(values, scores, first, first > 0, 128, False, torch.bfloat16)
+    pooled = reference.pool_groups(values, scores, first, first > 0, 128, False).bfloat16().float()
+    normed = pooled / (pooled.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * (1 + normal(16, seed=12, scale=0.1))
+    want = ops.rotate(normed.bfloat16(), turns(2, 4))
+    assert got.dtype == torch.bfloat16 and (got != want).float().mean() < 0.1 and differ(got, want) < 0.02
 
 
 def test_compress_gradients_are_finite_without_a_previous_group():
-    values, scores = normal(8, 6).requires_grad_(), normal(8, 6, seed=1).requires_grad_()
-    out = ops.compress(values, scores, torch.tensor([0, 4]), torch.tensor([False, False]), 4, True)
-    out.square().sum().backward()
+    values, scores = normal(8, 8).requires_grad_(), normal(8, 8, seed=1).requires_grad_()
+    out = compress(values, scores, torch.tensor([0, 4]), torch.tensor([False, False]), 4, True)
+    (out * normal(2, 4, seed=2)).sum().backward()
     for grad in (values.grad, scores.grad):
-        assert grad.isfinite().all() and not grad[:, :3].any() and grad[:, 3:].any()
+        assert grad.isfinite().all() and not grad[:, :4].any() and grad[:, 4:].any()
 
 
 def test_compress_nothing():
     empty = torch.zeros(0, dtype=torch.int64)
-    assert ops.compress(normal(3, 6), normal(3, 6), empty, empty.bool(), 4, True).shape == (0, 3)
+    assert compress(normal(3, 8), normal(3, 8), empty, empty.bool(), 4, True).shape == (0, 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (3, 8), (5, 2, 6), (0, 3, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotate_by_hand(shape, dtype):
+    """The last channels, in neighbouring pairs; the rest is untouched; the conjugate turns back."""
+    x, turn = normal(*shape).to(dtype), turns(shape[0], 2)
+    got, want = ops.rotate(x, turn), x.clone()
+    for n in range(shape[0]):
+        for i in range(2):
+            at = shape[-1] - 4 + 2 * i
+            a, b = x[n, ..., at].float(), x[n, ..., at + 1].float()
+            c, s = turn[n, i].real, turn[n, i].imag
+            want[n, ..., at], want[n, ..., at + 1] = (a * c - b * s).to(dtype), (a * s + b * c).to(dtype)
+    assert got.dtype == dtype and differ_or_empty(got, want) < (1e-6 if dtype == torch.float32 else 0.02)
+    assert differ_or_empty(ops.rotate(got, turn.conj()), x) < (1e-6 if dtype == torch.float32 else 0.03)
 
 
 # --- hyper-connections ----------------------------------------------------------------------------
@@ -481,6 +772,201 @@ def test_read_and_write_by_hand():
 def test_hyper_write(n, dtype):
     args = (normal(n, 4, 12).to(dtype), normal(n, 12, seed=1).to(dtype), normal(n, 4, seed=2), normal(n, 4, 4, seed=3))
     agree("hyper_write", args, (0, 1, 2, 3), 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("n", [1, 3, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hyper_enter(n, dtype):
+    """Against the reference, and against its parts written out."""
+    x, fn, gain = normal(n, 4, 12).to(dtype), normal(24, 48, seed=1, scale=0.3), 1 + normal(12, seed=4, scale=0.1)
+    args = (x, fn, normal(24, seed=2), normal(3, seed=3), gain, 20, 1e-6, 1e-6)
+    agree("hyper_enter", args, (0, 1, 2, 3, 4), 5e-5 if dtype == torch.float32 else 2e-2)
+    h, post, comb = ops.hyper_enter(*args)
+    pre, *rest = ops.hyper_maps(*args[:4], *args[5:])
+    assert torch.equal(post, rest[0]) and torch.equal(comb, rest[1])
+    u = sum(pre[:, j, None] * x[:, j].float() for j in range(4)).to(dtype).float()
+    want = u / (u.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * gain
+    assert h.dtype == dtype and differ(h, want.to(dtype)) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("n", [1, 3, 130])
+def test_head_collapse_by_hand(n):
+    x, fn, base, scale = normal(n, 4, 12), normal(4, 48, seed=1, scale=0.3), normal(4, seed=2), normal(1, seed=3)
+    flat = x.flatten(1).double()
+    mixed = flat @ fn.T.double() / (flat.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    weight = 1 / (1 + (-(mixed * scale + base)).exp()) + 1e-2
+    want = torch.einsum("nj,njm->nm", weight, x.double())
+    assert differ(ops.head_collapse(x, fn, base, scale, 1e-2, 1e-6).double(), want) < 1e-5
+    assert ops.head_collapse(x.bfloat16(), fn, base, scale, 1e-2, 1e-6).dtype == torch.bfloat16
+
+
+# --- linear ---------------------------------------------------------------------------------------
+
+
+def grid(code: str) -> list[float]:
+    """What each code of FP8 e4m3 (128 and more: negative) or FP4 e2m1 (8 and more) stands for, from its bits."""
+    if code == "fp4":
+        half = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    else:
+        half = [2.0**-9 * m if not e else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)]
+        half[-1] = math.nan
+    return half + [-v for v in half]
+
+
+SHAPES = [(1, 2), (3, 32), (5, 34), (127, 130), (128, 128), (129, 258)]
+
+
+@pytest.mark.parametrize("code", ["fp8", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_weights_are_the_nearest_numbers_at_the_least_scale(code, shape):
+    """Ties to the even code; a scale for each 128 x 128 block (FP8), or 32 numbers of a row (FP4); short blocks too."""
+    high, wide, largest = (128, 128, 448.0) if code == "fp8" else (1, 32, 6.0)
+    weight = normal(*shape) * 2.0 ** (torch.arange(shape[1]) // 32 * 3.0)
+    weight[0] = (weight[0] * 8).round() / 8  # ties, now and then
+    packed = pack_matrix(weight, code)
+    assert packed.shape == shape and packed.codes.dtype == packed.scales.dtype == torch.uint8
+    assert packed.codes.shape == (shape[0], shape[1] if code == "fp8" else shape[1] // 2)
+    values = torch.tensor([v for v in grid(code) if not math.isnan(v)], dtype=torch.float64)
+    odd = torch.tensor([c % 2 for c, v in enumerate(grid(code)) if not math.isnan(v)], dtype=torch.float64)
+    want = torch.empty(shape, dtype=torch.float64)
+    for i in range(0, shape[0], high):
+        for j in range(0, shape[1], wide):
+            block = weight[i : i + high, j : j + wide].double()
+            scale = 2.0**-126
+            while block.abs().max().item() > largest * scale:
+                scale *= 2
+            assert packed.scales[i // high, j // wide] == math.log2(scale) + 127
+            away = (block[..., None] / scale - values).abs() + 1e-9 * odd  # a tie goes to the even code
+            want[i : i + high, j : j + wide] = values[away.argmin(dim=-1)] * scale
+    assert torch.equal(packed.unpack().double(), want)
+    assert torch.equal(pack_matrix(packed.unpack(), code).unpack(), packed.unpack()), "what was read packs to itself"
+    assert torch.equal(packed.unpack(torch.bfloat16).double(), want), "bf16 holds them exactly"
+
+
+@pytest.mark.parametrize("code", ["fp8", "fp4"])
+def test_packed_weights_as_published(code):
+    """Codes and scales of the checkpoints' dtypes: the low nibble is the even column, a scale multiplies."""
+    values = grid(code)
+    if code == "fp8":
+        codes = torch.randint(0, 120, (130, 200)) + 128 * torch.randint(0, 2, (130, 200))  # no NaN
+        numbers, stored = codes, codes.to(torch.uint8).view(torch.float8_e4m3fn)
+    else:
+        numbers = torch.randint(0, 16, (130, 200))
+        stored = (numbers[:, 0::2] | numbers[:, 1::2] << 4).to(torch.uint8).view(torch.int8)
+    high, wide = (128, 128) if code == "fp8" else (1, 32)
+    exponents = torch.randint(0, 200, (-(-130 // high), -(-200 // wide)))
+    exponents[0, 0] = 0  # 2^-127
+    packed = PackedMatrix(code, stored, exponents.to(torch.uint8).view(torch.float8_e8m0fnu))
+    got = packed.unpack().double()
+    for row, column in ((0, 0), (0, 1), (1, 33), (127, 127), (128, 128), (129, 199), (5, 100)):
+        scale = 2.0 ** (exponents[row // high, column // wide].item() - 127)
+        assert got[row, column].item() == values[numbers[row, column].item()] * scale
+
+
+def test_a_tiny_weight_is_packed_and_a_zero_stays_zero():
+    """The floor of a memory's rows (1e-4) is not that of a weight: what a checkpoint holds must not be lost."""
+    weight = torch.zeros(256, 128)
+    weight[:128] = 1e-9 * normal(128, 128)
+    for code, allowed in (("fp8", 1 / 16), ("fp4", 0.5)):
+        read = pack_matrix(weight, code).unpack()
+        assert not read[128:].any() and read.isfinite().all()
+        assert (read - weight).norm() < allowed * weight.norm()
+
+
+def test_packed_scales_that_do_not_fit_are_refused():
+    with pytest.raises(AssertionError, match="has scales"):
+        PackedMatrix("fp8", torch.zeros(130, 10, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("n", [1, 3, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_reads_plain_and_packed_weights(n, dtype):
+    """One entry point: y = x W^T in x's dtype; x gets its gradient, a packed weight has none."""
+    x, weight = normal(n, 34).to(dtype), normal(5, 34, seed=1)
+    close = 1e-5 if dtype == torch.float32 else 0.1
+    for w in (weight, weight.bfloat16(), pack_matrix(weight, "fp8"), pack_matrix(weight, "fp4")):
+        numbers = (w.unpack() if isinstance(w, PackedMatrix) else w).to(dtype).double()
+        mine = x.clone().requires_grad_()
+        got = ops.linear(mine, w)
+        got.float().square().sum().backward()
+        want = x.double() @ numbers.T
+        assert got.dtype == dtype and differ(got.double(), want) < close
+        assert differ(mine.grad.double(), 2 * want @ numbers) < close * want.abs().max().item() * 4
+    assert ops.linear(normal(2, 3, 34).to(dtype), pack_matrix(weight, "fp4")).shape == (2, 3, 5)
+
+
+def test_a_layer_with_a_packed_weight_computes_moves_and_is_saved():
+    layer = Linear(64, 6, torch.float32)
+    torch.nn.init.normal_(layer.weight)
+    plain = layer.weight.detach().clone()
+    del layer.weight
+    layer.weight = pack_matrix(plain, "fp4")  # type: ignore[assignment]
+    x = normal(3, 64)
+    assert torch.equal(layer(x), F.linear(x, pack_matrix(plain, "fp4").unpack())) and not list(layer.parameters())
+    kept = {name: tuple(t.shape) for name, t in layer.state_dict().items()}
+    assert kept == {"weight.codes": (6, 32), "weight.scales": (6, 2)}
+    assert layer.to("meta").weight.codes.is_meta and layer.bfloat16().weight.codes.dtype == torch.uint8
+
+
+# --- packed rows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_rows_are_packed_by_the_table(which):
+    """The format's own methods are the ops, of any leading shape when read (bytes by hand: test_formats.py)."""
+    format = v4_rows(512, 64, 128, "packed", torch.bfloat16)[which]
+    rows = normal(7, format.width)
+    data = ops.pack_rows(rows, format)
+    assert data.shape == (7, format.row_bytes) and torch.equal(data, format.pack(rows))
+    read = ops.unpack_rows(data[:6].view(2, 3, -1), format)
+    assert read.shape == (2, 3, format.width) and read.dtype == torch.bfloat16
+    assert torch.equal(read.flatten(0, 1), format.as_read(rows)[:6])
+
+
+# --- gate -----------------------------------------------------------------------------------------
+
+
+def gate_case(n: int, dtype=torch.float32, experts: int = 7, k: int = 3) -> tuple:
+    return (normal(n, 12).to(dtype), normal(experts, 12, seed=1, scale=0.5), normal(experts, seed=2), None, k, 1.5)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate(n, dtype):
+    """Chosen by score and bias, or given: both forms, values and gradients."""
+    case = gate_case(n, dtype)
+    agree("gate", case, (0, 1), 2e-5)
+    agree("gate", (*case[:2], None, torch.randint(0, 7, (n, 3)), *case[4:]), (0, 1), 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_gate_by_hand(backend):
+    """sqrt(softplus); the bias chooses and does not weigh; ties go to the lowest expert; weights sum to the scale."""
+    x, weight, bias, _, k, scale = gate_case(20)
+    weight[5] = weight[2]  # two equal experts
+    bias[5] = bias[2]
+    with ops.using(backend):
+        scores, chosen, weights = ops.gate(x, weight, bias, None, k, scale)
+        given = ops.gate(x, weight, None, chosen, k, scale)
+    for n in range(20):
+        want = [math.sqrt(math.log1p(math.exp(z))) for z in (weight @ x[n]).tolist()]
+        assert differ(scores[n], torch.tensor(want)) < 1e-5
+        assert chosen[n].tolist() == by_rule((scores[n] + bias).tolist(), k)
+        picked = [want[e] for e in chosen[n].tolist()]
+        assert differ(weights[n], torch.tensor([p / sum(picked) * scale for p in picked])) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(given, (scores, chosen, weights), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_gate_of_hopeless_logits_keeps_a_finite_gradient(backend):
+    """Below -87 softplus underflows, and the square root of 0 has no slope."""
+    x, weight, bias, _, k, scale = gate_case(4)
+    mine = (weight - 300 * x[0]).requires_grad_()
+    with ops.using(backend):
+        scores, _, weights = ops.gate(x[:1], mine, bias, None, k, scale)
+    assert (scores > 0).all()
+    (weights * normal(1, k)).sum().backward()
+    assert mine.grad.isfinite().all()
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -627,6 +1113,6 @@ def test_serving_memory_is_linear():
     model = small_model((4, 128), index_topk=8, **NARROW)
     memory = model.new_cache()
     with Largest() as seen, torch.no_grad():
-        model(tokens(model, 4096), segments=[(4096, memory[0])], last=True)
+        model(tokens(model, 4096), segments=[(4096, memory[0])], rows="last")
         model(tokens(model, 1), segments=[(1, memory[0])])
     assert seen.numel < 4096 * 1024 / 8, seen.where

@@ -1,4 +1,4 @@
-"""`dsv4 doctor`: what this machine has, which backend serves each op, and whether they agree."""
+"""`dsv4 doctor`: what this machine has, which form serves each op and why others do not, and whether they agree."""
 
 import json
 import os
@@ -41,9 +41,21 @@ def examine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "packages": {name: _version(name) for name in ("torch", "safetensors", "tokenizers", "numpy", "transformers")},
         "ops, by DSV4_OPS": ops.wanted(),
-        "backends": {op: f"{ops.active(op)} of {', '.join(there)}" for op, there in ops.TABLE.items()},
+        "backends": backends(),
         "self-test": _self_test(),
     }  # fmt: skip
+
+
+def backends() -> dict[str, str]:
+    """For every op the forms that serve plain fp32 tensors on the CPU, the fastest first, and why others do not."""
+    found = {}
+    for op in ops.TABLE:
+        reasons = ops.explain(op)
+        serving = [form for form, reason in reasons.items() if not reason]
+        others = "; ".join(f"{form}: {reason}" for form, reason in reasons.items() if reason)
+        first, *rest = serving
+        found[op] = first + (f", then {', '.join(rest)}" if rest else "") + (f" ({others})" if others else "")
+    return found
 
 
 def _version(name: str) -> str:

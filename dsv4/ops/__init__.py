@@ -1,94 +1,225 @@
-"""The op table: one name, one docstring (in reference.py), as many backends as pay.
+"""The ops: one name, one signature, one docstring, and as many forms as pay (ops/table.py chooses one at every call).
 
-`reference` defines what is correct; `blocked` keeps memory linear and has analytic gradients, on any device. The
-environment variable DSV4_OPS=reference|blocked|auto chooses for the process (auto = the best of each op), and
-`with ops.using("reference"):` for a stretch of code.
+`reference` defines what is correct and serves every call; `blocked` keeps memory linear and has analytic gradients, on
+any device; `cpu` and `triton` are imported when a tensor on their device comes by. DSV4_OPS=auto|reference|blocked|cpu|
+triton in the environment chooses for the process, `with ops.using("reference"):` for a stretch of code.
+
+Legend: n queries / tokens, H heads, D head width, P window rows, E compressed entries, K chosen entries, N streams,
+M model width, G groups that close (new entries), r compress ratio, X experts, I their inner width. `Spans`
+(ops/spans.py) are row intervals. Equations are the paper's.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-
+import torch
 from torch import Tensor
 
-from dsv4.errors import UserError
 from dsv4.ops import blocked, reference
-from dsv4.ops.formats import PackedRows
+from dsv4.ops.formats import Packed, PackedRows
 from dsv4.ops.newton_schulz import newton_schulz
-from dsv4.ops.reference import hyper_read, index_scores, swiglu
+from dsv4.ops.reference import hyper_read, index_scores, rms_norm, swiglu
 from dsv4.ops.spans import Spans
+from dsv4.ops.table import (
+    BACKENDS,
+    TABLE,
+    active,
+    call,
+    enrol,
+    explain,
+    keep_out_of_graphs,
+    using,
+    wanted,
+    wrapped,
+)
+from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
-    "Pool", "Spans", "active", "compress", "cross_entropy", "experts", "hyper_maps", "hyper_read", "hyper_write",
-    "index_scores", "index_scores_topk", "newton_schulz", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest",
-    "using", "wanted", "wrapped",
+    "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "compress", "cross_entropy", "experts", "explain",
+    "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read", "hyper_write", "index_scores",
+    "index_scores_topk", "keep_out_of_graphs", "linear", "newton_schulz", "pack_rows", "rms_norm", "rotate",
+    "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "wrapped",
 ]  # fmt: skip
+
+enrol("reference", reference)
+enrol("blocked", blocked)
 
 Pool = Tensor | PackedRows  # rows that attention reads: as numbers, or packed and unpacked where they are read
 
-# Best backend last. Ops with a single form (compress, hyper_read, ...) are linear as they stand.
-_NAMES = (
-    "sparse_attention", "index_scores_topk", "topk_lowest", "sinkhorn", "hyper_maps", "hyper_write", "experts",
-    "cross_entropy",
-)  # fmt: skip
-TABLE: dict[str, dict[str, Callable]] = {
-    name: {"reference": getattr(reference, name), "blocked": getattr(blocked, name)} for name in _NAMES
-}
-BACKENDS = ("auto", "reference", "blocked")
-_wanted = os.environ.get("DSV4_OPS", "auto")
+
+# --- choosing with a fixed tie rule ----------------------------------------------------------------------------------
 
 
-def active(name: str) -> str:
-    """The backend that serves an op now; UserError for an unknown DSV4_OPS."""
-    if _wanted not in BACKENDS:
-        raise UserError(f"DSV4_OPS={_wanted!r} is unknown: use one of {', '.join(BACKENDS)}")
-    return _wanted if _wanted in TABLE[name] else list(TABLE[name])[-1]
+def topk_lowest(scores: Tensor, k: int) -> Tensor:
+    """Indices int64 [..., k] of the k largest of `scores` [..., n], by score, then by lowest index; no gradient.
+
+    In order of the choice. 0.0 and -0.0 tie.
+    """
+    return call("topk_lowest", scores, k)
 
 
-def wanted() -> str:
-    """What was asked for: auto, reference or blocked."""
-    return _wanted
+def index_scores_topk(q: Tensor, weights: Tensor, keys: Pool, visible: Spans, k: int) -> Tensor:
+    """Which entries each query reads: int64 [n, k] pool rows in ascending order, -1 (first) where fewer are visible.
+
+    q [n, Hi, Di], weights [n, Hi], keys [E, Di]. The score is that of `index_scores` (eq. 16), fp32; order of choice:
+    score, then lowest row. No gradient (the indexer has a loss of its own).
+    """
+    return call("index_scores_topk", q, weights, keys, visible, k)
 
 
-@contextmanager
-def using(backend: str) -> Iterator[None]:
-    """Serve every op that has it by `backend` inside the block (process-wide: for tests and comparisons)."""
-    global _wanted
-    assert backend in BACKENDS, backend
-    before, _wanted = _wanted, backend
-    try:
-        yield
-    finally:
-        _wanted = before
+# --- attention -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def wrapped(names: Iterable[str], wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
-    """Serve these ops by wrap(name, op) inside the block, for recording and measuring (process-wide)."""
-    before = {name: dict(TABLE[name]) for name in names}
-    try:
-        for name, backends in before.items():
-            TABLE[name].update({backend: wrap(name, op) for backend, op in backends.items()})
-        yield
-    finally:
-        for name, backends in before.items():
-            TABLE[name].update(backends)
+def sparse_attention(
+    q: Tensor,
+    window_kv: Tensor,
+    window: Spans,
+    entries: Pool | None,
+    visible: Spans | None,
+    chosen: Tensor | None,
+    sink: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over a query's window rows, its compressed entries and the sink; key = value (eq. 19-21).
+
+    q [n, H, D]; window_kv [P, D] with one interval per query; entries [E, D] read either whole by interval (`visible`)
+    or as rows `chosen` int64 [n, K] (-1 = none); sink [H] fp32, a logit whose value is zero, not scaled.
+    Returns out [n, H, D] in q's dtype and the log-sum-exp [n, H] fp32 (sink included; it carries no gradient).
+    """
+    return call("sparse_attention", q, window_kv, window, entries, visible, chosen, sink, scale)
 
 
-def _op(name: str) -> Callable:
-    def call(*args, **kwargs):
-        return TABLE[name][active(name)](*args, **kwargs)
-
-    call.__name__, call.__doc__ = name, getattr(reference, name).__doc__
-    return call
+# --- compression and rotation ----------------------------------------------------------------------------------------
 
 
-sparse_attention = _op("sparse_attention")
-index_scores_topk = _op("index_scores_topk")
-topk_lowest = _op("topk_lowest")
-sinkhorn = _op("sinkhorn")
-hyper_maps = _op("hyper_maps")
-hyper_write = _op("hyper_write")
-experts = _op("experts")
-cross_entropy = _op("cross_entropy")
-compress = reference.compress
+def compress(
+    values: Tensor,
+    scores: Tensor,
+    first_row: Tensor,
+    has_previous: Tensor,
+    r: int,
+    overlap: bool,
+    gain: Tensor,
+    norm_eps: float,
+    turn: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Pool closed groups of tokens into finished entries [G, d] of `dtype`: pooled, normed, rotated (eq. 11-12, 22-23).
+
+    values, scores [R, c*d] fp32 rows (c = 2 with overlap, the positional bias already in the scores); first_row [G]
+    int64: the row of each group's first token. Without overlap an entry is a per-channel softmax over its r rows.
+    With overlap the FIRST half of a row's channels speaks for the next group and the second half for its own, so an
+    entry pools 2r rows; has_previous [G] bool is False where there is no group before (a document's first).
+    Pooling is fp32, its result is cast to `dtype`; then RMSNorm with gain [d], then `rotate` by turn [G, pairs].
+    """
+    return call("compress", values, scores, first_row, has_previous, r, overlap, gain, norm_eps, turn, dtype)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate the last channels of x [n, ..., D], D even, by turn complex64 [n, pairs], in fp32; in x's dtype.
+
+    Channels D - 2 * pairs + 2i and the next become (a + ib) turn_i; pass turn.conj() for the inverse.
+    """
+    return call("rotate", x, turn)
+
+
+# --- hyper-connections -----------------------------------------------------------------------------------------------
+
+
+def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Nearly doubly stochastic matrices [n, N, N] from logits [n, N, N], fp32; the columns sum to 1 exactly.
+
+    Row softmax + eps, a column step, then iters - 1 rounds of row step and column step (eq. 8; the matrix is the
+    transpose of the paper's B, see docs/names.md).
+    """
+    return call("sinkhorn", logits, iters, eps)
+
+
+def hyper_maps(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How one sublayer reads and writes the streams (eq. 3-8): pre [n, N], post [n, N], comb [n, N, N], fp32.
+
+    x [n, N, M]; fn [(2+N)*N, N*M], base [(2+N)*N], scale [3], all fp32. The RMS runs over all N*M numbers, no gain.
+    pre lies in (0, 1), post in (0, 2), comb is nearly doubly stochastic.
+    """
+    return call("hyper_maps", x, fn, base, scale, iters, eps, norm_eps)
+
+
+def hyper_enter(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, gain: Tensor, iters: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What precedes a sublayer: its normed input [n, M] in x's dtype, and post, comb for `hyper_write`.
+
+    `hyper_maps` of x [n, N, M], then sum_j pre_j x_j (fp32, cast once), then RMSNorm with gain [M] (fp32, cast once).
+    """
+    return call("hyper_enter", x, fn, base, scale, gain, iters, eps, norm_eps)
+
+
+def hyper_write(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """New streams [n, N, M]: x'_k = post_k y + sum_j comb[j, k] x_j - the sum runs over the FIRST index of comb.
+
+    x [n, N, M] as they were before the sublayer, y [n, M] its output; post, comb fp32. Summed in fp32, in x's dtype.
+    """
+    return call("hyper_write", x, y, post, comb)
+
+
+def head_collapse(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """The streams x [n, N, M] before the output head: one weighted sum [n, M] in x's dtype, summed in fp32.
+
+    Weights sigmoid(scale * (fn . x / rms(x)) + base) + eps: no Sinkhorn, no gain. fn [N, N*M], base [N], scale [1] are
+    fp32.
+    """
+    return call("head_collapse", x, fn, base, scale, eps, norm_eps)
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
+    """y = x W^T [..., out] in x's dtype; x [..., in], W [out, in] plain or packed (then it has no gradient).
+
+    The weight is brought to x's dtype and multiplied there.
+    """
+    return call("linear", x, weight)
+
+
+# --- mixture of experts ----------------------------------------------------------------------------------------------
+
+
+def gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How tokens x [n, M] are routed: scores fp32 [n, X], chosen experts int64 [n, k], their weights fp32 [n, k].
+
+    score = sqrt(softplus(weight x)), weight [X, M] fp32 (paper 2.1). The k best by score + bias [X] are chosen, ties to
+    the lowest expert, without gradient; or `chosen` [n, k] is given (hash layers). Weights: the chosen scores without
+    the bias, normalised to sum to `scale`.
+    """
+    return call("gate", x, weight, bias, chosen, k, scale)
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+    """Routed experts: sum over a token's chosen experts of w2 (weight * clamped-SwiGLU(x)), fp32 [n, M].
+
+    x [n, M]; chosen int64 [n, k]; weights fp32 [n, k]; w13 [X, 2, I, M] (gate over up), w2 [X, M, I].
+    """
+    return call("experts", x, chosen, weights, w13, w2, limit)
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
+    """Sum over tokens of -log p(target), fp32 scalar; hidden [n, M], head [V, M], targets int64 [n] (ignore: none)."""
+    return call("cross_entropy", hidden, head, targets, ignore)
+
+
+# --- rows of a packed memory -----------------------------------------------------------------------------------------
+
+
+def pack_rows(rows: Tensor, format: Packed) -> Tensor:
+    """Rows [n, width] of finite numbers as the format's bytes, uint8 [n, row_bytes] (see ops/formats.py)."""
+    return call("pack_rows", rows, format)
+
+
+def unpack_rows(data: Tensor, format: Packed) -> Tensor:
+    """Bytes uint8 [..., row_bytes] as numbers [..., width] of the format's dtype; a rotated row stays rotated."""
+    return call("unpack_rows", data, format)

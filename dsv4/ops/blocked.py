@@ -1,7 +1,8 @@
 """The ops that need care with memory, computed in blocks with analytic backward passes; same values as reference.py.
 
-Runs on any device torch runs on. Nothing here grows faster than linearly with the sequence: scores and masks exist for
-one block of queries at a time and are computed again in the backward pass. Legend: see reference.py.
+Runs on any device torch runs on and serves every call. Nothing here grows faster than linearly with the sequence:
+scores and masks exist for one block of queries at a time and are computed again in the backward pass. What an op means,
+and the legend: see ops/__init__.py.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv4.ops.formats import PackedRows
-from dsv4.ops.reference import hyper_logits
+from dsv4.ops.reference import gate_scores, gate_weights, hyper_logits, hyper_read, rms_norm
 from dsv4.ops.spans import Spans
 
 NEG_INF = float("-inf")
@@ -309,6 +310,13 @@ def hyper_maps(
     return torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), sinkhorn(comb, iters, eps)
 
 
+def hyper_enter(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, gain: Tensor, iters: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    pre, post, comb = hyper_maps(x, fn, base, scale, iters, eps, norm_eps)
+    return rms_norm(hyper_read(x, pre), gain, norm_eps), post, comb
+
+
 class _HyperWrite(torch.autograd.Function):
     """The batched products of tiny matrices are fast only when the tiny matrix is contiguous."""
 
@@ -333,6 +341,17 @@ def hyper_write(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 # --- mixture of experts ----------------------------------------------------------------------------------------------
+
+
+def gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A top-k of 64-bit keys in place of the whole sort."""
+    scores = gate_scores(x, weight)
+    if chosen is None:
+        assert bias is not None, "experts are chosen by biased scores, or given"
+        chosen = topk_lowest((scores + bias).detach(), k)
+    return scores, chosen, gate_weights(scores, chosen, scale)
 
 
 class _Experts(torch.autograd.Function):

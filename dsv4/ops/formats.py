@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv4.ops import table
+
 _LARGEST = {"fp8": 448.0, "fp4": 6.0}
 _FLOOR = {"fp8": 1e-4, "fp4": 6 * 2.0**-126}  # of a block's largest number, so that scales stay normal
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -66,49 +68,26 @@ class Packed:
         return self.width - self.tail
 
     @property
-    def _cuts(self) -> list[int]:
+    def cuts(self) -> list[int]:
         """Bytes of codes, tail and scales."""
         codes = self.coded if self.code == "fp8" else -(-self.coded // 2)
         return [codes, 2 * self.tail, -(-self.coded // self.block) * (4 if self.fp32_scales else 1)]
 
     @property
     def row_bytes(self) -> int:
-        return -(-sum(self._cuts) // self.align) * self.align
+        return -(-sum(self.cuts) // self.align) * self.align
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.row_bytes,)
 
     def pack(self, rows: Tensor) -> Tensor:
-        """rows [n, width] -> uint8 [n, row_bytes]. Numbers must be finite."""
-        x = rows.float()
-        if self.rotated:
-            x = hadamard(x).to(rows.dtype).float()
-        head, tail = x[:, : self.coded], x[:, self.coded :]
-        blocks = F.pad(head, (0, -self.coded % self.block)).unflatten(1, (-1, self.block))
-        scale = self._scales(blocks.abs().amax(dim=2))
-        largest = _LARGEST[self.code]
-        scaled = (blocks / scale[..., None]).clamp(-largest, largest).flatten(1)[:, : self.coded]
-        parts = [_to_e4m3(scaled) if self.code == "fp8" else _to_e2m1(scaled), _bytes(tail.bfloat16())]
-        parts.append(_bytes(scale) if self.fp32_scales else (scale.view(torch.int32) >> 23).to(torch.uint8))
-        return F.pad(torch.cat(parts, dim=1), (0, self.row_bytes - sum(self._cuts)))
+        """rows [n, width] -> uint8 [n, row_bytes] (ops.pack_rows)."""
+        return table.call("pack_rows", rows, self)
 
     def unpack(self, data: Tensor) -> Tensor:
-        """uint8 [..., row_bytes] -> numbers [..., width]."""
-        codes, tail, scales = data[..., : sum(self._cuts)].split(self._cuts, dim=-1)
-        if self.code == "fp8":
-            values = _numbers(codes, torch.float8_e4m3fn).float()
-        else:
-            table = torch.tensor(_E2M1 + tuple(-v for v in _E2M1), device=data.device)
-            values = torch.stack([table[(codes & 15).int()], table[(codes >> 4).int()]], dim=-1)
-            values = values.flatten(-2)[..., : self.coded]
-        if self.fp32_scales:
-            scale = _numbers(scales, torch.float32)
-        else:
-            scale = (scales.int() << 23).view(torch.float32)
-        values = values * scale.repeat_interleave(self.block, dim=-1)[..., : self.coded]
-        rope = _numbers(tail, torch.bfloat16)
-        return torch.cat([values.to(self.numbers), rope.to(self.numbers)], dim=-1)
+        """uint8 [..., row_bytes] -> numbers [..., width] (ops.unpack_rows)."""
+        return table.call("unpack_rows", data, self)
 
     def as_read(self, rows: Tensor) -> Tensor:
         return self.unpack(self.pack(rows))
@@ -116,14 +95,6 @@ class Packed:
     def as_query(self, rows: Tensor) -> Tensor:
         """What a query [..., width] must be to meet such rows: rotated and rounded as they are, if they are rotated."""
         return self.as_read(rows.flatten(0, -2)).view(rows.shape) if self.rotated else rows
-
-    def _scales(self, largest: Tensor) -> Tensor:
-        ratio = largest.clamp_min(_FLOOR[self.code]) / _LARGEST[self.code]
-        if self.fp32_scales:
-            return ratio
-        # the least power of two that is not smaller, from the bits: a logarithm may err next to a power of two
-        bits = ratio.view(torch.int32)
-        return ((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
 
 
 RowFormat = Plain | Packed
@@ -147,6 +118,35 @@ class PackedRows:
         return self.format.unpack(self.data[rows])
 
 
+# --- packing and unpacking, in plain torch: the reference of ops.pack_rows and ops.unpack_rows -----------------------
+
+
+def pack_rows(rows: Tensor, format: Packed) -> Tensor:
+    x = rows.float()
+    if format.rotated:
+        x = hadamard(x).to(rows.dtype).float()
+    head, tail = x[:, : format.coded], x[:, format.coded :]
+    blocks = F.pad(head, (0, -format.coded % format.block)).unflatten(1, (-1, format.block))
+    largest = blocks.abs().amax(dim=2).clamp_min(_FLOOR[format.code])
+    scale = largest / _LARGEST[format.code] if format.fp32_scales else power_of_two_scale(largest, format.code)
+    scaled = (blocks / scale[..., None]).clamp(-_LARGEST[format.code], _LARGEST[format.code])
+    scaled = scaled.flatten(1)[:, : format.coded]
+    parts = [to_e4m3(scaled) if format.code == "fp8" else to_e2m1(scaled), _bytes(tail.bfloat16())]
+    parts.append(_bytes(scale) if format.fp32_scales else (scale.view(torch.int32) >> 23).to(torch.uint8))
+    return F.pad(torch.cat(parts, dim=1), (0, format.row_bytes - sum(format.cuts)))
+
+
+def unpack_rows(data: Tensor, format: Packed) -> Tensor:
+    codes, tail, scales = data[..., : sum(format.cuts)].split(format.cuts, dim=-1)
+    if format.code == "fp8":
+        values = _numbers(codes, torch.float8_e4m3fn).float()
+    else:
+        values = e2m1_numbers(codes)[..., : format.coded]
+    scale = _numbers(scales, torch.float32) if format.fp32_scales else (scales.int() << 23).view(torch.float32)
+    values = values * scale.repeat_interleave(format.block, dim=-1)[..., : format.coded]
+    return torch.cat([values.to(format.numbers), _numbers(tail, torch.bfloat16).to(format.numbers)], dim=-1)
+
+
 def hadamard(x: Tensor) -> Tensor:
     """x [..., n] times the Sylvester-Walsh matrix of order n (a power of two) times n^-0.5: orthogonal, symmetric."""
     n = x.shape[-1]
@@ -159,11 +159,20 @@ def hadamard(x: Tensor) -> Tensor:
     return y.reshape(x.shape) * n**-0.5
 
 
-def _to_e4m3(x: Tensor) -> Tensor:
+def power_of_two_scale(largest: Tensor, code: str) -> Tensor:
+    """The least power of two, from 2^-126 up, with which the block's largest number is not above the code's, fp32."""
+    ratio = largest / _LARGEST[code]
+    # from the bits: a logarithm may err next to a power of two
+    bits = ratio.clamp_min(2.0**-126).view(torch.int32)
+    return ((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """FP8 codes of x in [-448, 448], uint8."""
     return x.to(torch.float8_e4m3fn).view(torch.uint8)  # round to nearest, ties to even
 
 
-def _to_e2m1(x: Tensor) -> Tensor:
+def to_e2m1(x: Tensor) -> Tensor:
     """FP4 codes of x [n, m] in [-6, 6], ties to the even code, two to a byte: uint8 [n, ceil(m / 2)]."""
     a = x.abs()
     code = torch.zeros_like(a, dtype=torch.uint8)
@@ -172,6 +181,12 @@ def _to_e2m1(x: Tensor) -> Tensor:
     code += torch.signbit(x).to(torch.uint8) * 8
     code = F.pad(code, (0, code.shape[1] % 2))
     return code[:, 0::2] | (code[:, 1::2] << 4)
+
+
+def e2m1_numbers(codes: Tensor) -> Tensor:
+    """FP4 codes, uint8 [..., m] -> numbers fp32 [..., 2 m]."""
+    numbers = torch.tensor(_E2M1 + tuple(-v for v in _E2M1), device=codes.device)
+    return torch.stack([numbers[(codes & 15).int()], numbers[(codes >> 4).int()]], dim=-1).flatten(-2)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -1,15 +1,22 @@
 """Every op in plain differentiable torch: this file defines what is correct. It is for reading and for testing.
 
-Legend: n queries / tokens, H heads, D head width, P window rows, E compressed entries, K chosen entries, N streams,
-M model width, G groups that close (new entries), r compress ratio. `Spans` (ops/spans.py) are row intervals.
+What an op means, with shapes, dtypes and the paper's equations, stands with its signature in ops/__init__.py, which
+also has the legend. It serves every call.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv4.ops.formats import PackedRows
+from dsv4.ops.formats import PackedRows, pack_rows, unpack_rows
 from dsv4.ops.spans import Spans
+from dsv4.ops.weights import PackedMatrix
+
+__all__ = [
+    "compress", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits", "hyper_maps",
+    "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "pack_rows", "rotate", "sinkhorn",
+    "sparse_attention", "swiglu", "topk_lowest", "unpack_rows",
+]  # fmt: skip
 
 NEG_INF = float("-inf")
 
@@ -18,7 +25,6 @@ NEG_INF = float("-inf")
 
 
 def topk_lowest(scores: Tensor, k: int) -> Tensor:
-    """Indices [..., k] of the k largest of `scores` [..., n], by score, then by lowest index (contract 2)."""
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -29,11 +35,6 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, visible: Spans, k: int) -> Tensor:
-    """Which entries each query reads: int64 [n, k] pool rows in ascending order, -1 (first) where fewer are visible.
-
-    q [n, Hi, Di], weights [n, Hi], keys [E, Di]. Order of choice: score, then lowest row. Not differentiable: the
-    choice carries no gradient (the indexer has a loss of its own).
-    """
     with torch.no_grad():
         scores = index_scores(q, weights, keys[:]) + 0.0  # -0.0 becomes 0.0, so that the two tie
         if not len(keys):
@@ -58,12 +59,6 @@ def sparse_attention(
     sink: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over a query's window rows, its compressed entries and the sink; key = value (paper eq. 19-21).
-
-    q [n, H, D]; window_kv [P, D] with one interval per query; entries [E, D] read either whole by interval (`visible`)
-    or as rows `chosen` int64 [n, K] (-1 = none); sink [H] fp32, a logit whose value is zero, not scaled.
-    Returns out [n, H, D] in q's dtype and the log-sum-exp [n, H] fp32 (sink included; it carries no gradient).
-    """
     keys, masks = [window_kv], [window.hidden(0, len(q), 0, len(window_kv), q.device)]
     if entries is not None and len(entries):
         if chosen is not None:
@@ -83,17 +78,29 @@ def sparse_attention(
     return out.to(q.dtype), lse.detach()
 
 
-# --- compression -----------------------------------------------------------------------------------------------------
+# --- compression and rotation ----------------------------------------------------------------------------------------
 
 
-def compress(values: Tensor, scores: Tensor, first_row: Tensor, has_previous: Tensor, r: int, overlap: bool) -> Tensor:
-    """Pool closed groups of tokens into entries [G, d] fp32, before norm and rotation (paper eq. 11-12, 22-23).
+def compress(
+    values: Tensor,
+    scores: Tensor,
+    first_row: Tensor,
+    has_previous: Tensor,
+    r: int,
+    overlap: bool,
+    gain: Tensor,
+    norm_eps: float,
+    turn: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    pooled = pool_groups(values, scores, first_row, has_previous, r, overlap).to(dtype)
+    return rotate(rms_norm(pooled, gain, norm_eps), turn)
 
-    values, scores [R, c*d] fp32 rows (c = 2 with overlap, the positional bias already in the scores); first_row [G]
-    int64: the row of each group's first token. Without overlap an entry is a per-channel softmax over its r rows.
-    With overlap the FIRST half of a row's channels speaks for the next group and the second half for its own, so an
-    entry pools 2r rows; has_previous [G] bool is False where there is no group before (a document's first).
-    """
+
+def pool_groups(
+    values: Tensor, scores: Tensor, first_row: Tensor, has_previous: Tensor, r: int, overlap: bool
+) -> Tensor:
+    """The groups' entries [G, d] fp32 before norm and rotation."""
     rows = first_row[:, None] + torch.arange(r, device=values.device)
     if not overlap:
         return (scores[rows].softmax(dim=1) * values[rows]).sum(dim=1)
@@ -107,15 +114,22 @@ def compress(values: Tensor, scores: Tensor, first_row: Tensor, has_previous: Te
     return (all_scores.softmax(dim=1) * all_values).sum(dim=1)
 
 
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    pairs = turn.shape[-1]
+    turn = turn.view(len(turn), *[1] * (x.ndim - 2), pairs)
+    tail = torch.view_as_complex(x[..., -2 * pairs :].float().unflatten(-1, (pairs, 2)))
+    return torch.cat([x[..., : -2 * pairs], torch.view_as_real(tail * turn).flatten(-2).to(x.dtype)], dim=-1)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * gain over the last dimension, in fp32, cast back to x's dtype; gain [dim]."""
+    return F.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
+
+
 # --- hyper-connections -----------------------------------------------------------------------------------------------
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
-    """Nearly doubly stochastic matrices [n, N, N] from logits [n, N, N], fp32; the columns sum to 1 exactly.
-
-    Row softmax + eps, a column step, then iters - 1 rounds of row step and column step (paper eq. 8; the matrix is the
-    transpose of the paper's B, see docs/names.md).
-    """
     c = logits.float().softmax(dim=-1) + eps
     c = c / (c.sum(dim=-2, keepdim=True) + eps)
     for _ in range(iters - 1):
@@ -138,15 +152,23 @@ def hyper_logits(projected: Tensor, base: Tensor, scale: Tensor, num: int) -> tu
 def hyper_maps(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How one sublayer reads and writes the streams (paper eq. 6-8): pre [n, N], post [n, N], comb [n, N, N], fp32.
-
-    x [n, N, M]; fn [(2+N)*N, N*M], base [(2+N)*N], scale [3], all fp32. The RMS runs over all N*M numbers, no gain.
-    pre lies in (0, 1), post in (0, 2), comb is nearly doubly stochastic.
-    """
     flat = x.flatten(1).float()
     rho = torch.rsqrt(flat.square().mean(dim=1, keepdim=True) + norm_eps)
     pre, post, comb = hyper_logits(F.linear(flat, fn.float()) * rho, base, scale, x.shape[1])
     return torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), sinkhorn(comb, iters, eps)
+
+
+def hyper_enter(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, gain: Tensor, iters: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    pre, post, comb = hyper_maps(x, fn, base, scale, iters, eps, norm_eps)
+    return rms_norm(hyper_read(x, pre), gain, norm_eps), post, comb
+
+
+def head_collapse(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    flat = x.flatten(1).float()
+    rho = torch.rsqrt(flat.square().mean(dim=1, keepdim=True) + norm_eps)
+    return hyper_read(x, torch.sigmoid(scale * (F.linear(flat, fn.float()) * rho) + base) + eps)
 
 
 def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
@@ -155,18 +177,45 @@ def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def hyper_write(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """New streams [n, N, M]: x'_k = post_k y + sum_j comb[j, k] x_j - the sum runs over the FIRST index of comb."""
     return (post[:, :, None] * y.float()[:, None] + torch.einsum("njk,njm->nkm", comb, x.float())).to(x.dtype)
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
+    if isinstance(weight, PackedMatrix):
+        return F.linear(x, weight.unpack(x.dtype))
+    return F.linear(x, weight.to(x.dtype))
 
 
 # --- mixture of experts ----------------------------------------------------------------------------------------------
 
 
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
-    """Routed experts: sum over a token's chosen experts of w2 (weight * clamped-SwiGLU(x)), fp32 [n, M].
+def gate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = gate_scores(x, weight)
+    if chosen is None:
+        assert bias is not None, "experts are chosen by biased scores, or given"
+        chosen = topk_lowest((scores + bias).detach(), k)
+    return scores, chosen, gate_weights(scores, chosen, scale)
 
-    x [n, M]; chosen int64 [n, k]; weights fp32 [n, k]; w13 [X, 2, I, M] (gate over up), w2 [X, M, I].
-    """
+
+def gate_scores(x: Tensor, weight: Tensor) -> Tensor:
+    """sqrt(softplus(weight x)) of every expert, fp32 [n, X]."""
+    logits = F.linear(x.float(), weight.float())
+    # the floor keeps sqrt's gradient finite where softplus underflows (logits below -87)
+    return F.softplus(logits).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+def gate_weights(scores: Tensor, chosen: Tensor, scale: float) -> Tensor:
+    """The chosen experts' scores, normalised to sum to `scale`."""
+    weights = scores.gather(1, chosen)
+    return weights / weights.sum(dim=1, keepdim=True) * scale
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(len(w13)):
         token, slot = torch.where(chosen == expert)
@@ -186,6 +235,5 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
-    """Sum over tokens of -log p(target), fp32 scalar; hidden [n, M], head [V, M], targets int64 [n] (ignore: none)."""
     logits = F.linear(hidden.float(), head.float())
     return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")

@@ -1,0 +1,46 @@
+"""What a form of an op serves, in the words in which a refusal is said."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.formats import PackedRows
+from dsv4.ops.weights import PackedMatrix
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The calls that a form serves; None allows everything.
+
+    devices: types of device. dtypes: of floating-point tensors. gradient, packed: False where the form has no backward
+    pass, or reads no packed rows and weights. also: a function of the op's arguments that gives "" or a further reason,
+    such as a shape.
+    """
+
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    gradient: bool = True
+    packed: bool = True
+    also: Callable[..., str] | None = None
+
+    def refuses(self, *args: Any) -> str:
+        """ "" or why a call with these arguments is not served."""
+        return self.refuses_kind(*args) or ("" if self.also is None else self.also(*args))
+
+    def refuses_kind(self, *args: Any) -> str:
+        """ "" or why arguments of these devices and kinds are not served, whatever their shapes."""
+        for arg in args:
+            if isinstance(arg, PackedRows | PackedMatrix) and not self.packed:
+                return "packed rows" if isinstance(arg, PackedRows) else "a packed weight"
+            if not isinstance(arg, Tensor):
+                continue
+            if self.devices is not None and arg.device.type not in self.devices:
+                return f"device {arg.device.type}"
+            if self.dtypes is not None and arg.is_floating_point() and arg.dtype not in self.dtypes:
+                return f"dtype {str(arg.dtype).removeprefix('torch.')}"
+            if not self.gradient and arg.requires_grad and torch.is_grad_enabled():
+                return "a gradient is needed"
+        return ""
