@@ -224,7 +224,7 @@ def published_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     mtp |= {f"mtp.0.{name}.weight": (d,) for name in ("enorm", "hnorm")}
     ends = {"embed.weight": (c.vocab_size, d), "head.weight": (c.vocab_size, d)}
     layers = block("layers.0", 0) | block("layers.1", 4) | block("layers.2", 128)
-    return ends | layers | ending("") | mtp | block("mtp.0", 0) | ending("mtp.0.")
+    return ends | layers | ending("") | mtp | block("mtp.0.block", 0) | ending("mtp.0.")
 
 
 ADAMW_PLAIN = ("norm.weight", "_base", "_scale", ".attn_sink", ".ape")
@@ -295,7 +295,7 @@ def test_logical_matrices() -> None:
         "layers.1.attn.indexer.compressor.wkv.weight": [(2, c.index_head_dim, d)],
         "layers.2.attn.compressor.wkv.weight": [(1, c.head_dim, d)],
         "layers.1.hc_attn_fn": [(1, n, n * d), (1, n, n * d), (1, n * n, n * d)],
-        "mtp.0.hc_ffn_fn": [(1, n, n * d), (1, n, n * d), (1, n * n, n * d)],
+        "mtp.0.block.hc_ffn_fn": [(1, n, n * d), (1, n, n * d), (1, n * n, n * d)],
         "hc_head_fn": [(1, n, n * d)],
         "mtp.0.hc_head_fn": [(1, n, n * d)],
     }

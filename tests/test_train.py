@@ -25,15 +25,14 @@ from dsv4.model.moe import Routing
 from dsv4.settings import merge
 from dsv4.text import ByteTokenizer
 from dsv4.train import state as train_state
+from dsv4.train.balance import learned_gates, update_balance_bias
 from dsv4.train.data import split
 from dsv4.train.log import FAR, WINDOW, LossWatch, plot_loss, read_log, smoothed
 from dsv4.train.loss import (
     balance_loss,
     count_totals,
     heldout_nll,
-    learned_gates,
     training_loss,
-    update_balance_bias,
 )
 from dsv4.train.recipes import RECIPES, RunConfig, resolve
 from dsv4.train.state import last_good, latest, numbered

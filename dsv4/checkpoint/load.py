@@ -13,7 +13,7 @@ from dsv4 import files
 from dsv4.checkpoint.find import resolve_checkpoint
 from dsv4.checkpoint.names import Layout, file_names, known_names, layout_of
 from dsv4.config import ModelConfig
-from dsv4.config.v4 import as_ids, check_ids
+from dsv4.config.rules import as_ids, check_ids
 from dsv4.errors import UserError, shown
 from dsv4.model import Transformer
 from dsv4.model.moe import check_hash_table

@@ -1,8 +1,9 @@
 """One table: the tensors of a file and where they live in the model.
 
 Model names are the published names, except that the routed experts are stacked: `experts.w13` [X, 2, I, M] holds
-`experts.E.w1.weight` and `experts.E.w3.weight`, `experts.w2` [X, M, I] holds `experts.E.w2.weight`. The folder that
-transformers' `save_pretrained` writes has the same names under `model.`, but for the few of `_TRANSFORMERS`.
+`experts.E.w1.weight` and `experts.E.w3.weight`, `experts.w2` [X, M, I] holds `experts.E.w2.weight`; and that the block
+in `mtp.N` is a module of its own, `mtp.N.block`, whose tensors are published beside the others of `mtp.N`. The folder
+that transformers' `save_pretrained` writes has the same names under `model.`, but for the few of `_TRANSFORMERS`.
 """
 
 import re
@@ -22,6 +23,7 @@ _TRANSFORMERS = (
     (re.compile(r"^hc_head_(fn|base|scale)$"), r"model.hc_head.hc_\1"),
     (re.compile(r"^(layers\.\d+\.attn)\.kv_norm\.weight$"), r"model.\1.norm.weight"),
 )
+_MTP_BLOCK = re.compile(r"^(mtp\.\d+)\.block\.")
 # Tables of angles that some writers keep: they follow from the configuration.
 _DERIVED = re.compile(r"(^|\.)(rotary_emb\.\w*inv_freq|freqs_cis)$")
 
@@ -58,6 +60,7 @@ def known_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _published(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Place]]:
+    name = _MTP_BLOCK.sub(r"\1.", name)
     stem, _, leaf = name.rpartition(".")
     if not stem.endswith("ffn.experts"):
         yield name, ()

@@ -29,7 +29,7 @@ class Runner:
             memory = w.request.memory = w.request.memory or self._new_memory(w.request)
             ids += w.request.ids[memory.length : memory.length + w.count]
             segments.append(Segment(w.count, memory))
-        logits = self.model(torch.tensor(ids), segments=segments, last=True)
+        logits = self.model(torch.tensor(ids), segments=segments, rows="last")
         ready = [row for row, w in enumerate(work) if not w.request.pending]
         return [work[row].request for row in ready], logits[ready]
 

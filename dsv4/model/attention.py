@@ -15,9 +15,9 @@ from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer
-from dsv4.model.layers import Linear, RMSNorm, rms_normalise
-from dsv4.model.rope import rotate
+from dsv4.model.layers import GroupedLinear, Linear, RMSNorm, rms_normalise
 from dsv4.model.segments import Run
+from dsv4.ops import rotate
 
 
 class Attention(nn.Module):
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.wkv = Linear(c.hidden_size, self.width, dtype)
         self.kv_norm = RMSNorm(self.width, c.rms_norm_eps)
         self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
-        self.wo_a = Linear(self.heads * self.width // self.groups, self.groups * c.o_lora_rank, dtype)
+        self.wo_a = GroupedLinear(self.groups, self.heads * self.width // self.groups, c.o_lora_rank, dtype)
         self.wo_b = Linear(self.groups * c.o_lora_rank, c.hidden_size, dtype)
         self.compressor = Compressor(c, self.ratio, self.width, dtype) if self.ratio else None
         self.indexer = Indexer(c, dtype) if self.kind == "csa" else None
@@ -69,17 +69,11 @@ class Attention(nn.Module):
         nothing: list[Any] = [None] * len(run.pieces)
         if self.compressor is None:
             return nothing, nothing
-        values, scores = self.compressor.project(x, run)
-        pools: list[ops.Pool | None] = [
-            self.compressor(values[p.tokens], scores[p.tokens], p, v.attention if v else None, x.dtype)
-            for p, v in zip(run.pieces, views, strict=True)
-        ]
+        pools: list[ops.Pool | None] = [*self.compressor(x, run, [v.attention if v else None for v in views])]
         if self.indexer is None:
             return pools, nothing
         return pools, self.indexer(x, qr, run, [v.index if v else None for v in views])
 
     def project_out(self, o_THD: Tensor) -> Tensor:
         """Heads in G groups, each through its own low-rank matrix, then one projection to M (paper 2.3.1)."""
-        grouped = o_THD.reshape(len(o_THD), self.groups, -1)
-        wo_a = self.wo_a.weight.to(o_THD.dtype).view(self.groups, -1, grouped.shape[-1])
-        return self.wo_b(torch.einsum("tgi,gri->tgr", grouped, wo_a).flatten(1))
+        return self.wo_b(self.wo_a(o_THD.reshape(len(o_THD), self.groups, -1)).flatten(1))

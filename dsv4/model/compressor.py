@@ -1,7 +1,7 @@
 """Tokens -> compressed entries: CSA pools with overlap (ratio 4), HCA without (ratio 128).
 
-One method serves whole sequences and streams: the rows of the open group come from the memory, or there are none.
-Everything up to the norm is fp32. A tail shorter than a group emits nothing and is not attended.
+One method serves whole sequences and streams: the rows of the open group come from the memory, or there are none. The
+arithmetic is ops.compress. A tail shorter than a group emits nothing and is not attended.
 """
 
 import torch
@@ -12,8 +12,18 @@ from dsv4 import ops
 from dsv4.cache import Compressed
 from dsv4.config import ModelConfig
 from dsv4.model.layers import Linear, RMSNorm
-from dsv4.model.rope import rotate
-from dsv4.model.segments import Piece, Run
+from dsv4.model.segments import Groups, Piece, Run
+
+
+class EntryNorm(RMSNorm):
+    """The norm of entries, which are pooled before it and rotated after it: one op. weight [d] fp32."""
+
+    def forward(self, values: Tensor, scores: Tensor, groups: Groups, overlap: bool, dtype: torch.dtype) -> Tensor:
+        """Rows [R, c*d] fp32, scores with the positional bias -> the entries [G, d] of the groups that close."""
+        return ops.compress(
+            values, scores, groups.first_row, groups.has_previous, groups.ratio, overlap, self.weight, self.eps,
+            groups.turn, dtype,
+        )  # fmt: skip
 
 
 class Compressor(nn.Module):
@@ -26,24 +36,30 @@ class Compressor(nn.Module):
         self.wkv = Linear(config.hidden_size, rows, dtype, fp32=True)
         self.wgate = Linear(config.hidden_size, rows, dtype, fp32=True)
         self.ape = nn.Parameter(torch.empty(ratio, rows, dtype=torch.float32))
-        self.norm = RMSNorm(width, config.rms_norm_eps)
+        self.norm = EntryNorm(width, config.rms_norm_eps)
 
-    def project(self, x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """Values and gate scores (bias added) of every token: fp32 [T, c*d] each."""
-        return self.wkv(x), self.wgate(x) + F.embedding(run.positions % self.ratio, self.ape.float())
+    def forward(self, x: Tensor, run: Run, stores: list[Compressed | None]) -> list[ops.Pool]:
+        """For each piece of the run its pool of entries [existing + new, d]; `stores` (None: no memory) remember them.
 
-    def forward(
+        x [T, M] is the sublayer's input. Values and gate scores (bias added) are fp32 [T, c*d].
+        """
+        values, scores = self.wkv(x), self.wgate(x) + F.embedding(run.positions % self.ratio, self.ape.float())
+        return [
+            self._pool(values[p.tokens], scores[p.tokens], p, store, x.dtype)
+            for p, store in zip(run.pieces, stores, strict=True)
+        ]
+
+    def _pool(
         self, values: Tensor, scores: Tensor, piece: Piece, store: Compressed | None, dtype: torch.dtype
     ) -> ops.Pool:
-        """The pool of entries [existing + new, d] of a piece, from its tokens' rows [n, c*d]; remembers both."""
+        """The pool of one piece from its tokens' rows [n, c*d]."""
         groups = piece.groups[self.ratio]
         if store is not None:
             rows = torch.stack([values, scores], dim=1)
             both = torch.cat([store.rows.last(groups.carried, piece.start), rows])
             store.rows.write(rows, piece.start)
             values, scores = both.unbind(1)
-        pooled = ops.compress(values, scores, groups.first_row, groups.has_previous, self.ratio, self.overlap)
-        entries = rotate(self.norm(pooled.to(dtype)), groups.turn)
+        entries = self.norm(values, scores, groups, self.overlap, dtype)
         if store is None:
             return entries
         store.entries.write(entries, groups.existing)

@@ -14,14 +14,13 @@ from dsv4.cache.layer import Entries
 from dsv4.config import LlamaConfig, V32Config
 from dsv4.errors import UserError
 from dsv4.ops import Pool
-from dsv4.ops.formats import PLAIN, Packed, Plain, v32_rows
+from dsv4.ops.formats import PLAIN, Plain, v32_rows
 
 Config: TypeAlias = V32Config | LlamaConfig
 Stores: TypeAlias = tuple[Entries, Entries]
 FORMATS: dict[type, tuple[str, ...]] = {
     V32Config: ("float32", "bfloat16", "packed"), LlamaConfig: ("float32", "bfloat16")
 }  # fmt: skip
-_FILL_ROWS = 4096  # rows that `fill` draws at a time
 
 
 class ControlMemory:
@@ -54,18 +53,6 @@ class ControlMemory:
     def bytes(self) -> int:
         """Bytes allocated by all stores."""
         return sum(store.data.untyped_storage().nbytes() for stores in self.layers for store in stores)
-
-    def fill(self, length: int, generator: torch.Generator | None = None) -> None:
-        """Pretend that `length` tokens were seen: random rows of the size real ones have. For measuring only."""
-        check_room(self.config, length)
-        for stores in self.layers:
-            for store in stores:
-                for at in range(0, length, _FILL_ROWS):
-                    rows = min(_FILL_ROWS, length - at)
-                    device = store.data.device if generator is None else generator.device
-                    width = store.format.width if isinstance(store.format, Packed) else store.format.shape[0]
-                    store.write(torch.randn(rows, width, generator=generator, device=device).to(store.data.device), at)
-        self.length = length
 
 
 def check_room(config: Config, length: int) -> None:

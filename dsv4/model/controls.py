@@ -6,6 +6,7 @@ matmul on the parameter itself, so that work can be counted as it runs. Nothing 
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +67,12 @@ class ControlTransformer(nn.Module):
             format = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         return ControlMemory(self.config, format, capacity, self.device)
 
-    def forward(self, ids: Tensor, memory: ControlMemory | None = None, *, last: bool = False) -> Tensor:
+    def forward(
+        self, ids: Tensor, memory: ControlMemory | None = None, *, rows: Literal["last"] | None = None
+    ) -> Tensor:
         """Logits fp32 [T, vocab] of one sequence's ids int64 [T]; with a memory the ids continue it, without gradient.
 
-        last=True: those of the last token only, [1, vocab]. Raises UserError, before anything is written, for ids
+        rows="last": those of the last token only, [1, vocab]. Raises UserError, before anything is written, for ids
         that are not flat or outside the vocabulary, a memory of another model, and more positions than there are.
         """
         self._check(ids, memory)
@@ -80,7 +83,7 @@ class ControlTransformer(nn.Module):
             x = self.embed(ids)
             for i, layer in enumerate(self.layers):
                 x = layer(x, turn, start, None if memory is None else memory.layers[i])
-            logits = self.head(self.norm(x[-1:] if last else x))
+            logits = self.head(self.norm(x[-1:] if rows else x))
         if memory is not None:
             memory.length += len(ids)
         return logits

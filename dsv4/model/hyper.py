@@ -1,17 +1,15 @@
 """Manifold-constrained hyper-connections: N residual streams, read into one, written back and mixed.
 
-The arithmetic is in ops (hyper_maps, hyper_read, hyper_write); the parameters lie flat on the block that uses them,
+The arithmetic is in ops (hyper_enter, hyper_write, head_collapse); the parameters lie flat on the block that uses them,
 under their published names (`hc_attn_fn`, ...). All of it is fp32.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
 from dsv4.config import ModelConfig
+from dsv4.model.layers import RMSNorm
 
 Hyper = tuple[nn.Parameter, nn.Parameter, nn.Parameter]  # fn, base, scale
 
@@ -25,21 +23,21 @@ def parameters(config: ModelConfig, *, head: bool = False) -> Hyper:
     return fn, base, scale
 
 
-def read(x_TNM: Tensor, hyper: Hyper, config: ModelConfig) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """N streams -> the sublayer's input [T, M], and the function that writes its output back (1 -> N, mixed).
+class Enter(RMSNorm):
+    """The norm of a sublayer's input, which it reads out of the N streams itself: one op. weight [M] fp32."""
 
-    All three maps come from the streams as they are before the sublayer.
-    """
-    fn, base, scale = hyper
-    c = config
-    pre, post, comb = ops.hyper_maps(x_TNM, fn, base, scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
-    return ops.hyper_read(x_TNM, pre), lambda y_TM: ops.hyper_write(x_TNM, y_TM, post, comb)
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.rms_norm_eps)
+        self.iters, self.hc_eps = config.hc_sinkhorn_iters, config.hc_eps
+
+    def forward(self, x_TNM: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+        """N streams -> the sublayer's normed input [T, M], and post [T, N], comb [T, N, N] for ops.hyper_write.
+
+        All three maps come from the streams as they are before the sublayer.
+        """
+        return ops.hyper_enter(x_TNM, *hyper, self.weight, self.iters, self.hc_eps, self.eps)
 
 
 def collapse(x_TNM: Tensor, hyper: Hyper, config: ModelConfig) -> Tensor:
-    """The head's weighted sum of the streams [T, M]: sigmoid weights, no Sinkhorn, no normalisation."""
-    fn, base, scale = hyper
-    flat = x_TNM.flatten(1).float()
-    rho = torch.rsqrt(flat.square().mean(dim=1, keepdim=True) + config.rms_norm_eps)
-    pre = torch.sigmoid(scale * (F.linear(flat, fn.float()) * rho) + base) + config.hc_eps
-    return ops.hyper_read(x_TNM, pre)
+    """The head's weighted sum of the streams [T, M]."""
+    return ops.head_collapse(x_TNM, *hyper, config.hc_eps, config.rms_norm_eps)

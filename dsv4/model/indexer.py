@@ -13,8 +13,8 @@ from dsv4.cache import Compressed
 from dsv4.config import ModelConfig
 from dsv4.model.compressor import Compressor
 from dsv4.model.layers import Linear
-from dsv4.model.rope import rotate
 from dsv4.model.segments import Run
+from dsv4.ops import rotate
 
 
 class Indexer(nn.Module):
@@ -37,11 +37,7 @@ class Indexer(nn.Module):
         wanted = [piece.groups[4].visible.longest > self.topk for piece in run.pieces]
         if not any(wanted) and not run.memories():
             return [None] * len(run.pieces)
-        values, scores = self.compressor.project(x, run)
-        keys = [
-            self.compressor(values[p.tokens], scores[p.tokens], p, store, x.dtype)
-            for p, store in zip(run.pieces, stores, strict=True)
-        ]
+        keys = self.compressor(x, run, stores)
         if not any(wanted):
             return [None] * len(run.pieces)
         q = rotate(self.wq_b(qr).view(len(x), self.heads, self.width), run.turn["compressed"])

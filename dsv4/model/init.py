@@ -11,7 +11,7 @@ from dsv4.config import ModelConfig
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig) -> None:
     """Fill every parameter in place from torch's global generator; on the meta device nothing happens."""
-    for name, p in model.named_parameters():
+    for name, p in sorted(model.named_parameters(), key=lambda item: draw_order(item[0])):
         if p.is_meta:
             continue
         leaf = name.rsplit(".", 1)[-1]
@@ -23,6 +23,14 @@ def initialise(model: nn.Module, config: ModelConfig) -> None:
             p.zero_()
         else:
             p.normal_(0.0, config.initializer_range)
+
+
+def draw_order(name: str) -> int:
+    """Numbers are drawn in the order of the published names, which in the MTP block is not that of the modules: a seed
+    goes on giving the model that it gave."""
+    if not name.startswith("mtp."):
+        return 0
+    return 1 if ".block.hc_" in name else 2 if ".hc_head_" in name else 3
 
 
 def _hyper(leaf: str, p: torch.Tensor, config: ModelConfig) -> None:

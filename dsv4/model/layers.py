@@ -4,9 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv4 import ops
+
 
 class Linear(nn.Module):
-    """y = x W^T, W [out, in]; computed in x's dtype, or in fp32 where `fp32` (then the weight is held in fp32 too)."""
+    """y = x W^T, W [out, in]; computed in x's dtype, or in fp32 where `fp32` (then the weight is held in fp32 too).
+
+    In place of the parameter `weight` may be an ops.PackedMatrix.
+    """
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, fp32: bool = False):
         super().__init__()
@@ -14,8 +19,20 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32 if fp32 else dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float() if self.fp32 else x
-        return F.linear(x, self.weight.to(x.dtype))
+        return ops.linear(x.float() if self.fp32 else x, self.weight)
+
+
+class GroupedLinear(nn.Module):
+    """G matrices [out, in], one for each group of inputs, held as one weight [G*out, in]; computed in x's dtype."""
+
+    def __init__(self, groups: int, in_features: int, out_features: int, dtype: torch.dtype):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * out_features, in_features, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, G, in] -> [T, G, out]."""
+        return torch.einsum("tgi,gri->tgr", x, self.weight.to(x.dtype).view(self.groups, -1, x.shape[-1]))
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Embedding):

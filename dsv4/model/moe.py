@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
@@ -43,16 +42,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Routing:
         """x [T, M], ids int64 [T] -> Routing (paper 2.1): score = sqrt(softplus(logit)), weights sum to `scale`."""
-        logits = F.linear(x.float(), self.weight.float())
-        # the floor keeps sqrt's gradient finite where softplus underflows (logits below -87)
-        scores = F.softplus(logits).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        if self.tid2eid is not None:
-            chosen = self.tid2eid[ids]
-        else:
-            assert self.bias is not None
-            chosen = ops.topk_lowest((scores + self.bias).detach(), self.topk)
-        weights = scores.gather(1, chosen)
-        return Routing(scores, chosen, weights / weights.sum(dim=1, keepdim=True) * self.scale)
+        given = None if self.tid2eid is None else self.tid2eid[ids]
+        return Routing(*ops.gate(x, self.weight, self.bias, given, self.topk, self.scale))
 
 
 def hash_table(config: ModelConfig, layer: int) -> Tensor:
@@ -86,13 +77,18 @@ def check_hash_table(table: Tensor, config: ModelConfig, name: str) -> None:
 
 
 class Experts(nn.Module):
-    """All routed experts, stacked: w13 [X, 2, I, M] (gate over up) and w2 [X, M, I]."""
+    """All routed experts, stacked: w13 [X, 2, I, M] (gate over up) and w2 [X, M, I]; `limit` is the SwiGLU's clamp."""
 
-    def __init__(self, config: ModelConfig | V32Config, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig | V32Config, dtype: torch.dtype, limit: float):
         super().__init__()
+        self.limit = limit
         x, i, m = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(x, 2, i, m, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(x, m, i, dtype=dtype))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [T, M], chosen int64 [T, K], weights fp32 [T, K] -> the weighted sum of the chosen experts, fp32 [T, M]."""
+        return ops.experts(x, chosen, weights, self.w13, self.w2, self.limit)
 
 
 class SharedExpert(nn.Module):
@@ -112,13 +108,12 @@ class SharedExpert(nn.Module):
 class MoE(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
         super().__init__()
-        self.limit = config.swiglu_limit
         self.gate = Gate(config, layer)
-        self.experts = Experts(config, dtype)
+        self.experts = Experts(config, dtype, config.swiglu_limit)
         self.shared_experts = SharedExpert(config, dtype)
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Routing]:
         """x [T, M], ids int64 [T] (hash layers route by them) -> [T, M] and what the gate decided."""
         routing = self.gate(x, ids)
-        routed = ops.experts(x, routing.chosen, routing.weights, self.experts.w13, self.experts.w2, self.limit)
+        routed = self.experts(x, routing.chosen, routing.weights)
         return (routed + self.shared_experts(x).float()).to(x.dtype), routing

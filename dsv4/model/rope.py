@@ -1,7 +1,8 @@
 """Rotary embedding: the last `qk_rope_head_dim` channels, interleaved pairs, one table per layer kind.
 
 Layers without compression use base 10000 and nothing else; CSA and HCA layers use base 160000 with YaRN frequencies
-for everything in the layer. No amplitude factor anywhere. Angles are the fp32 product position x frequency.
+for everything in the layer. No amplitude factor anywhere. Angles are the fp32 product position x frequency. What
+rotates by them is `ops.rotate`.
 """
 
 import math
@@ -41,11 +42,3 @@ def turns(freq: Tensor, positions: Tensor) -> Tensor:
     """exp(i position frequency): complex64 [n, pairs] for positions int64 [n]."""
     angle = positions.float()[:, None] * freq.to(positions.device)
     return torch.polar(torch.ones_like(angle), angle)
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate the last channels of x [n, ..., D] by turn [n, pairs], in fp32; pass turn.conj() for the inverse."""
-    pairs = turn.shape[-1]
-    turn = turn.view(len(turn), *[1] * (x.ndim - 2), pairs)
-    tail = torch.view_as_complex(x[..., -2 * pairs :].float().unflatten(-1, (pairs, 2)))
-    return torch.cat([x[..., : -2 * pairs], torch.view_as_real(tail * turn).flatten(-2).to(x.dtype)], dim=-1)

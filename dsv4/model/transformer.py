@@ -6,21 +6,23 @@ one): the input is a flat run of T tokens cut into segments, each starting a doc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dsv4 import ops
 from dsv4.cache import BatchMemory, LayerMemory, SequenceMemory
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.model import hyper
 from dsv4.model.block import Block
+from dsv4.model.head import Head
 from dsv4.model.init import initialise
-from dsv4.model.layers import Embedding, Linear, RMSNorm
+from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
-from dsv4.model.mtp import MTPBlock
+from dsv4.model.mtp import MTP
 from dsv4.model.segments import Run, Segment, plan
 
 Segments = Sequence["Segment | int | tuple[int, SequenceMemory | None]"]
@@ -36,36 +38,81 @@ class Trunk:
     routing: list[Routing]
 
 
+@dataclass(frozen=True)
+class Losses:
+    """What a run with targets comes to, with a graph: sums of -log p(target) in nats, and what the gates decided.
+
+    mtp_nll is None without an MTP block or where no segment has a next token. routing: of every layer, the MTP block's
+    last, with the lengths of the sequences that it saw.
+    """
+
+    nll: Tensor
+    mtp_nll: Tensor | None
+    routing: list[tuple[Routing, list[int]]]
+
+
 class Transformer(nn.Module):
     """The whole model. Parameters carry the published names (experts are stacked: see checkpoint/names.py).
 
-    `dtype` is that of the large matrices and of the activations; norms, router, compressors, hyper-connections and
-    sinks are held and computed in fp32 whatever it is. `recompute` saves memory in training: a block's activations are
-    computed again in the backward pass. `stop_ids` are the tokens that end a text, as the configuration says.
+    `dtype` is that of the large matrices, `compute_dtype` that of the activations (default: the same; fp32 master
+    weights are trained in bfloat16 so); norms, router, compressors, hyper-connections and sinks are held and computed
+    in fp32 whatever they are. `recompute` saves memory in training: a block's activations are computed again in the
+    backward pass. `stop_ids` are the tokens that end a text, as the configuration says.
+
+    Every parameter is used inside the `forward` of the module that owns it, so that modules can be sharded or compiled
+    one by one; training and serving both go through this module's own `forward`.
     """
 
     stop_ids: tuple[int, ...]
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype | str = torch.float32, *, recompute: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        compute_dtype: torch.dtype | str | None = None,
+        recompute: bool = False,
+    ):
         super().__init__()
         dtype = as_dtype(dtype)
         self.config, self.dtype, self.recompute = config, dtype, recompute
+        self.compute_dtype = dtype if compute_dtype is None else as_dtype(compute_dtype)
         self.stop_ids = config.stop_ids
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, dtype)
+        self.head = Head(config.hidden_size, config.vocab_size, dtype)
         self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hyper.parameters(config, head=True)
-        self.mtp = nn.ModuleList(MTPBlock(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(MTP(config, dtype) for _ in range(config.num_nextn_predict_layers))
         initialise(self, config)
 
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile every block in place (the arguments are its own); the ops stay outside the graphs.
+
+        A block alone: `ops.keep_out_of_graphs()`, then `torch.compile(block, dynamic=True)`.
+        """
+        ops.keep_out_of_graphs()
+        for block in (*self.layers, *self.mtp):
+            block.compile(*args, **kwargs)
+
     def num_parameters(self, *, mtp: bool = False) -> int:
         """Parameters, without the MTP block unless asked; router biases and hash tables are buffers, not counted."""
         return sum(p.numel() for name, p in self.named_parameters() if mtp or not name.startswith("mtp."))
+
+    @overload
+    def forward(
+        self, ids: Tensor, cache: BatchMemory | SequenceMemory | None = ..., segments: Segments | None = ..., *,
+        rows: Tensor | Literal["last"] | None = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, ids: Tensor, cache: None = ..., segments: Segments | None = ..., *, targets: Tensor, mtp: bool = ...
+    ) -> Losses: ...
 
     def forward(
         self,
@@ -73,25 +120,47 @@ class Transformer(nn.Module):
         cache: BatchMemory | SequenceMemory | None = None,
         segments: Segments | None = None,
         *,
-        last: bool = False,
-    ) -> Tensor:
+        rows: Tensor | Literal["last"] | None = None,
+        targets: Tensor | None = None,
+        mtp: bool = True,
+    ) -> Tensor | Losses:
         """Logits fp32 [..., T, vocab] for ids int64 [T] or [B, T] (B segments of T tokens).
 
         cache: one memory per row, which the call continues. segments (ids must be flat): the general form, a length, a
-        (length, memory or None) or a Segment each. last=True: logits of each segment's last token only, [segments,
-        vocab]. Raises UserError, before anything is written, for ids outside the vocabulary, lengths that do not add
-        up, and positions beyond max_position_embeddings.
+        (length, memory or None) or a Segment each. rows: logits of these rows of the flat run only, int64 [n] -> [n,
+        vocab], or "last", each segment's last token, [segments, vocab]. Raises UserError, before anything is written,
+        for ids outside the vocabulary, lengths that do not add up, and positions beyond max_position_embeddings.
+
+        With targets (of ids' shape, -100 where there is none; no memories) it returns Losses, whose logits exist block
+        by block only; mtp=False leaves those of the MTP block out.
         """
         flat, cut = self._cut(ids, cache, segments)
+        if targets is not None:
+            return self._losses(flat, cut, targets, mtp)
+        if isinstance(rows, Tensor) and (rows.ndim != 1 or bool((rows < 0).any()) or bool((rows >= len(flat)).any())):
+            raise UserError(f"rows must be int64 [n] from 0 to {len(flat) - 1}, or 'last': they are rows of the run")
         trunk = self.trunk(flat, cut)
-        if last:
-            return self.logits(trunk.hidden[trunk.run.last])
-        logits = self.logits(trunk.hidden)
-        return logits.view(*ids.shape, -1)
+        if rows is None:
+            return self.head(trunk.hidden).view(*ids.shape, -1)
+        return self.head(trunk.hidden[trunk.run.last if isinstance(rows, str) else rows.to(self.device)])
+
+    def _losses(self, ids: Tensor, segments: list[Segment], targets: Tensor, mtp: bool) -> Losses:
+        targets = targets.flatten().to(self.device)
+        assert len(targets) == len(ids) and all(s.memory is None for s in segments)
+        lengths = [s.length for s in segments]
+        trunk = self.trunk(ids, segments)
+        routing = [(decided, lengths) for decided in trunk.routing]
+        drafted = None
+        if mtp and self.mtp and max(lengths) > 1:
+            # the MTP target of row t is the target of row t+1, so nothing is predicted across a document's end
+            hidden, rows, decided = self.predict_next(trunk, ids)
+            drafted = self.head(hidden, targets[rows + 1])
+            routing.append((decided, [n - 1 for n in lengths if n > 1]))
+        return Losses(self.head(trunk.hidden, targets), drafted, routing)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, M] -> logits fp32 [n, vocab]."""
-        return F.linear(hidden.float(), self.head.weight.float())
+        return self.head(hidden)
 
     def new_cache(
         self,
@@ -104,15 +173,15 @@ class Transformer(nn.Module):
     ) -> BatchMemory:
         """Empty memories for `batch` rows; `capacity` tokens are preallocated.
 
-        format: packed, float32, bfloat16 or float16 (or that dtype); default: the model's dtype. mtp: with a window
+        format: packed, float32, bfloat16 or float16 (or that dtype); default: compute_dtype. mtp: with a window
         for the MTP block, which `draft` needs.
         """
         if batch < 1:
             raise UserError(f"batch={batch} must be at least 1")
         return BatchMemory([
             SequenceMemory(
-                self.config, format=format or self.dtype, device=self.device, capacity=capacity,
-                max_rewind=max_rewind, numbers=self.dtype, mtp=mtp,
+                self.config, format=format or self.compute_dtype, device=self.device, capacity=capacity,
+                max_rewind=max_rewind, numbers=self.compute_dtype, mtp=mtp,
             )
             for _ in range(batch)
         ])  # fmt: skip
@@ -127,7 +196,7 @@ class Transformer(nn.Module):
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
-            x = self.embed(ids).to(self.dtype)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+            x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
             routing = []
             for i, block in enumerate(self.layers):
                 views = [None if p.memory is None else p.memory.layers[i] for p in run.pieces]
@@ -198,8 +267,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Routing]:
         assert self.mtp, "the model has no MTP block"
         block = self.mtp[0]
-        assert isinstance(block, MTPBlock)
-        hidden, _, routing = block.draft(streams, self.embed(following).to(self.dtype), following, run, views)
+        hidden, _, routing = block(streams, self.embed(following).to(self.compute_dtype), following, run, views)
         return hidden, routing
 
     def _check_ids(self, ids: Tensor) -> None:

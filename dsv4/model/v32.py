@@ -15,7 +15,7 @@ from dsv4.model.control_memory import Stores, remember
 from dsv4.model.dense import MLP, NO_LIMIT, attend, attend_all, in_blocks, rotate_halves
 from dsv4.model.layers import Linear, RMSNorm
 from dsv4.model.moe import Experts
-from dsv4.model.rope import rotate
+from dsv4.ops import rotate
 
 
 class KeyNorm(nn.LayerNorm):
@@ -149,11 +149,11 @@ class GroupedMoE(nn.Module):
     def __init__(self, config: V32Config, dtype: torch.dtype):
         super().__init__()
         self.gate = GroupedGate(config)
-        self.experts = Experts(config, dtype)
+        self.experts = Experts(config, dtype, NO_LIMIT)
         inner = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, inner, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = self.gate(x)
-        routed = ops.experts(x, chosen, weights, self.experts.w13, self.experts.w2, NO_LIMIT)
+        routed = self.experts(x, chosen, weights)
         return (routed + self.shared_experts(x).float()).to(x.dtype)

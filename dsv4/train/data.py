@@ -29,13 +29,13 @@ from torch import Tensor
 
 from dsv4.errors import UserError
 from dsv4.files import explained, make_folder, read_json, sha256_of, write_atomically, write_json
+from dsv4.model.head import IGNORE
 from dsv4.text import Tokenizer
 from dsv4.train.sources import hold_out, read_documents
 
 __all__ = ["Batch", "Batches", "Packed", "heldout_batches", "hold_out", "prepare", "read_documents", "split"]
 
 FORMAT = 2
-IGNORED = -100  # the target where there is none, as torch's cross entropy has it
 CHUNK_CHARS = 1 << 21  # text handed to the tokenizer at once: enough to keep its threads busy; 150 bytes each
 BLOCK_BYTES = 1 << 22  # read at once when a file is checked
 
@@ -511,7 +511,7 @@ def _batch(packed: Packed, spans: list[Span]) -> Batch:
     """Read the spans of a batch from the mapped file."""
     lengths = [end - first for first, end, _ in spans]
     ids = np.empty(sum(lengths), dtype=np.int64)
-    targets = np.full(len(ids), IGNORED, dtype=np.int64)
+    targets = np.full(len(ids), IGNORE, dtype=np.int64)
     at, segment_bytes = 0, []
     for (first, end, closes), length in zip(spans, lengths, strict=True):
         known = length - closes

@@ -1,7 +1,4 @@
-"""What training minimises: next token, the token after it (MTP), and a small sequence-wise balance term.
-
-Also the router's balance bias, which is not trained by gradient but nudged after every step. All losses are fp32.
-"""
+"""What training minimises: next token, the token after it (MTP), and a small sequence-wise balance term; all fp32."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4 import ops
-from dsv4.model import Segment, Transformer, Trunk
-from dsv4.model.moe import Gate, Routing
-
-IGNORE = -100
+from dsv4.model import Transformer
+from dsv4.model.head import IGNORE
+from dsv4.model.moe import Routing
+from dsv4.train.balance import learned_gates
 
 
 @dataclass(frozen=True)
@@ -69,36 +65,27 @@ def training_loss(
     update that this is a micro-batch of; default: it is all of it.
     """
     totals = totals or count_totals([(targets, lengths)])
-    targets = targets.to(model.device)
-    trunk = model.trunk(ids, [Segment(n) for n in lengths])
-    nll = ops.cross_entropy(trunk.hidden, model.head.weight, targets, IGNORE) / max(1, totals.targets)
-    total, mtp = nll, 0.0
-    routed = {layer: (r, lengths, totals.sequences) for layer, r in enumerate(trunk.routing)}
-    if model.mtp and max(lengths) > 1:
-        hidden, rows, routing = model.predict_next(trunk, ids)
-        nll_mtp = ops.cross_entropy(hidden, model.head.weight, targets[rows + 1], IGNORE) / max(1, totals.mtp_targets)
+    losses = model(ids, segments=lengths, targets=targets)
+    total = nll = losses.nll / max(1, totals.targets)
+    mtp = 0.0
+    if losses.mtp_nll is not None:
+        nll_mtp = losses.mtp_nll / max(1, totals.mtp_targets)
         total, mtp = total + mtp_weight * nll_mtp, nll_mtp.item()
-        routed[len(trunk.routing)] = (routing, [n - 1 for n in lengths if n > 1], totals.mtp_sequences)
-    balance = torch.zeros((), device=model.device)
-    learned = {layer: routed[layer] for layer in learned_gates(model) if layer in routed}
-    for routing, sequences, count in learned.values():
+    balance = torch.zeros((), device=nll.device)
+    learned = {layer: losses.routing[layer] for layer in learned_gates(model) if layer < len(losses.routing)}
+    for layer, (routing, sequences) in learned.items():
+        drafting = layer == len(model.layers)
+        count = totals.mtp_sequences if drafting else totals.sequences
         balance = balance + balance_loss(routing, sequences, count)
     total = total + balance_weight * balance
-    loads = {layer: _load(routing) for layer, (routing, _, _) in learned.items()}
+    loads = {layer: _load(routing) for layer, (routing, _) in learned.items()}
     return Loss(total, nll.item(), mtp, balance.item(), loads)
 
 
 def heldout_nll(model: Transformer, ids: Tensor, targets: Tensor, lengths: list[int]) -> float:
     """Sum of -log p(target) over a packed batch, in nats, without a graph."""
     with torch.no_grad():
-        trunk: Trunk = model.trunk(ids, [Segment(n) for n in lengths])
-        return ops.cross_entropy(trunk.hidden, model.head.weight, targets.to(model.device), IGNORE).item()
-
-
-def learned_gates(model: Transformer) -> dict[int, Gate]:
-    """Gates with a balance bias by layer number (hash layers have none); the MTP block is number n_layers."""
-    blocks = [*model.layers, *model.mtp]
-    return {i: block.ffn.gate for i, block in enumerate(blocks) if block.ffn.gate.bias is not None}  # type: ignore[union-attr, misc]
+        return model(ids, segments=lengths, targets=targets, mtp=False).nll.item()
 
 
 def balance_loss(routing: Routing, lengths: list[int], count: int | None = None) -> Tensor:
@@ -121,13 +108,3 @@ def balance_loss(routing: Routing, lengths: list[int], count: int | None = None)
 
 def _load(routing: Routing) -> Tensor:
     return torch.bincount(routing.chosen.flatten(), minlength=routing.scores.shape[1]).float()
-
-
-@torch.no_grad()
-def update_balance_bias(model: Transformer, loads: dict[int, Tensor], speed: float) -> None:
-    """After a step: bias += speed for experts with less than the mean load, -= speed for those with more."""
-    gates = learned_gates(model)
-    for layer, load in loads.items():
-        bias = gates[layer].bias
-        assert bias is not None
-        bias += speed * torch.sign(load.mean() - load)

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dsv4.train.data import IGNORED, Batch
+from dsv4.model.head import IGNORE
+from dsv4.train.data import Batch
 
 
 def ngram_bits_per_byte(train: Iterable[Batch], heldout: Iterable[Batch], vocab_size: int) -> dict[str, float]:
@@ -47,8 +48,8 @@ def _pairs(batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray, int]:
     before, after, num_bytes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
     for batch in batches:
         ids, targets = batch.ids.numpy(), batch.targets.numpy()
-        before.append(ids[targets != IGNORED])
-        after.append(targets[targets != IGNORED])
+        before.append(ids[targets != IGNORE])
+        after.append(targets[targets != IGNORE])
         num_bytes += batch.num_bytes
     return np.concatenate(before), np.concatenate(after), num_bytes
 

@@ -104,6 +104,9 @@ class HybridOptimizer(torch.optim.Optimizer):
         M <- mu M + G;  O = orthogonalise(mu M + G) sqrt(max(n, m)) 0.18;  W <- W (1 - lr wd) - lr O
     so that the update's RMS is 0.18 lr for a matrix of full rank. AdamW is that of Loshchilov and Hutter.
 
+    Sharded parameters (DTensors, as fully_shard makes them) take the same steps: of each matrix every process gathers
+    what is to be orthogonalised, whole, and keeps its part of the result.
+
     Parameters without a gradient are left alone, decay included. Momenta are kept in fp32 whatever the
     parameters are. A step is deterministic: same state and gradients, same bits.
 
@@ -162,6 +165,10 @@ class HybridOptimizer(torch.optim.Optimizer):
             momentum = self._state(group, parameter)["momentum"]
             momentum.mul_(mu).add_(parameter.grad)
             parameter.mul_(1 - lr * group["weight_decay"])
+            if is_sharded(parameter):
+                ahead = whole(torch.add(parameter.grad, momentum, alpha=mu))
+                self._add_share(parameter, self._update(ahead, runs), -lr * UPDATE_RMS)
+                continue
             views = (logical_view(t, runs) for t in (parameter, momentum, parameter.grad))
             for weight, m, grad in zip(*views, strict=True):
                 piles.setdefault((weight.device, *weight.shape[1:]), []).append((weight, m, grad))
@@ -171,6 +178,20 @@ class HybridOptimizer(torch.optim.Optimizer):
                 updates = self._orthogonalise(ahead).split([len(weight) for weight, _, _ in chunk])
                 for (weight, _, _), update in zip(chunk, updates, strict=True):
                     weight.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(a, b)))
+
+    def _update(self, ahead: Tensor, runs: list[Run]) -> Tensor:
+        """The orthogonalised matrices of one whole parameter, each scaled by its size."""
+        pieces = (self._orthogonalise(m) * math.sqrt(max(m.shape[1:])) for m in logical_view(ahead, runs))
+        return torch.cat([piece.reshape(-1) for piece in pieces]).view(ahead.shape)
+
+    @staticmethod
+    def _add_share(parameter: Tensor, update: Tensor, alpha: float) -> None:
+        """Add this process's part of a whole update, which every process has computed alike, to its shard."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        share = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.add_(share, alpha=alpha)
 
     def _adamw(self, group: dict[str, Any]) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -195,7 +216,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             slots = ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
             for slot in slots:
-                state[slot] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+                state[slot] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             if group["kind"] != "muon":
                 state["steps"] = torch.zeros((), dtype=torch.int64)  # on the CPU: read at every step
         return state
@@ -260,6 +281,16 @@ def _chunks(pile: list[tuple[Tensor, ...]], limit: int) -> Iterator[list[tuple[T
         yield chunk
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which each process holds a part (by its looks: the import takes long)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its parts."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together to a global 2-norm of at most `max_norm`; returns the norm before that.
 
@@ -271,7 +302,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return 0.0
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    norms = [whole(torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))) for g in grads]
     norm = torch.linalg.vector_norm(torch.stack(norms)).item()
     if math.isfinite(norm) and norm > max_norm:
         for grad in grads:

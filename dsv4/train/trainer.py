@@ -20,9 +20,10 @@ from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
 from dsv4.model import Transformer
 from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
+from dsv4.train.balance import update_balance_bias
 from dsv4.train.data import Batches, Packed, heldout_batches, split
 from dsv4.train.log import Log, LossWatch
-from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss, update_balance_bias
+from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, prepare_data
@@ -77,8 +78,7 @@ class Trainer:
         )
         self.config = config = _with_tokenizer(config, self.tokenizer)
         torch.manual_seed(config.seed)
-        self.model = Transformer(config.model, recompute=config.recompute).to(device)
-        self.model.dtype = dtype
+        self.model = Transformer(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
         groups = parameter_groups(self.model.named_parameters(), config.model, weight_decay=config.optim.weight_decay)
         self.optimizer = HybridOptimizer(groups, config.optim.lr, momentum=config.optim.momentum, ns=config.optim.ns)
         self.batches = Batches(

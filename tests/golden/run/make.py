@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dsv4.config import ModelConfig
 from dsv4.model import Transformer
+from dsv4.model.init import draw_order
 from dsv4.settings import merge
 from dsv4.train.recipes import RECIPES
 from dsv4.train.trainer import Trainer
@@ -66,8 +67,8 @@ def train(folder: Path) -> tuple[list[dict[str, float]], dict[str, float], Trans
 
 
 def family(name: str) -> str:
-    """A parameter's name without the number of its layer, so that a kind of parameter is one figure."""
-    return ".".join("N" if part.isdigit() else part for part in name.split("."))
+    """A parameter's published name without the number of its layer, so that a kind of parameter is one figure."""
+    return ".".join("N" if part.isdigit() else part for part in name.split(".") if part != "block")
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def seeded() -> Transformer:
     generator = torch.Generator().manual_seed(3)
     model = Transformer(config())
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in sorted(model.named_parameters(), key=lambda item: draw_order(item[0])):
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else (0.3 if p.ndim < 2 else 0.08) * noise)
     return model
