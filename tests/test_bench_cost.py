@@ -9,6 +9,8 @@ from dsv4 import ModelConfig, Transformer, cost
 from dsv4.bench import cost as bench
 from dsv4.config import LlamaConfig
 from dsv4.cost import kv_bytes
+from dsv4.measure.executed import Executed, run_one_token
+from dsv4.measure.slices import build
 from dsv4.train.loss import training_loss
 
 LLAMA = LlamaConfig(
@@ -37,8 +39,8 @@ def test_nothing_is_scored_where_nothing_has_to_be_chosen(context: int) -> None:
     """While every entry is read the indexer only keeps its keys, so that less is executed than is counted."""
     config = bench.SMALL["small V4"]
     assert isinstance(config, ModelConfig)
-    model = bench.build(config, torch.float32)
-    counts, _ = bench.run_one_token(model, config, context, "packed")
+    model = build(config, torch.float32)
+    counts, _ = run_one_token(model, config, context, "packed")
     scored = sum(n for (_, component, _), n in counts.items() if component == "indexer scores")
     counted = cost.flops_by_component(config, context).get("indexer scores", 0)
     assert scored == (counted if context // 4 > config.index_topk else 0)
@@ -74,7 +76,7 @@ def test_training_executes_three_times_the_forward_products() -> None:
     """One token through window layers, so that no block is wider than it must be; the core's scores run once more."""
     config = ModelConfig.preset("tiny", num_nextn_predict_layers=0, compress_ratios=(0,) * 5)
     model = Transformer(config)
-    with bench.Executed(model, config) as executed:
+    with Executed(model, config) as executed:
         ids, target = torch.tensor([3]), torch.tensor([5])
         training_loss(model, ids, target, [1], mtp_weight=0.0, balance_weight=0.0).total.backward()
     work = cost.train(config, 1)

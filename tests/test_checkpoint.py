@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import randomise, small_config, small_model, tokens
 from safetensors.torch import load_file, save_file
 
 import dsv4
@@ -22,6 +21,7 @@ from dsv4.checkpoint import load, read_config, resolve_checkpoint, save, write_t
 from dsv4.checkpoint.names import LAYOUTS, file_names, layout_of
 from dsv4.errors import FileError, UserError
 from dsv4.files import DIGESTS, write_digests
+from dsv4.measure.subjects import randomise, small_config, small_model, tokens
 from dsv4.model import Transformer
 
 WEIGHTS = "model.safetensors"

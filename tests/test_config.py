@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import small_config
 
 from dsv4.config import PRESETS, LlamaConfig, ModelConfig, RopeScaling, V32Config, read_any
 from dsv4.config.published import ABSENT, REQUIRED
 from dsv4.errors import UserError
+from dsv4.measure.subjects import small_config
 from dsv4.model import Transformer
 from dsv4.model.controls import DenseTransformer
 from dsv4.model.rope import frequencies

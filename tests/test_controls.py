@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv4.config import LlamaConfig, RopeScaling, V32Config
 from dsv4.cost import kv_bytes, params
 from dsv4.errors import UserError
+from dsv4.measure.subjects import fill
 from dsv4.model import dense, v32
 from dsv4.model.control_memory import FORMATS
 from dsv4.model.controls import ControlTransformer, DenseTransformer, V32Transformer
-from dsv4.model.rope import rotate
-from dsv4.ops import blocked
+from dsv4.ops import blocked, rotate
 
 LOGITS = 5e-5  # the largest absolute difference allowed; logits reach about 6
 GRADIENTS = 1e-4  # of the largest entry of each gradient
@@ -155,7 +155,7 @@ def test_logits_at_every_length(pair):
         assert want.std() > 0.5, "weights too small to prove anything"
         with torch.no_grad():
             assert differ(want, model(ids[:length])) < LOGITS, f"length {length}"
-            assert differ(want[-1:], model(ids[:length], last=True)) < LOGITS, f"length {length}"
+            assert differ(want[-1:], model(ids[:length], rows="last")) < LOGITS, f"length {length}"
 
 
 def test_logits_in_chunks_and_token_by_token(pair):
@@ -302,7 +302,7 @@ def test_bytes_of_a_memory(case: str, capacity: int) -> None:
         memory = model.new_cache(format, capacity)
         known = "published" if format == "packed" else format
         assert memory.bytes() == sum(kv_bytes.held(model.config, capacity, known).values())
-        memory.fill(capacity)
+        fill(memory, capacity)
         assert memory.length == capacity and model(ids_of(3), memory).isfinite().all()
 
 

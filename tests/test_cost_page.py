@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4.cli import application
-from dsv4.cli.cost_tables import bytes_, flops, tokens
 from dsv4.config import ModelConfig
 from dsv4.cost import report
 from dsv4.cost.flops import KINDS, SCHEMES
+from dsv4.cost.tables import bytes_, flops, tokens
 from dsv4.errors import FileError, UserError
 
 # Measures what was drawn: each figure's place, its visible shapes and its words; and what was fetched.

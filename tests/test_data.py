@@ -42,7 +42,7 @@ from dsv4.text import ByteTokenizer, Tokenizer, train_bpe
 from dsv4.train import rundata, sources
 from dsv4.train.data import (
     FORMAT,
-    IGNORED,
+    IGNORE,
     Batch,
     Batches,
     Packed,
@@ -1078,14 +1078,14 @@ def check_batch(batch: Batch, packed: Packed, seq_len: int) -> None:
         assert after[:-1] == segment[1:]
         for token, target in zip(segment, after, strict=True):
             if token == 1:
-                assert target == IGNORED
+                assert target == IGNORE
             elif token == 0:
                 assert target in firsts
             else:
                 assert target == following[token]
         at += length
     sizes = packed.token_bytes
-    assert batch.num_bytes == sum(int(sizes[t]) for t in targets if t != IGNORED)
+    assert batch.num_bytes == sum(int(sizes[t]) for t in targets if t != IGNORE)
 
 
 @given(shape=shapes)
@@ -1208,7 +1208,7 @@ def test_evaluation_takes_every_token_in_order(pack, shape):
     batches = list(heldout_batches(packed, tokens_per_batch, seq_len))
     assert line_of(batches) == packed.tokens.tolist()
     assert [len(b.ids) for b in batches[:-1]] == [tokens_per_batch] * (len(batches) - 1)
-    assert sum((b.targets == IGNORED).sum() for b in batches) == packed.num_documents
+    assert sum((b.targets == IGNORE).sum() for b in batches) == packed.num_documents
     for batch in batches:
         check_batch(batch, packed, seq_len)
 
@@ -1256,9 +1256,9 @@ def batch_of(pairs: list[tuple[int, int]], num_bytes: int) -> Batch:
 
 def test_the_baselines_equal_a_hand_count():
     # Vocabulary 4. Seen: 0->2, 2->3, 3->2, 2->1, then the end of a document, which predicts nothing.
-    train = [batch_of([(0, 2), (2, 3), (3, 2)], 0), batch_of([(2, 1), (1, IGNORED)], 0)]
+    train = [batch_of([(0, 2), (2, 3), (3, 2)], 0), batch_of([(2, 1), (1, IGNORE)], 0)]
     # Four targets 2, 3, 2, 1: add-one gives P1 = (0+1, 1+1, 2+1, 1+1) / 8.
-    heldout = [batch_of([(0, 2), (2, 2), (1, 3), (1, IGNORED)], 5)]
+    heldout = [batch_of([(0, 2), (2, 2), (1, 3), (1, IGNORE)], 5)]
     unigram = [3 / 8, 3 / 8, 2 / 8]
     bigram = [
         (1 + 1 * 3 / 8) / (1 + 1),  # after 0: seen once, one kind of follower, which was 2

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from models import KINDS, small_model
 
 from dsv4.engine import Completion, Engine, SamplingParams, Session
 from dsv4.engine.scheduler import Scheduler
 from dsv4.engine.types import Request
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
+from dsv4.measure.subjects import KINDS, small_model
 from dsv4.model import Transformer
 from dsv4.text import ByteTokenizer
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import randomise, small_config, small_model, stream, tokens
 
 from dsv4 import Transformer, UserError, ops
 from dsv4.cache import SequenceMemory
 from dsv4.cost import kv_bytes
+from dsv4.measure.subjects import fill, randomise, small_config, small_model, stream, tokens
 from dsv4.ops.formats import Packed, PackedRows, hadamard, v4_rows, v32_rows
 
 ROW, KEY = v4_rows(512, 64, 128, "packed", torch.float32)
@@ -192,7 +192,7 @@ def test_bytes_of_a_preallocated_memory(format: str, length: int) -> None:
         memory = SequenceMemory(config, format=format, capacity=length, max_rewind=spare)
         want = sum(kv_bytes.held(config, length, known, allocated=True, max_rewind=spare).values())
         assert memory.bytes() == want
-        memory.fill(length)
+        fill(memory, length)
         assert memory.bytes() == want and memory.length == length
 
 
@@ -273,7 +273,7 @@ def test_only_what_is_read_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token after a long text unpacks its choice and the keys in blocks, never a pool of entries at once."""
     model = small_model((4,))
     memory = model.new_cache(format="packed", capacity=8000)[0]
-    memory.fill(7999)
+    fill(memory, 7999)
     seen: list[tuple[int, int]] = []
     read = PackedRows.__getitem__
 
@@ -293,10 +293,10 @@ def test_a_filled_memory_goes_on() -> None:
     model = small_model((0, 4, 128))
     for format in FORMATS:
         memory = model.new_cache(format=format)[0]
-        memory.fill(1000, torch.Generator().manual_seed(1))
+        fill(memory, 1000, torch.Generator().manual_seed(1))
         assert model(tokens(model, 5), memory).isfinite().all() and memory.length == 1005
     with pytest.raises(UserError, match="cannot fill 9000"):
-        memory.fill(9000)
+        fill(memory, 9000)
 
 
 def test_wrong_formats() -> None:

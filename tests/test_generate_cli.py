@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import small_model
 from typer.testing import CliRunner
 
 import dsv4.cli
@@ -16,6 +15,7 @@ from dsv4.checkpoint import load, resolve_checkpoint, save
 from dsv4.cli.common import resolve_device
 from dsv4.engine import Completion, Engine, SamplingParams
 from dsv4.errors import UserError
+from dsv4.measure.subjects import small_model
 from dsv4.text import ByteTokenizer
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import choices, differ
+from models import differ
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from dsv4.cache import SequenceMemory
 from dsv4.checkpoint import load
+from dsv4.measure.replay import choices
 from dsv4.model import Segment, Transformer
 from dsv4.model.segments import plan
 from dsv4.ops import formats
@@ -334,7 +335,7 @@ def truncating(x: Tensor) -> Tensor:
 
 FAULTS = {  # how to plant it, and what must notice it: rows refused, numbers snapped
     "a block's largest number is floored at 1e-5": (lambda p, model: p.setitem(formats._FLOOR, "fp8", 1e-5), "refused"),
-    "e4m3 truncates": (lambda p, model: p.setattr(formats, "_to_e4m3", truncating), "snapped"),
+    "e4m3 truncates": (lambda p, model: p.setattr(formats, "to_e4m3", truncating), "snapped"),
     "index rows are not rotated": (lambda p, model: p.setattr(formats, "hadamard", lambda x: x), "refused"),
     "one entry too many is chosen": (
         lambda p, model: [p.setattr(model.layers[i].attn.indexer, "topk", 9) for i in CSA], "refused",

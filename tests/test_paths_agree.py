@@ -11,13 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import KINDS, choices, differ, randomise, small_config, small_model, stream, tokens
+from models import differ
 from safetensors.torch import load_file, save_file
 
 from dsv4 import ops
 from dsv4.cache import BatchMemory, SequenceMemory
 from dsv4.cache.layer import ENTRY_BLOCK
 from dsv4.errors import UserError
+from dsv4.measure.replay import choices
+from dsv4.measure.subjects import KINDS, randomise, small_config, small_model, stream, tokens
 from dsv4.model import Segment, Transformer
 
 CHUNKS = [1, 3, 4, 5, 127, 128, 129, 130]
@@ -154,9 +156,9 @@ def test_ragged_batch_is_each_alone(case):
         alone = whole(model, ids if before is None else torch.cat([before, ids]))[-len(ids) :]
         assert differ(alone, logits) < EXACT
     assert [m.length for m in memories] == [201, 10, 40, 140]
-    # and once more, with last=True: one row of logits for each segment
+    # and once more, with rows="last": one row of logits for each segment
     one = tokens(model, 2, seed=50)
-    rows = model(one, segments=[(1, memories[0]), (1, memories[3])], last=True)
+    rows = model(one, segments=[(1, memories[0]), (1, memories[3])], rows="last")
     assert rows.shape == (2, model.config.vocab_size)
     assert differ(whole(model, torch.cat([past[3], new[5], one[1:]]))[-1], rows[1]) < EXACT
 
@@ -176,7 +178,7 @@ def test_batched_input_is_every_row_alone(case):
         assert differ(got[row], cached[row]) < EXACT
     assert differ(whole(model, torch.cat([tokens(model, 5, seed=3), ids[1]]))[5:], cached[1]) < EXACT
     assert memory.lengths == [140, 145, 140]
-    assert model(ids[:, :4], last=True).shape == (3, model.config.vocab_size)
+    assert model(ids[:, :4], rows="last").shape == (3, model.config.vocab_size)
 
 
 def test_int32_ids_and_a_batch_of_one():
@@ -579,7 +581,7 @@ def test_a_draft_that_was_stopped_half_way_leaves_the_memory_torn(monkeypatch):
     ids = tokens(model, 10)
     memory = model.new_cache(mtp=True)[0]
     trunk = model.trunk(ids[:9], [Segment(9, memory)])
-    monkeypatch.setattr(model.mtp[0].ffn, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(model.mtp[0].block.ffn, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.draft(trunk, ids[1:])
     with pytest.raises(UserError, match="stopped half way"):

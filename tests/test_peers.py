@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import differ, stream
+from models import differ
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
@@ -24,7 +24,9 @@ from dsv4.bench.peers import memory_name
 from dsv4.checkpoint.names import file_names
 from dsv4.config import ModelConfig, RopeScaling
 from dsv4.config.published import ABSENT, REQUIRED
-from dsv4.model.rope import frequencies, rotate, turns
+from dsv4.measure.subjects import stream
+from dsv4.model.rope import frequencies, turns
+from dsv4.ops import rotate
 
 LOGITS = 5e-5  # the largest absolute difference allowed; logits reach about 6
 GRADIENTS = 1e-4  # of the largest entry of each gradient

@@ -1,6 +1,6 @@
-"""Where ports of V4 go wrong: the model against tests/plain_v4.py, and against the same with each known mistake put in.
+"""Where ports of V4 go wrong: the model against conform/plain.py, and against the same with each known mistake put in.
 
-Failures caught here: the mistakes named in plain_v4.FLIPS. Each has a test that fails when the model makes it, because
+Failures caught here: the mistakes named in plain.FLIPS. Each has a test that fails when the model makes it, because
 the model equals the plain form to 1e-5 and differs from the flipped one by more than 1e-3.
 """
 
@@ -9,10 +9,11 @@ from functools import cache
 
 import pytest
 import torch
-from models import differ, small_model, stream, tokens
-from plain_v4 import FLIPS, HASH_FLIPS, MTP_FLIPS, TOP_FLIPS, PlainV4
+from models import differ
 from torch import Tensor
 
+from dsv4.conform.plain import FLIPS, HASH_FLIPS, MTP_FLIPS, TOP_FLIPS, PlainV4
+from dsv4.measure.subjects import small_model, stream, tokens
 from dsv4.model import Segment, Transformer
 from dsv4.model.segments import plan
 

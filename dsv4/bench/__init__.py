@@ -1,4 +1,5 @@
-"""Measurements: does a device compute what the reference computes, and how fast. Start with gpu_check.py.
+"""Reports: does a device compute what the reference computes, and how fast; is what is counted what runs. How things
+are compared and timed is in dsv4/measure. Start with gpu_check.py.
 
 Needs torch alone; nothing here runs in a test's verdict on speed.
 """

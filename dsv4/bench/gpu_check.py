@@ -18,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dsv4.bench import parity, peers, speed, whole
-from dsv4.bench.cases import cases
-from dsv4.bench.ceilings import ceiling_rows
-from dsv4.bench.clock import Budget, Skip
-from dsv4.bench.report import Report, Row, line
-from dsv4.bench.sizes import DRY, FULL, Sizes
+from dsv4.bench import peers, speed
+from dsv4.bench.report import Report, line
 from dsv4.errors import UserError
+from dsv4.measure import parity, subjects, whole
+from dsv4.measure.cases import cases
+from dsv4.measure.ceilings import ceiling_rows
+from dsv4.measure.clock import Budget, Skip
+from dsv4.measure.rows import Row, broken_row
+from dsv4.measure.sizes import DRY, FULL, Sizes
+from dsv4.model import Transformer
+from dsv4.train.loss import training_loss
 
 DTYPES = (torch.float32, torch.bfloat16)
 STAGES = ("parity", "ceilings", "speed", "peers")
@@ -51,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return check.conclude()
 
 
+def everything(model: Transformer, ids: Tensor, targets: Tensor, lengths: list[int]) -> Tensor:
+    """The training loss with all its parts."""
+    return training_loss(model, ids, targets, lengths, mtp_weight=0.3, balance_weight=0.01).total
+
+
 class Check:
     """One run: its device, sizes, budget and report."""
 
@@ -71,8 +81,8 @@ class Check:
             for case in cases():
                 self._compare(case.name, dtype, 2, partial(parity.op_rows, case, self.device, dtype))
         for dtype in DTYPES:
-            for name in whole.MODELS:
-                rows = partial(whole.model_rows, name, self.device, dtype, self.sizes)
+            for name in subjects.MODELS:
+                rows = partial(whole.model_rows, name, self.device, dtype, self.sizes, everything)
                 self._compare(f"{name} model", dtype, 45, rows)
 
     def _ceilings(self) -> None:
@@ -118,7 +128,7 @@ class Check:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                self.report.add("parity", parity.broken_row(name, dtype, _one_line(error)))
+                self.report.add("parity", broken_row(name, dtype, _one_line(error)))
 
         self._attempt(f"{name} in {str(dtype).removeprefix('torch.')}", seconds, work)
 

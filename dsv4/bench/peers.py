@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.bench.clock import Budget, Skip, measure
-from dsv4.bench.parity import difference
-from dsv4.bench.report import Row
-from dsv4.bench.sizes import Sizes
 from dsv4.bench.speed import DTYPE, Job, speed_row, trunk_only
-from dsv4.bench.whole import tokens
 from dsv4.config import ModelConfig
+from dsv4.measure.clock import Budget, Skip, timed
+from dsv4.measure.rows import Row, difference
+from dsv4.measure.sizes import Sizes
+from dsv4.measure.subjects import tokens
 from dsv4.model import Transformer
 
 
@@ -43,14 +42,14 @@ def jobs(preset: str, device: torch.device, sizes: Sizes, budget: Budget, ceilin
 
     def job(what: str, context: int, batch: int, steps: int, start: Callable[[], Callable[[], object]]) -> Job:
         def work() -> Row:
-            timing = measure(start(), device, budget)
+            timing = timed(start(), device, budget)
             row = speed_row("transformers", preset, config, ceilings, what, context, batch, batch * steps, timing)
             return {**row, "rms_rel_to_dsv4": apart}
 
         return f"transformers {preset} {what}, context {context}, batch {batch}", 6 + context / 1000, work
 
     def ids(batch: int, length: int) -> Tensor:
-        return tokens(config, batch * length).view(batch, length).to(device)
+        return tokens(peer, batch * length).view(batch, length).to(device)
 
     for length in (n for n in sizes.prefill if n <= sizes.peer_longest):
         yield job("prefill", length, 1, length, lambda n=length: partial(_prefill, peer, ids(1, n)))
@@ -89,7 +88,7 @@ def _load(config: ModelConfig, device: torch.device) -> tuple[Any, float]:
         save(ours, folder, "transformers")
         wide: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32)
         peer: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=DTYPE)
-    ids = tokens(config, 96)
+    ids = tokens(ours, 96)
     with torch.no_grad():
         want = ours.to(device)(ids)
         got = wide.to(device).eval()(ids[None].to(device), use_cache=False).logits[0]

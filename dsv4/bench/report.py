@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from dsv4.measure.rows import Row
+
 SECTIONS = ("parity", "ceilings", "speed", "skipped", "failed")
 
 

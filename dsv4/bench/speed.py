@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsv4 import cost
-from dsv4.bench.ceilings import ceiling
-from dsv4.bench.clock import Budget, Timing, measure
-from dsv4.bench.report import Row
-from dsv4.bench.sizes import Sizes
 from dsv4.config import ModelConfig
 from dsv4.cost import flops_per_token, parameters
+from dsv4.measure.ceilings import ceiling
+from dsv4.measure.clock import Budget, Timing, timed
+from dsv4.measure.rows import Row
+from dsv4.measure.sizes import Sizes
+from dsv4.measure.subjects import tokens
 from dsv4.model import Transformer
 from dsv4.train.loss import training_loss
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
@@ -34,16 +34,16 @@ def jobs(preset: str, device: torch.device, sizes: Sizes, budget: Budget, ceilin
     rate = partial(speed_row, "dsv4", preset, config, ceilings)
 
     def prefill(length: int) -> Row:
-        return rate("prefill", length, 1, length, measure(lambda: prefill_once(model, length), device, budget))
+        return rate("prefill", length, 1, length, timed(lambda: prefill_once(model, length), device, budget))
 
     def decode(context: int, batch: int) -> Row:
         steps = Decoding(model, context, batch, sizes.decode_steps)
-        return rate("decode", context, batch, batch * sizes.decode_steps, measure(steps, device, budget))
+        return rate("decode", context, batch, batch * sizes.decode_steps, timed(steps, device, budget))
 
     def train(kind: str) -> Row:
         batch, length = sizes.train
         step = TrainingStep(trunk_only(config), batch, length, device, optimise=kind == "train")
-        return rate(kind, length, batch, batch * length, measure(step, device, budget))
+        return rate(kind, length, batch, batch * length, timed(step, device, budget))
 
     for length in sizes.prefill:
         yield f"{preset} prefill of {length}", 2 + length / 1000, lambda n=length: prefill(n)
@@ -58,7 +58,7 @@ def jobs(preset: str, device: torch.device, sizes: Sizes, budget: Budget, ceilin
 def prefill_once(model: Transformer, length: int) -> Any:
     """Read a prompt of random ids, up to the logits of its last token; returns the memory it went into."""
     memory = model.new_cache(capacity=length + 1024)[0]
-    model(_ids(model.config, length), segments=[(length, memory)], last=True)
+    model(tokens(model, length), segments=[(length, memory)], rows="last")
     return memory
 
 
@@ -69,7 +69,7 @@ class Decoding:
         memory = prefill_once(model, context)
         self.model, self.steps = model, steps
         self.segments = [(1, memory.fork()) for _ in range(batch)]
-        self.next = _ids(model.config, batch)
+        self.next = tokens(model, batch)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -81,9 +81,8 @@ class TrainingStep:
     """Packed documents through the loss and back, fp32 weights and bf16 activations; on wish the optimiser as well."""
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, *, optimise: bool):
-        self.model = Transformer(config).to(device)
-        self.model.dtype = DTYPE
-        self.ids, self.lengths = _ids(config, batch * length), [length] * batch
+        self.model = Transformer(config, compute_dtype=DTYPE).to(device)
+        self.ids, self.lengths = tokens(self.model, batch * length), [length] * batch
         groups = parameter_groups(self.model.named_parameters(), config)
         self.optimizer = HybridOptimizer(groups, lr=1e-4)
         self.optimise = optimise
@@ -130,7 +129,3 @@ def _flops(config: ModelConfig, what: str, context: int) -> float:
         return flops_per_token(config, context)
     work = cost.prefill(config, context) if what == "prefill" else cost.train(config, context, mtp=False)
     return cost.weighted(work) / context
-
-
-def _ids(config: ModelConfig, count: int) -> Tensor:
-    return torch.randint(0, config.vocab_size, (count,), generator=torch.Generator().manual_seed(count))

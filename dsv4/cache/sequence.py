@@ -14,10 +14,9 @@ from torch import Tensor
 from dsv4.cache.layer import Entries, LayerMemory, Ring
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError, nearest
-from dsv4.ops.formats import NAMES, Packed, v4_rows
+from dsv4.ops.formats import NAMES, v4_rows
 
 Snapshot = dict[str, Tensor]
-_FILL_ROWS = 8192  # rows that `fill` draws at a time
 
 
 class SequenceMemory:
@@ -123,24 +122,6 @@ class SequenceMemory:
     def bytes(self) -> int:
         """Bytes allocated by all stores."""
         return sum(store.data.untyped_storage().nbytes() for _, store, _ in self._stores())
-
-    def fill(self, length: int, generator: torch.Generator | None = None) -> None:
-        """Pretend that `length` tokens were seen: random rows in every store, drawn on the CPU.
-
-        For measuring only: the next token costs what it costs after a real text of that length.
-        """
-        if not 0 <= length <= self.config.max_position_embeddings:
-            raise UserError(
-                f"cannot fill {length} tokens: max_position_embeddings={self.config.max_position_embeddings}"
-            )
-        self.length = self.newest = self.drafted = length
-        self._torn = False
-        for _, store, used in self._stores():
-            width = store.format.width if isinstance(store.format, Packed) else store.format.shape
-            shape = width if isinstance(width, tuple) else (width,)
-            for at in range(0, used, _FILL_ROWS):
-                rows = torch.randn(min(_FILL_ROWS, used - at), *shape, generator=generator, device="cpu")
-                store.write(rows.to(store.data.device), at)
 
     def refuse_torn(self) -> None:
         """UserError if the last call on this memory did not come to its end."""

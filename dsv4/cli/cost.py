@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from dsv4.checkpoint import resolve_checkpoint
-from dsv4.cli import cost_tables
 from dsv4.config import AnyConfig, read_any
-from dsv4.cost import compare, hardware, report
+from dsv4.cost import compare, hardware, report, tables
 from dsv4.errors import FileError, UserError, nearest
 from dsv4.files import make_folder, write_text
 
@@ -70,7 +69,7 @@ def cost(
     if as_json:
         print(json.dumps(out))
     else:
-        cost_tables.show(out, details=details)
+        tables.show(out, details=details)
     if html is not None:  # last: what was counted is told by then, should the disk be full
         from dsv4.cost.page import page_of
 
@@ -147,7 +146,7 @@ def parse_machines(text: str) -> list[hardware.Machine]:
     """ "h200x8,cpu" -> machines; the CPU's rates are measured now."""
     names, cpu = _names(text), None
     if any(_is_cpu(name) for name in names):
-        from dsv4.bench.ceilings import measured_cpu
+        from dsv4.measure.ceilings import measured_cpu
 
         cpu = measured_cpu()
     return [hardware.machine(name, cpu) for name in names]

@@ -1,7 +1,8 @@
-"""What a model is, as frozen data: V4 (v4.py, read by published.py) and what it is compared with (controls.py)."""
+"""What a model is, as frozen data: V4 (v4.py, by way of published.py) and what it is compared with (controls.py)."""
 
 from dsv4.config.controls import CONTROLS, AnyConfig, LlamaConfig, V32Config, read_any
-from dsv4.config.v4 import KIND_OF_RATIO, PRESETS, LayerKind, ModelConfig, RopeScaling
+from dsv4.config.rules import RopeScaling
+from dsv4.config.v4 import KIND_OF_RATIO, PRESETS, LayerKind, ModelConfig
 
 __all__ = [
     "CONTROLS", "KIND_OF_RATIO", "PRESETS", "AnyConfig", "LayerKind", "LlamaConfig", "ModelConfig", "RopeScaling",

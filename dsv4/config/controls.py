@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.config.published import hold, read_json, read_scaling
-from dsv4.config.v4 import ModelConfig, RopeScaling, check_numbers, check_scaling
+from dsv4.config.rules import RopeScaling, check_numbers, check_scaling
+from dsv4.config.v4 import ModelConfig
 from dsv4.errors import UserError, nearest, shown
 
 

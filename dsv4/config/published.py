@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4 import files
-from dsv4.config.v4 import CONSTANTS, RopeScaling
+from dsv4.config.rules import CONSTANTS, RopeScaling
 from dsv4.errors import UserError, nearest, shown
 
 REQUIRED = "required"

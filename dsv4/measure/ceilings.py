@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4.bench.clock import Budget, measure
-from dsv4.bench.report import Row
-from dsv4.bench.sizes import Sizes
 from dsv4.cost.hardware import Accelerator
+from dsv4.measure.clock import Budget, timed
+from dsv4.measure.rows import Row
+from dsv4.measure.sizes import Sizes
 
 INNER = 8  # calls timed together, so that launching one does not count
 
@@ -56,7 +56,7 @@ def _multiply_rate(device: torch.device, dtype: torch.dtype, n: int, budget: Bud
         for _ in range(INNER):
             torch.mm(a, b, out=out)
 
-    return 2 * INNER * n**3 / measure(multiply, device, budget).median
+    return 2 * INNER * n**3 / timed(multiply, device, budget).median
 
 
 def _copy_rate(device: torch.device, size: int, budget: Budget) -> float:
@@ -68,4 +68,4 @@ def _copy_rate(device: torch.device, size: int, budget: Budget) -> float:
         for _ in range(INNER):
             target.copy_(source)
 
-    return 2 * INNER * size / measure(copy, device, budget).median
+    return 2 * INNER * size / timed(copy, device, budget).median

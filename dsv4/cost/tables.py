@@ -1,4 +1,4 @@
-"""The tables of `dsv4 cost` in a terminal, drawn from its report."""
+"""The tables of `dsv4 cost` in a terminal, drawn from its report. Needs rich; only the command line imports it."""
 
 from collections.abc import Sequence
 from typing import Any

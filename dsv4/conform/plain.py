@@ -6,6 +6,8 @@ far from the model shows that the model does not make it, and that the test woul
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +70,15 @@ MTP_FLIPS = ("MTP reads the collapsed stream", "MTP embeds its own token", "MTP 
 
 
 class PlainV4:
-    """`weights` by model name (a state dict), in float64; `flip` names the mistake to make, None for V4."""
+    """`weights` by published name, experts stacked (a state dict of ours); `flip` names the mistake to make, or None.
 
-    def __init__(self, config, weights: dict[str, Tensor], flip: str | None = None):
+    config: anything with the published field names (a ModelConfig has them).
+    """
+
+    def __init__(self, config: Any, weights: dict[str, Tensor], flip: str | None = None):
         self.c, self.flip = config, flip
-        self.w = {n: t.double() if t.is_floating_point() else t for n, t in weights.items()}
+        published = {n.replace("mtp.0.block.", "mtp.0."): t for n, t in weights.items()}
+        self.w = {n: t.double() if t.is_floating_point() else t for n, t in published.items()}
 
     # --- whole model
 
@@ -104,7 +110,7 @@ class PlainV4:
             return x.mean(dim=1)
         m = self.twenty_four(x, f"{prefix}hc_head_")
         pre = torch.sigmoid(self.w[f"{prefix}hc_head_scale"] * m + self.w[f"{prefix}hc_head_base"]) + self.c.hc_eps
-        return sum(pre[:, j, None] * x[:, j] for j in range(self.c.hc_mult))
+        return torch.stack([pre[:, j, None] * x[:, j] for j in range(self.c.hc_mult)]).sum(dim=0)
 
     def block(self, prefix: str, layer: int, x: Tensor, ids: Tensor) -> Tensor:
         """Streams [T, N, M] through one layer."""
@@ -120,7 +126,7 @@ class PlainV4:
         m = v @ self.w[f"{prefix}fn"].T
         return m if self.flip == "streams not normalised" else m * rho(v, self.c.rms_norm_eps)
 
-    def around(self, x: Tensor, prefix: str, sublayer) -> Tensor:
+    def around(self, x: Tensor, prefix: str, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         n = self.c.hc_mult
         m, base, scale = self.twenty_four(x, prefix), self.w[f"{prefix}base"], self.w[f"{prefix}scale"]
         pre = torch.sigmoid(scale[0] * m[:, :n] + base[:n]) + self.c.hc_eps
@@ -129,7 +135,7 @@ class PlainV4:
         mix = self.sinkhorn((scale[2] * m[:, 2 * n :] + base[2 * n :]).view(-1, n, n))
         if self.flip == "mixing transposed":
             mix = mix.transpose(1, 2)
-        y = sublayer(sum(pre[:, j, None] * x[:, j] for j in range(n)))
+        y = sublayer(torch.stack([pre[:, j, None] * x[:, j] for j in range(n)]).sum(dim=0))
         new = [post[:, k, None] * y + sum(mix[:, j, k, None] * x[:, j] for j in range(n)) for k in range(n)]
         return torch.stack(new, dim=1)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.ops import Spans
+from dsv4.ops.formats import Packed, v4_rows
+from dsv4.ops.weights import pack_matrix
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class Case:
 
 # Ops with a single form: the same lines everywhere, held to the CPU all the same.
 SINGLE: dict[str, Callable] = {
-    "compress": ops.compress, "hyper_read": ops.hyper_read, "newton_schulz": ops.newton_schulz,
+    "hyper_read": ops.hyper_read, "newton_schulz": ops.newton_schulz,
 }  # fmt: skip
 
 
 def cases() -> list[Case]:
     """All of them; every op of `ops.TABLE` is there at least once."""
-    return [*_attention(), *_choices(), *_hyper(), *_experts(), *_rest()]
+    return [*_attention(), *_choices(), *_hyper(), *_experts(), *_compression(), *_linear(), *_rows(), *_rest()]
 
 
 def _normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -130,12 +132,14 @@ def _hyper() -> list[Case]:
     fn, base = _normal(rows, streams * width, seed=22, scale=0.1), _normal(rows, seed=23)
     y, post = _normal(n, width, seed=24), _normal(n, streams, seed=25).sigmoid()
     comb = _normal(n, streams, streams, seed=26).softmax(dim=-1)
-    scale = torch.tensor([0.5, -0.7, 1.1])
+    scale, gain = torch.tensor([0.5, -0.7, 1.1]), 1 + _normal(width, seed=27, scale=0.1)
     return [
         Case("sinkhorn", "", (logits, 20, 1e-6), (0,)),
         Case("hyper_maps", "", (x, fn, base, scale, 20, 1e-6, 1e-6), (0, 1, 2, 3), (0,)),
         Case("hyper_write", "", (x, y, post, comb), (0, 1, 2, 3), (0, 1)),
         Case("hyper_read", "", (x, post), (0, 1), (0,)),
+        Case("hyper_enter", "", (x, fn, base, scale, gain, 20, 1e-6, 1e-6), (0, 1, 2, 3, 4), (0,)),
+        Case("head_collapse", "", (x, fn[:streams], base[:streams], scale[:1], 1e-6, 1e-6), (0, 1, 2, 3), (0,)),
     ]
 
 
@@ -147,18 +151,58 @@ def _experts() -> list[Case]:
     chosen = order.argsort(dim=1, descending=True)[:, :2].contiguous()
     w13, w2 = _normal(6, 2, inner, width, seed=31, scale=0.4), _normal(6, width, inner, seed=32, scale=0.4)
     args = (_normal(n, width, seed=33), chosen, _normal(n, 2, seed=34).sigmoid(), w13, w2, limit)
-    return [Case("experts", "", args, (0, 2, 3, 4), (0, 3, 4))]
+    x, gate, bias = args[0], _normal(6, width, seed=35, scale=0.1), _normal(6, seed=36, scale=0.1)
+    return [
+        Case("experts", "", args, (0, 2, 3, 4), (0, 3, 4)),
+        Case("gate", "scored", (x, gate, bias, None, 2, 1.5), (0, 1)),  # x stays fp32: a rounding must not choose
+        Case("gate", "given", (x, gate, None, chosen, 2, 1.5), (0, 1), (0,)),
+    ]
+
+
+def _compression() -> list[Case]:
+    found = []
+    for r, overlap in ((4, True), (128, False)):
+        values, scores = _normal(5 * r, 48, seed=43), _normal(5 * r, 48, seed=44)
+        first, has_previous = torch.tensor([0, r, 3 * r]), torch.tensor([False, True, False])
+        gain = 1 + _normal(24 if overlap else 48, seed=46, scale=0.1)
+        args = (values, scores, first, has_previous, r, overlap, gain, 1e-6, _turns(3, 8), torch.float32)
+        found.append(Case("compress", "overlap" if overlap else "no overlap", args, (0, 1, 6)))
+    x = _normal(130, 4, 48, seed=47)
+    return [*found, Case("rotate", "", (x, _turns(130, 8)), (0,), (0,))]
+
+
+def _turns(n: int, pairs: int) -> Tensor:
+    return torch.polar(torch.ones(n, pairs), _normal(n, pairs, seed=48, scale=3.0))
+
+
+def _linear() -> list[Case]:
+    x, weight = _normal(130, 192, seed=50), _normal(160, 192, seed=51, scale=0.1)
+    return [Case("linear", "plain", (x, weight), (0, 1), (0, 1))] + [
+        Case("linear", code, (x, pack_matrix(weight, code)), (0,), (0,)) for code in ("fp8", "fp4")
+    ]
+
+
+def _rows() -> list[Case]:
+    """Bytes must be equal: a rounding has one right answer. The rotation's sums are those of small integers."""
+    row, key = v4_rows(512, 64, 128, "packed", torch.float32)
+    rows, keys = _normal(40, 512, seed=52), _integers(-8, 9, 40, 128, seed=53).float()
+    return [
+        case
+        for label, data, format in (("fp8", rows, row), ("fp4, rotated", keys, key))
+        if isinstance(format, Packed)
+        for case in (
+            Case("pack_rows", label, (data, format), exact=True),
+            Case("unpack_rows", label, (format.pack(data), format), exact=True),
+        )
+    ]
 
 
 def _rest() -> list[Case]:
     hidden, head = _normal(200, 64, seed=40), _normal(500, 64, seed=41, scale=0.3)
     targets = _integers(0, 500, 200, seed=42)
     targets[::7] = -100
-    found = [Case("cross_entropy", "", (hidden, head, targets), (0, 1), (0, 1))]
-    for r, overlap in ((4, True), (128, False)):
-        values, scores = _normal(5 * r, 48, seed=43), _normal(5 * r, 48, seed=44)
-        first, has_previous = torch.tensor([0, r, 3 * r]), torch.tensor([False, True, False])
-        label = "overlap" if overlap else "no overlap"
-        found.append(Case("compress", label, (values, scores, first, has_previous, r, overlap), (0, 1)))
     matrices = _normal(3, 32, 64, seed=45)
-    return [*found, Case("newton_schulz", "", (matrices,), low=(0,), fp32_only=True, tolerance=1e-4)]
+    return [
+        Case("cross_entropy", "", (hidden, head, targets), (0, 1), (0, 1)),
+        Case("newton_schulz", "", (matrices,), low=(0,), fp32_only=True, tolerance=1e-4),
+    ]

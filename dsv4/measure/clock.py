@@ -45,7 +45,7 @@ class Timing:
 LEAST, MOST, ENOUGH_SECONDS = 3, 7, 6.0  # repeats of one measurement, and when more of them teach nothing new
 
 
-def measure(run: Callable[[], object], device: torch.device, budget: Budget) -> Timing:
+def timed(run: Callable[[], object], device: torch.device, budget: Budget) -> Timing:
     """The median of at least three calls after a warm-up, each waited for; Skip where they do not fit the budget."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
