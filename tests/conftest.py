@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not config.getoption("--differences"):
         return
-    from models import LARGEST
+    from differences import LARGEST
 
     terminalreporter.section("largest absolute differences")
     for test, largest in LARGEST.items():

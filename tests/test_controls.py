@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import differ
+from differences import differ
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

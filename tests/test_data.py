@@ -38,23 +38,16 @@ from hypothesis import strategies as st
 from dsv4 import data as corpus
 from dsv4 import files as dsv4_files
 from dsv4.errors import FileError, UserError
+from dsv4.model.head import IGNORE
 from dsv4.text import ByteTokenizer, Tokenizer, train_bpe
 from dsv4.train import rundata, sources
-from dsv4.train.data import (
-    FORMAT,
-    IGNORE,
-    Batch,
-    Batches,
-    Packed,
-    heldout_batches,
-    hold_out,
-    prepare,
-    read_documents,
-)
-from dsv4.train.data import split as split_batch
+from dsv4.train.batches import Batch, Batches, heldout_batches
+from dsv4.train.batches import split as split_batch
 from dsv4.train.ngram import ngram_bits_per_byte
+from dsv4.train.packed import FORMAT, Packed, prepare
 from dsv4.train.recipes import RECIPES, DataConfig, RunConfig
 from dsv4.train.rundata import absolute, prepare_data
+from dsv4.train.sources import hold_out, read_documents
 
 
 class NumberTokenizer(Tokenizer):
@@ -232,6 +225,7 @@ import re, resource, sys
 from dataclasses import replace
 from pathlib import Path
 from dsv4.train import rundata
+from dsv4.train.packed import FORMAT, Packed, prepare
 from dsv4.train.recipes import RECIPES
 
 rundata.BPE_BYTES = 1 << 20  # the vocabulary of the whole would take a minute

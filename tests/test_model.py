@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from models import differ
+from differences import differ
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

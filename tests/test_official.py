@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import differ
+from differences import differ
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 

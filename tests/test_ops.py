@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from differences import differ
 from hypothesis import given
 from hypothesis import strategies as st
-from models import differ
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

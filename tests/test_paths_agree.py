@@ -9,9 +9,9 @@ computation and agrees to the bit.
 
 import pytest
 import torch
+from differences import differ
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import differ
 from safetensors.torch import load_file, save_file
 
 from dsv4 import ops

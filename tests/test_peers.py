@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import differ
+from differences import differ
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM

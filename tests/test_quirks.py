@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from models import differ
+from differences import differ
 from torch import Tensor
 
 from dsv4.conform.plain import FLIPS, HASH_FLIPS, MTP_FLIPS, TOP_FLIPS, PlainV4

@@ -26,7 +26,7 @@ from dsv4.settings import merge
 from dsv4.text import ByteTokenizer
 from dsv4.train import state as train_state
 from dsv4.train.balance import learned_gates, update_balance_bias
-from dsv4.train.data import split
+from dsv4.train.batches import split
 from dsv4.train.log import FAR, WINDOW, LossWatch, plot_loss, read_log, smoothed
 from dsv4.train.loss import (
     balance_loss,

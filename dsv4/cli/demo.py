@@ -14,7 +14,7 @@ from dsv4.cost import flops_per_token, parameters
 from dsv4.engine import Engine, SamplingParams
 from dsv4.files import write_json
 from dsv4.model import Transformer
-from dsv4.train.data import heldout_batches
+from dsv4.train.batches import heldout_batches
 from dsv4.train.log import plot_loss, read_log
 from dsv4.train.ngram import ngram_bits_per_byte
 from dsv4.train.recipes import RunConfig, resolve

@@ -2,7 +2,7 @@
 
 State of the Union addresses and Moby Dick; origin and licence are stated in README.md beside this file.
 Each split is one xz file of JSON lines, each with a `source` (where the document comes from) and its `text`.
-build.py made the files; tokenising and packing are left to dsv4.train.data.
+build.py made the files; tokenising and packing are left to dsv4.train.packed.
 """
 
 import json

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from dsv4.model.head import IGNORE
-from dsv4.train.data import Batch
+from dsv4.train.batches import Batch
 
 
 def ngram_bits_per_byte(train: Iterable[Batch], heldout: Iterable[Batch], vocab_size: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dsv4 import data as corpus
 from dsv4.errors import UserError
 from dsv4.files import TEMPORARY, explained, make_folder, read_json, synchronise, write_json
 from dsv4.text import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
-from dsv4.train.data import Packed, check_file, is_prepared, prepare, read_manifest
+from dsv4.train.packed import Packed, check_file, is_prepared, prepare, read_manifest
 from dsv4.train.recipes import DataConfig, RunConfig
 from dsv4.train.sources import (
     HOLD_OUT_EVERY,

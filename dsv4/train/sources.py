@@ -1,6 +1,6 @@
 """Where training text comes from: the user's .txt, .jsonl and .parquet files, read document by document.
 
-Nothing here tokenises (data.py does). What is held in memory has a bound that the files cannot move: a text longer
+Nothing here tokenises (packed.py does). What is held in memory has a bound that the files cannot move: a text longer
 than DOCUMENT_CHARS is cut into several documents while it is read, a .jsonl line has at most LINE_BYTES, a .parquet
 comes PARQUET_ROWS rows at a time. Every defect of a file is one sentence that names the file and the place.
 """

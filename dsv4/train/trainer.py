@@ -21,10 +21,11 @@ from dsv4.model import Transformer
 from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
 from dsv4.train.balance import update_balance_bias
-from dsv4.train.data import Batches, Packed, heldout_batches, split
+from dsv4.train.batches import Batches, heldout_batches, split
 from dsv4.train.log import Log, LossWatch
 from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
+from dsv4.train.packed import Packed
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, prepare_data
 from dsv4.train.schedule import decay_steps, lr_scale, mtp_weight
