@@ -4,6 +4,7 @@ wrongly. The standard is a slow loop that runs the whole model on all tokens for
 """
 
 import itertools
+import math
 from contextlib import closing
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsv4.engine import Completion, Engine, SamplingParams, Session
+from dsv4.engine.sampler import BROKEN, logprobs
 from dsv4.engine.scheduler import Scheduler
 from dsv4.engine.types import Request
 from dsv4.engine.writer import TextWriter
@@ -236,7 +238,7 @@ def test_events(model, engine, monkeypatch):
     forced(model, engine, monkeypatch, "aé<b</s".encode())
     events = list(engine.stream("x", replace(GREEDY, stop=["</s>"])))
     assert [e.text for e in events] == ["a", "", "é", "", "<b", "", "", "", "</s"]
-    assert [e.token for e in events] == events[-1].completion.ids
+    assert [t for e in events for t in e.tokens] == events[-1].completion.ids
     assert [e.finish_reason for e in events] == [None] * 8 + ["stop"]
 
 
@@ -294,7 +296,7 @@ def test_streamed_texts_are_the_completion(model, by_itself):
     for (ids, params), whole in zip(BATCH, by_itself, strict=True):
         events = list(Engine(model, TOKENIZER).stream(ids, params))
         assert "".join(e.text for e in events) == whole.text == TOKENIZER.decode(whole.ids)
-        assert [e.token for e in events] == whole.ids
+        assert [t for e in events for t in e.tokens] == whole.ids
 
 
 def test_the_end_of_the_context_is_a_length():
@@ -408,7 +410,7 @@ def test_streams_side_by_side_and_one_closed_early(model, by_itself):
     for number, i in ((0, 1), (1, 2)):
         request = got[0][number].request
         events = [pair[number] for pair in got] + [e for e in rest if e.request == request]
-        assert [e.token for e in events] == by_itself[i].ids
+        assert [t for e in events for t in e.tokens] == by_itself[i].ids
     done = {e.request: e.completion for e in engine.step() if e.completion} | finish(engine)
     assert set(done) == {plain}, "the closed stream is cancelled"
     assert same(done[plain], by_itself[0])
@@ -495,7 +497,7 @@ def test_scheduling_is_fair(requests, max_batch, spare):
 
 
 def say(session: Session, text: str, params: SamplingParams = SHORT) -> list[int]:
-    return [e.token for e in session.generate(text, params)]  # type: ignore[misc]
+    return [t for e in session.generate(text, params) for t in e.tokens]  # type: ignore[misc]
 
 
 def computed(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -563,7 +565,7 @@ def test_an_interrupted_reply_leaves_a_usable_timeline(model, monkeypatch, where
             patch.setattr(moe, "forward", stopping)
         with closing(session.generate("Then", GREEDY)) as events:
             for event in events:
-                got.append(event.token)
+                got.extend(event.tokens)
                 if where == "between steps" and len(got) == 5:
                     raise KeyboardInterrupt
     assert len(got) == 5 and session.ids == start + TOKENIZER.encode("Then") + got
@@ -596,7 +598,7 @@ def test_what_comes_next_closes_an_open_turn(model, taken):
     engine = Engine(model, TOKENIZER)
     session = Session(engine)
     events = session.generate("It was", GREEDY)
-    told = [next(events).token for _ in range(taken)]
+    told = [t for _ in range(taken) for t in next(events).tokens]
     ids = [0, *TOKENIZER.encode("It was"), *told, *TOKENIZER.encode(" so")]
     assert say(session, " so") == Engine(model, TOKENIZER).generate([ids], SHORT)[0].ids
     assert list(events) == [] and not list(engine.scheduler)
@@ -651,3 +653,40 @@ def test_a_turn_that_does_not_fit_changes_nothing():
     say(session, "and")
     assert session.undo() and session.ids == ids
     assert session.undo() and say(session, "It was a dark") == reply
+
+
+# --- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models_own(model: Transformer) -> None:
+    """Of the drawn tokens and the likeliest, whatever temperature and filters did, alone or beside others."""
+    tokenizer = ByteTokenizer()
+    engine = Engine(model, tokenizer)
+    asked = SamplingParams(temperature=0.7, top_k=5, seed=1, max_tokens=6, logprobs=3)
+    silent = SamplingParams(temperature=0, max_tokens=9)
+    one, other = engine.generate(["abc", "a longer prompt"], [asked, silent])
+    assert other.logprobs == () and len(one.logprobs) == len(one.ids)
+    for at, got in enumerate(one.logprobs):
+        ids = torch.tensor([*one.prompt_ids, *one.ids[:at]])
+        with torch.no_grad():
+            want = model(ids)[-1, : tokenizer.vocab_size].double().log_softmax(dim=0)
+        assert got.token == one.ids[at]
+        assert abs(got.logprob - want[got.token].item()) < 1e-5
+        values, order = want.sort(descending=True, stable=True)
+        assert [i for i, _ in got.top] == order[:3].tolist()
+        assert all(abs(a - b) < 1e-5 for (_, a), b in zip(got.top, values.tolist(), strict=False))
+    events = list(engine.stream("abc", asked))
+    assert [x for e in events for x in e.logprobs] == list(events[-1].completion.logprobs)  # type: ignore[union-attr]
+    assert [x.token for e in events for x in e.logprobs] == [t for e in events for t in e.tokens]
+
+
+def test_logprobs_of_ties_and_of_none() -> None:
+    logits = torch.zeros(2, 5)
+    got = logprobs(logits, [SamplingParams(logprobs=2), SamplingParams(logprobs=0)], [4, BROKEN])
+    assert got[1] is None and got[0] is not None
+    assert [i for i, _ in got[0].top] == [0, 1] and got[0].logprob == pytest.approx(-math.log(5))
+    got = logprobs(logits, [SamplingParams(logprobs=0), SamplingParams()], [3, 3])
+    assert got[0] is not None and got[0].top == () and got[1] is None
+    for wrong in (-1, 101, 1.5, True):
+        with pytest.raises(UserError, match="logprobs="):
+            SamplingParams(logprobs=wrong)  # type: ignore[arg-type]

@@ -112,8 +112,19 @@ def test_json_is_one_object_with_everything(run_folder, dsv4_run):
     assert [c["ids"] for c in report["completions"]] == [c.ids for c in done]
     assert [c["text"] for c in report["completions"]] == [c.text for c in done]
     assert [c["prompt_tokens"] for c in report["completions"]] == [4, 1]
+    assert all("logprobs" not in c for c in report["completions"])
     assert report["new_tokens"] == sum(len(c.ids) for c in done)
     assert report["memory_bytes"] == sum(c.memory_bytes for c in done)
+
+
+def test_logprobs_stand_in_the_json(run_folder, dsv4_run):
+    code, out, _ = dsv4_run("generate", run_folder, "one", *OPTIONS, "--logprobs", 2, "--json")
+    row = json.loads(out)["completions"][0]
+    assert code == 0 and [x["token"] for x in row["logprobs"]] == row["ids"]
+    for x in row["logprobs"]:  # greedy: the drawn token is the likeliest
+        assert len(x["top"]) == 2 and x["top"][0] == [x["token"], x["logprob"]] and x["logprob"] < 0
+    code, _, err = dsv4_run("generate", run_folder, "one", *OPTIONS, "--logprobs", 2)
+    assert code == 2 and "add --json" in err
 
 
 def test_stop_strings_and_no_prompt(run_folder, dsv4_run):

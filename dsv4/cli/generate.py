@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,9 @@ def generate(
     min_p: common.MinP = 0.0,
     seed: common.Seed = None,
     stop: common.Stop = None,
+    logprobs: Annotated[
+        int | None, Option(help="With --json: log-probabilities of each token and of so many of the likeliest.")
+    ] = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "float32",
     cache: common.Cache = "",
@@ -42,7 +46,9 @@ def generate(
     Example: dsv4 generate runs/demo "It was a dark" --max-tokens 200 --temperature 0.8 --seed 1
     Several lines: dsv4 generate runs/demo - < chapter.txt
     """
-    params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
+    params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [], logprobs)
+    if logprobs is not None and not as_json:
+        raise UserError("--logprobs has its place in the JSON object: add --json")
     texts = [] if prompt is None else [_from_stdin() if prompt == "-" else prompt]
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
@@ -89,6 +95,7 @@ def _row(text: str, c: Completion) -> dict[str, object]:
         "prompt_tokens": len(c.prompt_ids),
         "ids": c.ids,
         "memory_bytes": c.memory_bytes,
+        **({"logprobs": [asdict(x) for x in c.logprobs]} if c.logprobs else {}),
     }
 
 

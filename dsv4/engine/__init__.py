@@ -2,6 +2,6 @@
 
 from dsv4.engine.engine import Engine, Events
 from dsv4.engine.session import Session
-from dsv4.engine.types import Completion, Event, SamplingParams
+from dsv4.engine.types import Completion, Event, Logprob, SamplingParams
 
-__all__ = ["Completion", "Engine", "Event", "Events", "SamplingParams", "Session"]
+__all__ = ["Completion", "Engine", "Event", "Events", "Logprob", "SamplingParams", "Session"]

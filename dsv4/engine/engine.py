@@ -15,9 +15,9 @@ import torch
 from dsv4.cache import SequenceMemory
 from dsv4.checkpoint import load, resolve_checkpoint
 from dsv4.engine.runner import Runner
-from dsv4.engine.sampler import BROKEN, sample
+from dsv4.engine.sampler import BROKEN, logprobs, sample
 from dsv4.engine.scheduler import Scheduler, Work
-from dsv4.engine.types import Completion, Event, FinishReason, Request, SamplingParams
+from dsv4.engine.types import Completion, Event, FinishReason, Logprob, Request, SamplingParams
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
 from dsv4.model import Transformer
@@ -117,9 +117,11 @@ class Engine:
         work = self.scheduler.schedule()
         with _recomputed_if_stopped(work):
             ready, logits = self.runner.run(work)
-            tokens = sample(self._known(logits), [r.params for r in ready], [r.generator for r in ready])
-            for request, token in zip(ready, tokens, strict=True):
-                self._news.append(self._finish(request, token))
+            logits, params = self._known(logits), [r.params for r in ready]
+            tokens = sample(logits, params, [r.generator for r in ready])
+            told = logprobs(logits, params, tokens)
+            for request, token, logprob in zip(ready, tokens, told, strict=True):
+                self._news.append(self._finish(request, token, logprob))
         news, self._news = self._news, []
         return news
 
@@ -214,27 +216,36 @@ class Engine:
         """Logits of the tokens that the tokenizer has; a model's vocabulary may be padded."""
         return logits[:, : self.tokenizer.vocab_size]
 
-    def _finish(self, request: Request, token: int) -> Event:
+    def _finish(self, request: Request, token: int, logprob: Logprob | None) -> Event:
         """Enter a drawn token: the text that it lets out, and whether the request ends with it."""
         if token == BROKEN:
-            return self._end(request, None, request.writer.flush(), "error")
+            return self._end(request, (), request.writer.flush(), "error")
         request.ids.append(token)
+        news = () if logprob is None else (logprob,)
+        request.logprobs += news
         if token in self.stop_ids:  # not written, whether or not the tokenizer knows it as a special token
-            return self._end(request, token, request.writer.flush(), "stop")
+            return self._end(request, (token,), request.writer.flush(), "stop", news)
         text = request.writer.push(token)
         if request.writer.stopped:
-            return self._end(request, token, text, "stop")
+            return self._end(request, (token,), text, "stop", news)
         if len(request.ids) == request.limit:
             text += request.writer.flush()
-            return self._end(request, token, text, "stop" if request.writer.stopped else "length")
+            return self._end(request, (token,), text, "stop" if request.writer.stopped else "length", news)
         request.text += text
-        return Event(request.number, token, text)
+        return Event(request.number, (token,), text, logprobs=news)
 
-    def _end(self, request: Request, token: int | None, text: str, reason: FinishReason) -> Event:
+    def _end(
+        self,
+        request: Request,
+        tokens: tuple[int, ...],
+        text: str,
+        reason: FinishReason,
+        news: tuple[Logprob, ...] = (),
+    ) -> Event:
         request.text += text
         request.finish_reason = reason
         self.scheduler.remove(request)
-        return Event(request.number, token, text, reason, request.completion())
+        return Event(request.number, tokens, text, reason, request.completion(), news)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv4.engine.types import SamplingParams
+from dsv4.engine.types import Logprob, SamplingParams
 
 BROKEN = -1  # what is "drawn" from a row that is not finite
 
@@ -34,6 +34,20 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], generators: Sequenc
         drawn = pick(probs, torch.tensor(uniform, dtype=torch.float64, device=logits.device))
         ids = ids.where(temperature == 0, drawn)
     return ids.where(logits.isfinite().all(dim=1), BROKEN).tolist()
+
+
+def logprobs(logits: Tensor, params: Sequence[SamplingParams], tokens: Sequence[int]) -> list[Logprob | None]:
+    """For each row of logits fp32 [n, V] what was asked for of its drawn token; None where nothing was or it is BROKEN.
+
+    Of the distribution as the model gives it, whatever it was drawn from.
+    """
+    out: list[Logprob | None] = [None] * len(tokens)
+    for row, (p, token) in enumerate(zip(params, tokens, strict=True)):
+        if p.logprobs is not None and token != BROKEN:
+            logs = logits[row].double().log_softmax(dim=0)
+            first = logs.sort(descending=True, stable=True).indices[: p.logprobs].tolist()  # ties: the lowest id
+            out[row] = Logprob(token, logs[token].item(), tuple((i, logs[i].item()) for i in first))
+    return out
 
 
 def probabilities(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Data only. What these mean to logits is sampler.py; who runs when is scheduler.p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,13 +18,17 @@ from dsv4.errors import UserError
 FinishReason = Literal["stop", "length", "error"]
 
 
+MOST_LOGPROBS = 100  # likeliest tokens that can be asked for beside a drawn one
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is drawn and when a text ends; the defaults are what the published models recommend.
 
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. seed: the same seed draws the
     same tokens whatever else is in the batch; None is a new one each time. max_tokens: new tokens at most. stop:
-    strings that end the text and are not part of it.
+    strings that end the text and are not part of it. logprobs: also tell log-probabilities, of each drawn token and of
+    this many of the likeliest (0 to 100); None: none.
     """
 
     temperature: float = 1.0
@@ -34,6 +38,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 128
     stop: tuple[str, ...] | list[str] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
@@ -50,14 +55,27 @@ class SamplingParams:
             raise UserError(f"max_tokens={self.max_tokens!r} must be a whole number of at least 1")
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise UserError(f"stop={self.stop!r} must be a list of non-empty strings")
+        if self.logprobs is not None and (not _is_whole(self.logprobs) or not 0 <= self.logprobs <= MOST_LOGPROBS):
+            raise UserError(f"logprobs={self.logprobs!r} must be a whole number from 0 to {MOST_LOGPROBS}, or None")
         object.__setattr__(self, "stop", tuple(self.stop))
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural logarithms of the model's own probabilities: before temperature and filters, over the tokens that the
+    tokenizer has. top: (token, log-probability) of the likeliest, by log-probability, then by lowest id."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Completion:
     """What came of a request. memory_bytes is what its memory had allocated at the end.
 
-    ids are all tokens drawn, with a final eos and the tokens of a stop string; text has neither.
+    ids are all tokens drawn, with a final eos and the tokens of a stop string; text has neither. logprobs has one for
+    each of ids if they were asked for, else none.
     """
 
     request: int
@@ -66,21 +84,24 @@ class Completion:
     text: str
     finish_reason: FinishReason
     memory_bytes: int
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Event:
-    """One step's news of a request: the token drawn, the text that it let out; at the end, the completion.
+    """One step's news of a request: the tokens drawn, the text that they let out; at the end, the completion.
 
-    token is None only with finish_reason "error". text may be empty: a character may be incomplete, or what is
-    there may be the beginning of a stop string. All texts of a request together are its completion's text.
+    tokens is empty only with finish_reason "error"; logprobs has one for each if they were asked for. text may be
+    empty: a character may be incomplete, or what is there may be the beginning of a stop string. All texts of a request
+    together are its completion's text.
     """
 
     request: int
-    token: int | None
+    tokens: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(eq=False)
@@ -100,6 +121,7 @@ class Request:
     num_prompt: int = 0
     text: str = ""
     finish_reason: FinishReason | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.ids)
@@ -113,7 +135,7 @@ class Request:
         assert self.finish_reason is not None
         ids, new = self.ids[: self.num_prompt], self.ids[self.num_prompt :]
         held = self.memory.bytes() if self.memory else 0
-        return Completion(self.number, ids, new, self.text, self.finish_reason, held)
+        return Completion(self.number, ids, new, self.text, self.finish_reason, held, tuple(self.logprobs))
 
 
 def _is_number(value: object) -> bool:
