@@ -17,7 +17,10 @@ LLAMA = LlamaConfig(
     vocab_size=512, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=16,
     intermediate_size=80, max_position_embeddings=65536,
 )  # fmt: skip
-MODELS = {**bench.SMALL, "small Llama": LLAMA}
+SMALL_V4 = bench.SMALL["small V4"]
+assert isinstance(SMALL_V4, ModelConfig)
+OTHERS = {f"small V4, {residual} residual": SMALL_V4.with_(residual=residual) for residual in ("plain", "hc")}
+MODELS = {**bench.SMALL, "small Llama": LLAMA, **OTHERS}
 
 
 @pytest.mark.parametrize("name", MODELS)

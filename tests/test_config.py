@@ -210,7 +210,7 @@ def test_the_table_of_absent_keys_is_whole():
     assert defaults == {
         "n_shared_experts": 1, "hc_eps": 1e-6, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "rope_scaling": RopeScaling("default"), "num_nextn_predict_layers": 0, "initializer_range": 0.02,
-        "bos_token_id": None, "eos_token_id": None, "dspark_stages": 0,
+        "bos_token_id": None, "eos_token_id": None, "dspark_stages": 0, "residual": "mhc",
     }  # fmt: skip
 
 

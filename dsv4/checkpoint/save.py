@@ -41,6 +41,11 @@ def save(
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)}")
+    if layout == "transformers" and model.config.residual != "mhc":
+        raise UserError(
+            f"residual={model.config.residual!r} cannot be said to transformers, which has V4's alone: "
+            "use the published layout"
+        )
     if model.device.type == "meta":
         raise UserError("the model is on the meta device and has no weights to save: build it on another device")
     folder, number_format = Path(folder), as_dtype(dtype or model.dtype)

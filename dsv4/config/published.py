@@ -53,6 +53,7 @@ ABSENT: dict[str, Any] = {
     "initializer_range": 0.02,
     "bos_token_id": None,  # transformers' 0 and 1 are the published tokenizer's, which need not be this model's
     "eos_token_id": None,
+    "residual": "mhc",  # a key of ours: only what V4 is compared with has another
     "dspark_stages": 0,
 }
 

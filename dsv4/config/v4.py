@@ -14,6 +14,7 @@ from dsv4.errors import UserError, nearest, shown
 
 LayerKind = Literal["window", "csa", "hca"]
 KIND_OF_RATIO: dict[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
+RESIDUALS = ("mhc", "hc", "plain")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = 0  # None: the file does not say
     eos_token_id: int | tuple[int, ...] | None = 1
+    residual: str = "mhc"  # how sublayers are joined: V4's mhc; for comparison hc (unconstrained) and plain (x + f(x))
     dspark_stages: int = 0  # blocks of the DSpark drafter that a file describes; it is named, and not built
 
     def __post_init__(self) -> None:
@@ -85,14 +87,20 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The published spelling, ready for `json.dump`; `from_json` reads it back unchanged."""
         data = {**CONSTANTS, **asdict(self)}
-        if not self.dspark_stages:
-            del data["dspark_stages"]  # a key of ours, which no other reader knows
+        for key in ("dspark_stages", "residual"):  # keys of ours, which no other reader knows
+            if data[key] == getattr(ModelConfig, key):
+                del data[key]
         return data
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids of `eos_token_id`, each once, in order."""
         return as_ids(self.eos_token_id)
+
+    @property
+    def num_streams(self) -> int:
+        """Residual streams; a plain residual is a single one."""
+        return 1 if self.residual == "plain" else self.hc_mult
 
     @property
     def trunk_ratios(self) -> tuple[int, ...]:
@@ -137,6 +145,11 @@ def _check(c: ModelConfig) -> None:
         raise UserError(f"compress ratio {shown(unknown[0])} is unknown: use 0 (window), 4 (CSA) or 128 (HCA)")
     if any(c.compress_ratios[c.num_hidden_layers :]):
         raise UserError("the MTP entries of compress_ratios (the last ones) must be 0: an MTP block is a pure window")
+    if c.residual not in RESIDUALS:
+        raise UserError(
+            f"residual={shown(c.residual)} is unknown: use one of {', '.join(RESIDUALS)}"
+            f"{nearest(str(c.residual)[:80], RESIDUALS)}"
+        )
     if c.num_nextn_predict_layers > 1:
         raise UserError(f"num_nextn_predict_layers={c.num_nextn_predict_layers}: at most 1 MTP block is supported")
     if c.n_shared_experts != 1:

@@ -167,6 +167,7 @@ def _products(config: AnyConfig) -> list[Work]:
 def _mixing(k: ModelConfig, layers: int) -> Work:
     """Collapse n streams to one, mix them n x n, write the output back to n; for two sublayers per layer."""
     n, d = k.hc_mult, k.hidden_size
+    layers = 0 if k.residual == "plain" else layers
     return Work("hyper-connections", "mhc", layers * 2 * 2 * (n * d + n * n * d + n * d))
 
 

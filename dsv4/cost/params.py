@@ -76,7 +76,7 @@ def mtp_families(config: ModelConfig) -> tuple[Family, ...]:
         *_v4_layer(config, config.num_hidden_layers),
         _all(r"\.[eh]_proj\.", "MTP projections", 2 * d * d, "fp8", "fp8"),
         _all(r"\.\d+\.([eh]norm|norm)\.", "norms and sinks", 3 * d, "bf16"),
-        *_collapse(d, n),
+        *([] if config.residual == "plain" else _collapse(d, n)),
     ])  # fmt: skip
 
 
@@ -200,7 +200,8 @@ def _collapse(d: int, n: int) -> list[Family]:
 
 def _v4(k: ModelConfig) -> list[Family]:
     layers = [f for i in range(k.num_hidden_layers) for f in _v4_layer(k, i)]
-    return [*layers, *_ends(k.hidden_size, k.vocab_size), *_collapse(k.hidden_size, k.hc_mult)]
+    collapse = [] if k.residual == "plain" else _collapse(k.hidden_size, k.hc_mult)
+    return [*layers, *_ends(k.hidden_size, k.vocab_size), *collapse]
 
 
 def _v4_layer(k: ModelConfig, layer: int) -> list[Family]:
@@ -222,9 +223,12 @@ def _v4_layer(k: ModelConfig, layer: int) -> list[Family]:
         _all(r"\.ffn\.gate\.bias", BIAS, 0 if hashed else k.n_routed_experts, "fp32"),
         _all(r"\.ffn\.shared_experts\.", "experts", expert, "fp8", "fp8"),
         Family(ROUTED, "experts", k.n_routed_experts * expert, k.num_experts_per_tok * expert, "fp4", "expert"),
-        _all(r"\.hc_(attn|ffn)_fn", "hyper-connections", 2 * rows * n * d, "fp32", "mhc"),
-        _all(r"\.hc_(attn|ffn)_(base|scale)", "hyper-connections", 2 * (rows + 3), "fp32"),
     ]
+    if k.residual != "plain":
+        found += [
+            _all(r"\.hc_(attn|ffn)_fn", "hyper-connections", 2 * rows * n * d, "fp32", "mhc"),
+            _all(r"\.hc_(attn|ffn)_(base|scale)", "hyper-connections", 2 * (rows + 3), "fp32"),
+        ]
     if r:
         found += [
             _all(r"\.attn\.compressor\.(wkv|wgate)\.", "compressor", 2 * d * series * c, "bf16", "aux"),

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from dsv4 import ops
 from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
 from dsv4.model import hyper
@@ -20,17 +19,15 @@ class Block(nn.Module):
         self.attn = Attention(config, layer, dtype)
         self.ffn_norm = hyper.Enter(config)
         self.ffn = MoE(config, layer, dtype)
-        self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = hyper.parameters(config)
-        self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hyper.parameters(config)
+        hyper.add_parameters(self, "hc_attn", config)
+        hyper.add_parameters(self, "hc_ffn", config)
 
     def forward(
         self, x_TNM: Tensor, ids_T: Tensor, run: Run, views: list[LayerMemory | None]
     ) -> tuple[Tensor, Routing]:
         """Streams [T, N, M] -> streams, and the gate's decision; `views` as in Attention."""
-        attn_hyper = (self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        h_TM, post, comb = self.attn_norm(x_TNM, attn_hyper)  # N streams -> 1
-        x_TNM = ops.hyper_write(x_TNM, self.attn(h_TM, run, views), post, comb)  # 1 -> N, mixed by the Sinkhorn matrix
-        ffn_hyper = (self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        h_TM, post, comb = self.ffn_norm(x_TNM, ffn_hyper)
+        h_TM, mix = self.attn_norm(x_TNM, hyper.parameters_of(self, "hc_attn"))  # N streams -> 1
+        x_TNM = hyper.write(x_TNM, self.attn(h_TM, run, views), mix)  # 1 -> N, mixed by the Sinkhorn matrix
+        h_TM, mix = self.ffn_norm(x_TNM, hyper.parameters_of(self, "hc_ffn"))
         y_TM, routing = self.ffn(h_TM, ids_T)  # ids: the first layers route by token id
-        return ops.hyper_write(x_TNM, y_TM, post, comb), routing
+        return hyper.write(x_TNM, y_TM, mix), routing

@@ -41,7 +41,7 @@ def _hyper(leaf: str, p: torch.Tensor, config: ModelConfig) -> None:
     elif leaf.endswith("_scale"):
         p.fill_(0.01)  # the dynamic part starts small [paper: "small at start"]
     else:
-        p.zero_()
+        p.zero_()  # hc: mixing starts as the identity
         p[:num] = -math.log(num - 1) if num > 1 else 0.0  # sigmoid -> 1 / num
-        if len(p) > num:
+        if len(p) > num and config.residual == "mhc":
             p[2 * num :] = -4.0 * (1 - torch.eye(num, device=p.device)).flatten()

@@ -25,7 +25,7 @@ class MTP(nn.Module):
         self.block = Block(config, config.num_hidden_layers, dtype)
         self.e_proj, self.h_proj = Linear(m, m, dtype), Linear(m, m, dtype)
         self.enorm, self.hnorm, self.norm = RMSNorm(m, eps), RMSNorm(m, eps), RMSNorm(m, eps)
-        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hyper.parameters(config, head=True)
+        hyper.add_parameters(self, "hc_head", config, head=True)
 
     def forward(
         self, streams: Tensor, embedded: Tensor, ids: Tensor, run: Run, views: list[LayerMemory | None]
@@ -37,5 +37,4 @@ class MTP(nn.Module):
         """
         x = self.e_proj(self.enorm(embedded))[:, None] + self.h_proj(self.hnorm(streams))
         x, routing = self.block(x, ids, run, views)
-        head = (self.hc_head_fn, self.hc_head_base, self.hc_head_scale)
-        return self.norm(hyper.collapse(x, head, self.config)), x, routing
+        return self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config)), x, routing

@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config.hidden_size, config.vocab_size, dtype)
-        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hyper.parameters(config, head=True)
+        hyper.add_parameters(self, "hc_head", config, head=True)
         self.mtp = nn.ModuleList(MTP(config, dtype) for _ in range(config.num_nextn_predict_layers))
         initialise(self, config)
 
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
-            x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
+            x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
             routing = []
             for i, block in enumerate(self.layers):
                 views = [None if p.memory is None else p.memory.layers[i] for p in run.pieces]
@@ -205,8 +205,7 @@ class Transformer(nn.Module):
                 else:
                     x, decided = block(x, ids, run, views)
                 routing.append(decided)
-            head = (self.hc_head_fn, self.hc_head_base, self.hc_head_scale)
-            hidden = self.norm(hyper.collapse(x, head, self.config))
+            hidden = self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config))
         for segment in segments:
             if segment.memory is not None:
                 segment.memory.advance(segment.length)
