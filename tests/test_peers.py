@@ -309,7 +309,13 @@ def test_defaults_of_a_file_are_those_of_transformers():
     for name in ("n_shared_experts", "hc_eps", "rms_norm_eps", "rope_theta", "initializer_range"):
         assert ours.pop(name) == getattr(theirs, name), name
     assert theirs.rope_parameters["compress"]["rope_type"] == ours.pop("rope_scaling").type == "default"
-    assert ours == {"bos_token_id": None, "eos_token_id": None, "num_nextn_predict_layers": 0, "dspark_stages": 0}
+    assert ours == {
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "num_nextn_predict_layers": 0,
+        "residual": "mhc",
+        "dspark_stages": 0,
+    }
 
 
 def test_where_their_fallback_is_another_model_ours_is_an_error():
