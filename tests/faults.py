@@ -131,6 +131,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 def forked(body: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:
     """Run `body` in a forked process: (exit code, what it said). 137 for one that was killed, also for a hang."""
     reader, writer = os.pipe()
+    held = resident()
     child = os.fork()
     if child == 0:
         code = BROKE
@@ -158,13 +159,18 @@ def forked(body: Callable[[], None], prepare: Callable[[], None] = lambda: None)
     _, status, usage = os.wait4(child, 0)
     hung = not signal.setitimer(signal.ITIMER_REAL, 0)[0]
     text = said.decode(errors="replace").strip()
-    over = usage.ru_maxrss * 1024 - BASELINE
+    over = usage.ru_maxrss * 1024 - held
     if hung or over > MEMORY_BYTES:
         return BROKE, f"{'hung' if hung else f'took {over >> 20} MiB'}: {text}"
     return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else CRASHED, text
 
 
-BASELINE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident() -> int:
+    """Bytes that this process holds now, which a forked one begins with."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def judged(body: Callable[[], None], difference: Callable[[], str] = lambda: "") -> Outcome:
