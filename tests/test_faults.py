@@ -2,6 +2,7 @@
 have been without, or that ends in anything but one sentence. A short cut of `make faults`, which does all of it.
 """
 
+import mmap
 from collections import Counter
 from collections.abc import Iterator
 
@@ -61,7 +62,9 @@ def test_another_weight_is_noticed(bench: faults.Bench) -> None:
 
 def test_a_traceback_a_hang_and_a_glutton_are_noticed(bench: faults.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy() -> None:
-        bytearray(400 << 20)[:: 1 << 12] = b"x" * (100 << 10)
+        pages = mmap.mmap(-1, 400 << 20)  # fresh ones: the heap may have as much to spare from the tests before
+        for at in range(0, len(pages), mmap.PAGESIZE):
+            pages[at] = 1
 
     monkeypatch.setattr(faults, "LIMIT_S", 1.0)
     for body, word in ((lambda: 1 / 0, "ZeroDivisionError"), (lambda: faults.time.sleep(60), "hung"), (greedy, "MiB")):
