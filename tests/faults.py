@@ -45,7 +45,7 @@ from dsv4.train.state import latest, numbered
 from dsv4.train.trainer import Trainer
 
 LIMIT_S = 60.0  # a training of this size takes about a second: longer is a hang
-MEMORY_BYTES = 300 << 20  # above what the process that forks holds itself
+MEMORY_BYTES = 600 << 20  # above what a forked process begins with; the pages of libraries come in on top of that
 CRASHED, REFUSED, BROKE = 137, 3, 5  # exit codes of the forked process
 KINDS = ("checkpoint", "state", "data", "config", "published")  # of files that are mutated
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from".split()
@@ -131,12 +131,12 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 def forked(body: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:
     """Run `body` in a forked process: (exit code, what it said). 137 for one that was killed, also for a hang."""
     reader, writer = os.pipe()
-    held = resident()
     child = os.fork()
     if child == 0:
         code = BROKE
         try:
             os.close(reader)
+            os.write(writer, resident().to_bytes(8, "little"))  # not its parent's: pages of files are not inherited
             os.dup2(writer, 1), os.dup2(writer, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -158,7 +158,7 @@ def forked(body: Callable[[], None], prepare: Callable[[], None] = lambda: None)
     os.close(reader)
     _, status, usage = os.wait4(child, 0)
     hung = not signal.setitimer(signal.ITIMER_REAL, 0)[0]
-    text = said.decode(errors="replace").strip()
+    held, text = int.from_bytes(said[:8], "little"), said[8:].decode(errors="replace").strip()
     over = usage.ru_maxrss * 1024 - held
     if hung or over > MEMORY_BYTES:
         return BROKE, f"{'hung' if hung else f'took {over >> 20} MiB'}: {text}"
@@ -166,7 +166,7 @@ def forked(body: Callable[[], None], prepare: Callable[[], None] = lambda: None)
 
 
 def resident() -> int:
-    """Bytes that this process holds now, which a forked one begins with."""
+    """Bytes that this process holds now."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
