@@ -242,7 +242,7 @@ class Trainer:
         self.saved_step = self.progress.step
         return path
 
-    def _not_finite(self, what: str) -> "NotFinite":
+    def _not_finite(self, what: str) -> NotFinite:
         return NotFinite(what, last_good(self.folder))
 
     def _data_identity(self) -> Record:
@@ -253,9 +253,8 @@ class Trainer:
         """Make the point of resumption the newest state of this run, if it is one of its own."""
         newest = latest(self.folder)
         if newest is None or checkpoint.resolve() == newest.resolve():
-            drop_old(
-                self.folder / "checkpoints", self.progress.step, self.config.save.keep
-            )  # a crash may have kept them
+            # a crash may have kept those that were to go
+            drop_old(self.folder / "checkpoints", self.progress.step, self.config.save.keep)
         else:
             log.info("going on from %s: the checkpoints after it will be replaced", checkpoint)
             set_latest(self.folder / "checkpoints" / checkpoint.name)
