@@ -32,7 +32,7 @@ faults: $(VENV)/.dev
 
 # The .venv if there is one, else python3; PYTHON=... given by the user always wins.
 gpu-check:
-	$(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PY),$(PYTHON)) -m dsv4.bench.gpu_check $(ARGS)
+	$(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(PY))),$(PY),$(PYTHON)) -m dsv4 bench gpu-check $(ARGS)
 
 # The page of `dsv4 cost --html` is tested in a real browser. Where there is none, and none can be installed, that one test
 # is skipped and says so (with CI set, it fails).

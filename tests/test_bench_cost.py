@@ -20,6 +20,8 @@ LLAMA = LlamaConfig(
 SMALL_V4 = bench.SMALL["small V4"]
 assert isinstance(SMALL_V4, ModelConfig)
 OTHERS = {f"small V4, {residual} residual": SMALL_V4.with_(residual=residual) for residual in ("plain", "hc")}
+RATES = dict(compress_rate_csa=8, compress_rate_hca=32, compress_ratios=(0, 0, 8, 32, 8, 32, 0), index_topk=32)
+OTHERS["small V4, ratios 8 and 32"] = SMALL_V4.with_(**RATES)
 MODELS = {**bench.SMALL, "small Llama": LLAMA, **OTHERS}
 
 

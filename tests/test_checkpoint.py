@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv4
+from dsv4 import controls
 from dsv4.checkpoint import load, read_config, resolve_checkpoint, save, write_tensors
 from dsv4.checkpoint.names import LAYOUTS, file_names, layout_of
+from dsv4.config import preset_of
 from dsv4.errors import FileError, UserError
 from dsv4.files import DIGESTS, write_digests
 from dsv4.measure.subjects import randomise, small_config, small_model, tokens
@@ -159,6 +161,55 @@ def test_saving_does_not_change_the_model(model, tmp_path):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     save(model, tmp_path, layout="transformers", dtype=torch.bfloat16)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+CONTROLS = {
+    kind: preset_of(kind, "tiny").with_(vocab_size=97, num_hidden_layers=2, eos_token_id=(5, 9), bos_token_id=4)
+    for kind in ("v32", "llama")
+}
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+@pytest.mark.parametrize("limit", [10**9, 100_000])
+def test_a_control_goes_there_and_back_as_what_it_is(tmp_path, kind, limit):
+    """One file or shards; every tensor under its own name, the configuration and its kind in config.json."""
+    model = randomise(controls.build(CONTROLS[kind]))
+    save(model, tmp_path, max_shard_bytes=limit)
+    assert len(list(tmp_path.glob("*.safetensors"))) > (1 if limit < 10**6 else 0)
+    loaded = load(tmp_path)
+    assert type(loaded) is type(model) and loaded.config == CONTROLS[kind] == read_config(tmp_path)
+    assert same_weights(model, loaded) and loaded.stop_ids == (5, 9)
+    ids = tokens(model, 40)
+    with torch.no_grad():
+        assert torch.equal(model(ids), loaded(ids))
+    half = load(tmp_path, "bfloat16")
+    assert half.layers[1].ffn_norm.weight.dtype == torch.float32 and half.embed.weight.dtype == torch.bfloat16
+    save(half, tmp_path / "half", dtype="bfloat16")
+    assert same_weights(half, load(tmp_path / "half", "bfloat16"))
+
+
+def test_a_control_that_does_not_fit_or_cannot_be_said(tmp_path):
+    model = controls.build(CONTROLS["v32"])
+    with pytest.raises(UserError, match="kind v32 is saved in the published layout alone"):
+        save(model, tmp_path / "other", "transformers")
+    assert not (tmp_path / "other").exists()
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def say(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+
+    say(model_type="mamba")
+    refused(tmp_path, "model_type 'mamba'.* deepseek_v4, deepseek_v32, llama")
+    say(model_type="deepseek_v4")
+    refused(tmp_path, "are one key")
+    say(kv_lora_rank=32)
+    refused(tmp_path, r"layers\.0\.attn\.wkv_a\.weight .* has shape")
+    say()
+    rewrite(tmp_path, lambda t: t.pop("layers.1.ffn.gate.bias"))
+    refused(tmp_path, r"lacks tensor layers\.1\.ffn\.gate\.bias")
+    rewrite(tmp_path, lambda t: t.update({f"model.{n}": t.pop(n) for n in list(t)}))
+    refused(tmp_path, "names its tensors as transformers does")
 
 
 # --- names -------------------------------------------------------------------------------------------

@@ -11,12 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4.config import PRESETS, LlamaConfig, ModelConfig, RopeScaling, V32Config, read_any
+from dsv4.checkpoint import save
+from dsv4.config import (
+    CONTROLS,
+    PRESETS,
+    LayerKind,
+    LlamaConfig,
+    ModelConfig,
+    RopeScaling,
+    V32Config,
+    kind_of,
+    preset_of,
+    read_any,
+)
+from dsv4.config.controls import CONTROL_PRESETS
 from dsv4.config.published import ABSENT, REQUIRED
+from dsv4.controls import DenseTransformer
+from dsv4.cost import parameters
 from dsv4.errors import UserError
 from dsv4.measure.subjects import small_config
 from dsv4.model import Transformer
-from dsv4.model.controls import DenseTransformer
 from dsv4.model.rope import frequencies
 
 
@@ -54,9 +68,9 @@ def test_small_presets_have_the_size_they_claim(preset, about):
 )
 def test_layer_census(preset, window, csa, hca):
     config = ModelConfig.preset(preset)
-    kinds = [config.layer_kind(i) for i in range(config.num_hidden_layers)]
+    kinds = [config.layer_kind(i).name for i in range(config.num_hidden_layers)]
     assert (kinds.count("window"), kinds.count("csa"), kinds.count("hca")) == (window, csa, hca)
-    assert config.layer_kind(config.num_hidden_layers) == "window", "the MTP block is a pure window"
+    assert config.layer_kind(config.num_hidden_layers).name == "window", "the MTP block is a pure window"
     assert kinds[-1] == ("hca" if preset == "bench" else "csa")
     hashed = [i for i in range(len(config.compress_ratios)) if config.uses_hash_routing(i)]
     assert hashed == [0, 1, 2], "hash routing is for the first layers, never for the MTP block"
@@ -200,6 +214,86 @@ def test_replaced_fields():
     assert hash(config) != hash(ModelConfig.preset("tiny"))
 
 
+# --- other ratios, other attentions -----------------------------------------------------------------
+
+RATES = {"compress_rate_csa": 8, "compress_rate_hca": 32}
+MEMORIES = ("dense", "anchors", "lowrank")
+
+
+def attending(attention: str, **changes: Any) -> ModelConfig:
+    rank = {"attention_rank": 8} if attention == "lowrank" else {}
+    return small_config((0, 4, 128, 4), attention=attention, **rank, **changes)
+
+
+def test_a_layer_kind_says_all_that_a_ratio_meant():
+    config = small_config((32, 8, 0, 8), **RATES)
+    csa, hca = LayerKind("csa", 8, overlap=True, indexed=True), LayerKind("hca", 32, overlap=False, indexed=False)
+    window = LayerKind("window", 0, overlap=False, indexed=False)
+    assert [config.layer_kind(i) for i in range(4)] == [hca, csa, window, csa]
+    assert list(config.trunk_kinds.items()) == [(window, 1), (csa, 2), (hca, 1)]
+    assert config.compressed_kinds == (csa, hca)
+    assert [kind.ratio for kind in ModelConfig.preset("pro").compressed_kinds] == [4, 128]
+    assert small_config((0, 0)).compressed_kinds == ()
+
+
+@pytest.mark.parametrize("attention", MEMORIES)
+def test_the_kinds_of_another_attention(attention):
+    """Layers with a ratio are of one kind that pools nothing; a window stays what it is."""
+    config = attending(attention, mtp=1)
+    window, other = config.trunk_kinds
+    assert other == LayerKind(attention, 1, overlap=False, indexed=False) == config.layer_kind(2)
+    assert window.name == config.layer_kind(4).name == "window" and config.trunk_kinds[other] == 3
+    assert config.compressed_kinds == ()
+
+
+def test_other_ratios_are_written_under_their_names_and_those_of_v4_are_not():
+    """A released file must not change by a key that no other reader needs."""
+    config = small_config((0, 8, 32, 8), **RATES)
+    data = json.loads(json.dumps(config.to_json()))
+    assert (data["compress_rate_csa"], data["compress_rate_hca"]) == (8, 32)
+    assert data["layer_types"] == [_TYPES[r] for r in (0, 4, 128, 4)], "transformers knows no other ratios"
+    assert ModelConfig.from_json(data) == config
+    new = ("compress_rate_csa", "compress_rate_hca", "attention", "attention_rank", "layer_types")
+    assert not set(new) & set(ModelConfig.preset("flash").to_json())
+    only_csa = small_config((0, 8, 128), compress_rate_csa=8).to_json()
+    assert "compress_rate_hca" not in only_csa and ModelConfig.from_json(only_csa).compress_rate_hca == 128
+
+
+def test_rates_in_the_words_of_transformers():
+    """By layer type or by name, alone or both; the ratios of `layer_types` are theirs."""
+    by_type = {_TYPES[4]: 8, _TYPES[128]: 32}
+    for said in ({"compress_rates": by_type}, {"compress_rates": None, **RATES}, {"compress_rates": by_type, **RATES}):
+        config = ModelConfig.from_json({**TRANSFORMERS_FLASH, **said})
+        assert (config.compress_rate_csa, config.compress_rate_hca) == (8, 32)
+        assert config.trunk_ratios == tuple({0: 0, 4: 8, 128: 32}[r] for r in TRUNK_RATIOS)
+    part = {"compress_rates": {_TYPES[4]: 8, _TYPES[0]: 0}}
+    assert ModelConfig.from_json({**TRANSFORMERS_FLASH, **part}).compress_rate_hca == 128
+
+
+@pytest.mark.parametrize("attention", MEMORIES)
+def test_another_attention_survives_a_file(attention):
+    config = attending(attention)
+    data = json.loads(json.dumps(config.to_json()))
+    assert data["attention"] == attention and ("attention_rank" in data) == (attention == "lowrank")
+    assert ModelConfig.from_json(data) == config
+    refused(lambda: ModelConfig.from_json({**data, "attention": attention.upper()}), "attention=")
+    refused(lambda: ModelConfig.from_json({**data, "attention_rank": 4.5}), "attention_rank=4.5", "whole number")
+
+
+def test_another_attention_is_not_said_to_transformers(tmp_path):
+    """It would pass the key over and look for the weights of CSA and HCA."""
+    model = Transformer(small_config())
+    model.config = model.config.with_(attention="dense")
+    refused(lambda: save(model, tmp_path / "a", "transformers"), "attention='dense'", "published layout")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("attention", MEMORIES)
+def test_another_attention_is_not_built_in_silence(attention):
+    """As CSA and HCA, whose weights it does not have."""
+    refused(lambda: Transformer(attending(attention)), f"attention={attention!r}", "not built yet")
+
+
 # --- what is not there ------------------------------------------------------------------------------
 
 
@@ -208,9 +302,11 @@ def test_the_table_of_absent_keys_is_whole():
     assert list(ABSENT) == [f.name for f in fields(ModelConfig)]
     defaults = {name: value for name, value in ABSENT.items() if value is not REQUIRED}
     assert defaults == {
+        "compress_rate_csa": 4, "compress_rate_hca": 128,
         "n_shared_experts": 1, "hc_eps": 1e-6, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "rope_scaling": RopeScaling("default"), "num_nextn_predict_layers": 0, "initializer_range": 0.02,
         "bos_token_id": None, "eos_token_id": None, "dspark_stages": 0, "residual": "mhc",
+        "attention": "compressed", "attention_rank": 0,
     }  # fmt: skip
 
 
@@ -407,6 +503,34 @@ def test_a_control_is_read_as_its_file_says():
     assert (llama.rope_theta, llama.rms_norm_eps, llama.rope_type) == (500000.0, 1e-5, "default")
 
 
+@pytest.mark.parametrize("config", [*CONTROLS.values(), *(c for p in CONTROL_PRESETS.values() for c in p.values())])
+def test_what_a_control_writes_is_read_back_unchanged(config):
+    written = config.with_(bos_token_id=3, eos_token_id=[7, 5], initializer_range=0.01)
+    assert written.stop_ids == (5, 7) and written.eos_token_id == (7, 5)
+    for c in (config, written, written.with_(rms_norm_eps=1e-4)):
+        assert read_any(json.loads(json.dumps(c.to_json()))) == c
+    refused(lambda: config.with_(vocab_sise=3), "unknown configuration key 'vocab_sise'", "vocab_size")
+    refused(lambda: config.with_(eos_token_id=config.vocab_size), "eos_token_id", "below vocab_size")
+    refused(lambda: config.with_(bos_token_id=[1]), "bos_token_id", "one token id")
+
+
+def test_a_context_extension_of_a_llama_is_written_as_it_was_read():
+    llama = LlamaConfig(rope_type="llama3")
+    assert read_any(llama.to_json()) == llama
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_controls_presets_are_as_large_as_v4s(name):
+    """Parameters of the trunk within a tenth, at the same width, depth, vocabulary and context."""
+    v4 = ModelConfig.preset(name)
+    for kind in CONTROL_PRESETS:
+        config = preset_of(kind, name)
+        assert abs(parameters(config)["total"] / parameters(v4)["total"] - 1) < 0.1
+        for field in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+            assert getattr(config, field) == getattr(v4, field)
+        assert kind_of(config) == kind
+
+
 def test_a_llama_with_a_context_extension_is_counted_and_not_computed_without_it():
     llama = read_any({**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}})
     assert isinstance(llama, LlamaConfig) and llama.rope_type == "llama3"
@@ -470,7 +594,7 @@ def judged(data: dict) -> bool:
         assert "\n" not in str(error) and len(str(error)) < 1000
         return False
     assert isinstance(config, ModelConfig) and ModelConfig.from_json(config.to_json()) == config
-    assert all(frequencies(config, kind).isfinite().all() for kind in ("window", "csa"))
+    assert all(frequencies(config, table).isfinite().all() for table in ("window", "compressed"))
     return True
 
 
@@ -577,6 +701,21 @@ def test_layers_without_ratios():
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"compress_ratios": (0, 4, 8, 4)}, ("8", "0", "4", "128")),
+    ({"compress_rate_csa": 1}, ("compress_rate_csa=1", "2 .. 4,096")),
+    ({"compress_rate_csa": 4.0}, ("compress_rate_csa=4.0", "whole number")),
+    ({"compress_rate_hca": 8192}, ("compress_rate_hca=8192", "2 .. 4,096")),
+    ({"compress_rate_hca": 4}, ("compress_rate_hca=4", "compress_rate_csa=4", "not the same")),
+    ({"compress_rate_hca": 130}, ("compress_rate_hca=130", "multiple of compress_rate_csa=4")),
+    ({"compress_rate_hca": 2}, ("compress_rate_hca=2", "multiple of compress_rate_csa=4")),
+    ({"compress_rate_hca": 64}, ("compress ratio 128", "64 (compress_rate_hca)")),
+    ({"attention": "Dense"}, ("attention='Dense'", "did you mean 'dense'", "compressed, dense, anchors, lowrank")),
+    ({"attention": None}, ("attention=None",)),
+    ({"attention": ["dense"]}, ("attention=['dense']",)),
+    ({"attention": "lowrank"}, ("lowrank", "attention_rank")),
+    ({"attention": "lowrank", "attention_rank": 25}, ("attention_rank=25", "head_dim=32", "qk_rope_head_dim=8")),
+    ({"attention": "lowrank", "attention_rank": -1}, ("attention_rank=-1", "positive")),
+    ({"attention": "dense", "attention_rank": 16}, ("attention_rank=16", "lowrank", "'dense'")),
+    ({"attention_rank": 16}, ("attention_rank=16", "lowrank", "'compressed'")),
     ({"compress_ratios": (0, 4, 128, 4, 4), "num_nextn_predict_layers": 1}, ("MTP", "0")),
     ({"compress_ratios": (0, 4, 128, 4, 0, 0), "num_nextn_predict_layers": 2}, ("num_nextn_predict_layers=2", "1")),
     ({"n_shared_experts": 2}, ("n_shared_experts=2",)),
@@ -612,7 +751,7 @@ def test_rules_between_fields(changes, words):
     ({"norm_topk_prob": 1}, ("norm_topk_prob", "True")),
     ({"num_key_value_heads": True}, ("num_key_value_heads", "1")),
     ({"pruned_heads": {"0": [1]}}, ("pruned_heads",)),
-    ({"compress_rate_csa": 8}, ("compress_rate_csa", "4")),
+    ({"compress_rate_csa": 8}, ("compress ratio 4", "8 (compress_rate_csa)", "128 (compress_rate_hca)")),
     ({"rope_scaling": {"type": "yarn", "facto": 16}}, ("'facto'", "did you mean 'factor'")),
 ])  # fmt: skip
 def test_files_of_another_kind_of_model(changes, words):
@@ -620,7 +759,13 @@ def test_files_of_another_kind_of_model(changes, words):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"compress_rates": {_TYPES[4]: 8}}, ("8", _TYPES[4])),
+    ({"compress_rates": {_TYPES[4]: 8}, "compress_rate_csa": 4}, ("8", _TYPES[4], "compress_rate_csa=4")),
+    ({"compress_rates": {_TYPES[0]: 2}}, ("2", _TYPES[0], "only CSA and HCA")),
+    ({"compress_rates": {_TYPES[4]: 8}, "compress_ratios": [0, 0, *[4, 128] * 20, 4]},
+     ("layer_types", "rate of 8 for CSA", "compress_ratios", "disagree")),
+    ({"compress_rates": {_TYPES[4]: 8, _TYPES[128]: 8}}, ("compress_rate_hca=8", "compress_rate_csa=8")),
+    ({"compress_rates": {_TYPES[4]: "8"}}, ("compress_rate_csa='8'", "whole number")),
+    ({"compress_rates": [4, 128]}, ("compress_rates=[4, 128]", "an object")),
     ({"layer_types": ["full_attention"] * 43}, ("'full_attention'", _TYPES[0])),
     ({"mlp_layer_types": ["moe"] * 40 + ["hash_moe"] * 3}, ("mlp_layer_types", "first")),
     ({"mlp_layer_types": ["hash_moe"] * 3 + ["sparse"] * 40}, ("mlp_layer_types", "'sparse'")),

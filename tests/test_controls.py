@@ -1,29 +1,34 @@
 """The models that V4 is compared with, against transformers 5.23's `deepseek_v32` and `llama` as an oracle: the same
 random weights in fp32 give the same logits and gradients.
 
-Failures caught here: anything in which these models are not V3.2 and Llama; chunks that change a number; a memory that
-allocates other bytes than its rows, or reads new rows otherwise than old ones; memory that grows with the square of the
-length.
+Failures caught here: anything in which these models are not V3.2 and Llama; chunks that change a number; a sequence
+that depends on what else is in the call; a fork, rewind, snapshot or restore that is not exact; a memory that allocates
+other bytes than its rows, or reads new rows otherwise than old ones; memory that grows with the square of the length; a
+call that V4's model takes and these do not.
 Ties are kept out (their order is not defined there): 32 index heads.
 """
 
+from collections import Counter
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from differences import differ
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4.config import LlamaConfig, RopeScaling, V32Config
+from dsv4.controls import ControlTransformer, DenseTransformer, V32Transformer, dense, v32
+from dsv4.controls.memory import FORMATS
 from dsv4.cost import kv_bytes, params
 from dsv4.errors import UserError
+from dsv4.measure import subjects
 from dsv4.measure.subjects import fill
-from dsv4.model import dense, v32
-from dsv4.model.control_memory import FORMATS
-from dsv4.model.controls import ControlTransformer, DenseTransformer, V32Transformer
+from dsv4.model.moe import Routing
 from dsv4.ops import blocked, rotate
 
 LOGITS = 5e-5  # the largest absolute difference allowed; logits reach about 6
@@ -227,9 +232,9 @@ def biased_weights(model, patch):
         if isinstance(m, v32.GroupedGate):
 
             def forward(x, m=m, right=m.forward):
-                chosen, weights = right(x)
-                weights = ((x @ m.weight.T).sigmoid() + m.bias).gather(1, chosen)
-                return chosen, weights / weights.sum(dim=1, keepdim=True) * m.scale
+                decided = right(x)
+                weights = ((x @ m.weight.T).sigmoid() + m.bias).gather(1, decided.chosen)
+                return Routing(decided.scores, decided.chosen, weights / weights.sum(dim=1, keepdim=True) * m.scale)
 
             patch.setattr(m, "forward", forward)
 
@@ -299,8 +304,8 @@ def test_bytes_of_a_memory(case: str, capacity: int) -> None:
     """As many rows as tokens, in every format, to the byte what dsv4/cost counts."""
     model = build(case)
     for format in FORMATS[type(model.config)]:
-        memory = model.new_cache(format, capacity)
-        known = "published" if format == "packed" else format
+        memory = model.new_cache(format=format, capacity=capacity)[0]
+        known = {"packed": "published", "float16": "bfloat16"}.get(format, format)
         assert memory.bytes() == sum(kv_bytes.held(model.config, capacity, known).values())
         fill(memory, capacity)
         assert memory.length == capacity and model(ids_of(3), memory).isfinite().all()
@@ -314,13 +319,13 @@ def test_a_packed_memory_is_near_an_exact_one_and_the_same_for_every_chunk() -> 
         for name, p in model.named_parameters():
             p.normal_(1 if name.endswith("norm.weight") else 0, 0.1)
     ids = ids_of(150)
-    exact, one = (stream(model, ids, 50, model.new_cache(f)) for f in ("float32", "packed"))
+    exact, one = (stream(model, ids, 50, model.new_cache(format=f)) for f in ("float32", "packed"))
     assert 0 < (exact - one).abs().mean() < 0.1 * exact.std()
     for chunk in (1, 7, 150):
-        assert (one - stream(model, ids, chunk, model.new_cache("packed"))).abs().mean() < 2e-3
+        assert (one - stream(model, ids, chunk, model.new_cache(format="packed"))).abs().mean() < 2e-3
     chosen = V32Transformer(replace(config, index_topk=40))
     chosen.load_state_dict(model.state_dict())
-    assert stream(chosen, ids, 50, chosen.new_cache("packed")).isfinite().all()
+    assert stream(chosen, ids, 50, chosen.new_cache(format="packed")).isfinite().all()
 
 
 def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,16 +352,208 @@ def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None
         assert seen.numbers < length**2 / 4, case
 
 
+# --- the contract of V4's own model: segments, memories, losses -------------------------------------------------------
+
+
+def documents(*lengths: int, seed: int = 5) -> list[Tensor]:
+    return list(ids_of(sum(lengths), seed).split(lengths))
+
+
+@torch.no_grad()
+def test_documents_in_one_run_are_each_alone(model):
+    """Lengths below and above what the indexer chooses, as a flat run and as the rows of a batch."""
+    parts = documents(5, 1, 70, 40)
+    together = model(torch.cat(parts), segments=[len(p) for p in parts])
+    assert differ(torch.cat([model(p) for p in parts]), together) < 1e-5
+    batch = torch.stack(documents(45, 45))
+    assert differ(torch.stack([model(row) for row in batch]), model(batch)) < 1e-5
+
+
+@torch.no_grad()
+def test_prompts_beside_decoding_memories_are_each_alone(model):
+    """A decoding memory, a chunk of a prompt, a document without memory and a new memory, in one call and by rows."""
+    first, second, third, fourth = documents(60, 50, 7, 30)
+    decoding, reading, new = model.new_cache(3)
+    model(first[:59], decoding), model(second[:20], reading)
+    run = torch.cat([first[59:], second[20:], third, fourth])
+    logits = model(run, segments=[(1, decoding), (30, reading), 7, (30, new)])
+    want = [model(first)[59:], model(second)[20:], model(third), model(fourth)]
+    assert differ(torch.cat(want), logits) < 1e-5
+    assert (decoding.length, reading.length, new.length) == (60, 50, 30)
+    memory = model.new_cache()
+    last = model(first, segments=[(60, memory)], rows="last")
+    assert differ(want[0], last) < 1e-5
+    assert differ(model(first)[[3, 50]], model(first, rows=torch.tensor([3, 50]))) < 1e-5
+
+
+def test_the_loss_of_packed_documents_is_that_of_each_alone(model):
+    """With its gradient, with activations computed again, and with bfloat16 activations over fp32 weights."""
+    parts = documents(20, 1, 41)
+    targets = [F.pad(p[1:], (0, 1), value=-100) for p in parts]
+    each = [F.cross_entropy(model(p), t, reduction="sum") for p, t in zip(parts, targets, strict=True) if len(p) > 1]
+    alone = torch.stack(each).sum()
+    alone.backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    for recompute in (False, True):
+        model.zero_grad(set_to_none=True)
+        model.recompute = recompute
+        losses = model(torch.cat(parts), segments=[len(p) for p in parts], targets=torch.cat(targets))
+        assert losses.mtp_nll is None and losses.nll.item() == pytest.approx(alone.item(), rel=1e-6)
+        gated = [i for i, layer in enumerate(model.layers) if hasattr(layer.ffn, "gate")]
+        assert list(losses.routing) == gated, "by the number of the layer, not by its place among those with a gate"
+        assert all(lengths == [20, 1, 41] for _, lengths in losses.routing.values())
+        losses.nll.backward()
+        for name, p in model.named_parameters():
+            assert (p.grad is None) == (want[name] is None), name
+            if p.grad is not None:
+                assert differ(want[name], p.grad) <= 1e-5 * max(1.0, want[name].abs().max().item()), name
+    half = type(model)(model.config, compute_dtype="bfloat16")
+    half.load_state_dict(model.state_dict())
+    lengths = [len(p) for p in parts]
+    losses = half(torch.cat(parts), segments=lengths, targets=torch.cat(targets))
+    losses.nll.backward()
+    assert losses.nll.item() == pytest.approx(alone.item(), rel=0.03)
+    assert half.layers[0].attn.wo.weight.grad.dtype == torch.float32 and half.new_cache()[0].format == "bfloat16"
+
+
+@torch.no_grad()
+def test_a_weight_is_used_once_in_a_call(model):
+    """However many segments there are: only attention goes from one to the next."""
+    used: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_hook(lambda *_, name=name: used.update([name]))
+    model(ids_of(150), segments=[(50, model.new_cache()), 60, (40, model.new_cache())])
+    twice = {"attn.wkv_b": 2}  # its two halves, before and behind attention
+    found = {name for name in used if used[name] != twice.get(name.split(".", 2)[-1], 1)}
+    assert len(used) > 15 and not found, found
+
+
+@torch.no_grad()
+def test_forks_rewinds_and_snapshots_are_exact(model):
+    """Bit for bit, in every format: a memory that went back, was copied or was restored gives the logits of one that
+    never left."""
+    ids, other = ids_of(90, seed=7), ids_of(40, seed=8)
+
+    def after(length: int, format: str) -> Any:
+        memory = model.new_cache(format=format)[0]
+        model(ids[:length], memory)
+        return memory
+
+    for format, length in product(FORMATS[type(model.config)], (1, 12, 33, 64, 65, 80)):
+        memory = after(length, format)
+        saved = {name: tensor.clone() for name, tensor in memory.snapshot().items()}
+        want = model(ids[length:], after(length, format))
+        twin = memory.fork()
+        model(other, twin)  # a copy that goes its own way
+        assert torch.equal(want, model(ids[length:], memory)), (format, length)
+        memory.rewind(90 - length)
+        model(other, memory)
+        memory.rewind(40)
+        assert memory.length == length and torch.equal(want, model(ids[length:], memory)), (format, length)
+        for fresh in (model.new_cache(format=format)[0], twin):
+            fresh.restore(saved)
+            assert torch.equal(want, model(ids[length:], fresh)), (format, length)
+
+
+@torch.no_grad()
+def test_a_stopped_call_leaves_the_memory_as_it_was(model):
+    memory = model.new_cache()[0]
+    ids = ids_of(60, seed=9)
+    model(ids[:40], memory)
+    want = model(ids[40:], memory.fork())
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.layers[-1].ffn.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids_of(30), memory)
+    hook.remove()
+    memory.refuse_torn()
+    assert memory.length == 40 and torch.equal(want, model(ids[40:], memory))
+
+
+@torch.no_grad()
+def test_a_batch_of_memories_goes_back_whole_or_not_at_all(model):
+    batch = model.new_cache(2)
+    model(torch.stack(documents(30, 30)), batch)
+    model(ids_of(10), batch[1])
+    assert batch.lengths == [30, 40]
+    saved, twin = batch.snapshot(), batch.fork()
+    with pytest.raises(UserError, match="cannot rewind 35"):
+        batch.rewind(35)
+    assert batch.lengths == [30, 40]
+    batch.rewind(20)
+    assert batch.lengths == [10, 20] and twin.lengths == [30, 40]
+    with pytest.raises(UserError, match="1 snapshots for 2 rows"):
+        batch.restore(saved[:1])
+    with pytest.raises(UserError, match="the snapshot has no length"):
+        batch.restore([saved[0], {}])
+    assert batch.lengths == [10, 20]
+    batch.restore(saved)
+    assert batch.lengths == [30, 40] and batch.bytes() == sum(row.bytes() for row in batch) > 0
+    batch.release()
+    assert batch.bytes() == 0
+    with pytest.raises(UserError, match="was released"):
+        model(ids_of(3), segments=[(3, batch[0])])
+
+
+@torch.no_grad()
+def test_a_pool_makes_memories_and_is_never_full(model):
+    pool = model.new_pool(format="bfloat16", max_rewind=0)
+    memory, other = pool.new(), pool.new(capacity=100)
+    assert memory.bytes() == 0 < other.bytes() and memory.format == "bfloat16"
+    assert pool.shortage([(memory, 10**9), (other, 1)]) == 0
+    with pytest.raises(UserError, match="cache format 'int8'"):
+        model.new_pool(format="int8")
+    with pytest.raises(UserError, match="pages=3"):
+        model.new_pool(pages=3)
+    model(ids_of(20), other)
+    other.release(), other.release()
+    assert other.bytes() == 0
+    for use in (other.fork, other.snapshot, lambda: other.rewind(1), lambda: other.restore(memory.snapshot())):
+        with pytest.raises(UserError, match="was released"):
+            use()
+
+
+def test_a_snapshot_of_something_else_is_refused_and_changes_nothing(model):
+    memory = model.new_cache()[0]
+    with torch.no_grad():
+        model(ids_of(30), memory)
+    right = memory.snapshot()
+    name = next(n for n in right if n != "length")
+    wrong = {
+        "is missing": {n: t for n, t in right.items() if n != name},
+        "float64": {**right, name: right[name].double()},
+        "is unknown": {**right, "layers.9.more": right[name]},
+        "has length 5000": {**right, "length": torch.tensor([5000])},
+        "expected": {**right, "length": torch.tensor([29])},
+    }
+    for part, snapshot in wrong.items():
+        with pytest.raises(UserError, match=part):
+            memory.restore(snapshot)
+        assert memory.length == 30 and torch.equal(memory.snapshot()[name], right[name])
+
+
 def test_wrong_use() -> None:
     model = build("default")
     other = replace(V32["default"], index_head_dim=24)
     for part, call in {
-        "non-empty integer tensor": lambda: model(torch.zeros(2, 3, dtype=torch.int64)),
+        "non-empty integer tensor": lambda: model(torch.zeros(2, 0, dtype=torch.int64)),
         "token id 131": lambda: model(torch.tensor([131])),
         "5000 tokens do not fit": lambda: model(ids_of(5000)),
         "another configuration": lambda: model(ids_of(3), build("YaRN").new_cache()),
-        "cache format 'int8'": lambda: model.new_cache("int8"),
-        "not a power of two": lambda: V32Transformer(other).new_cache("packed"),
+        "made for another": lambda: model(ids_of(3), subjects.small_model((0,)).new_cache()),
+        "was made for": lambda: subjects.small_model((0,))(ids_of(3) % 97, model.new_cache()),
+        "appears in two segments": lambda: model(ids_of(6), segments=[(3, m := model.new_cache()[0]), (3, m)]),
+        "has no MTP block": lambda: model.new_cache(mtp=True),
+        "batch=0": lambda: model.new_cache(0),
+        "max_rewind=-1": lambda: model.new_cache(max_rewind=-1),
+        "rows of ids for a cache of 2": lambda: model(ids_of(3), model.new_cache(2)),
+        "cannot rewind 1 tokens": lambda: model.new_cache()[0].rewind(1),
+        "cache format 'int8'": lambda: model.new_cache(format="int8"),
+        "not a power of two": lambda: V32Transformer(other).new_cache(format="packed"),
         "must not be negative": lambda: model.new_cache(capacity=-1),
         "too few": lambda: replace(V32["default"], n_group=16, topk_group=1),
         "must divide": lambda: replace(V32["default"], n_group=5),

@@ -2,6 +2,7 @@
 falls when the context grows; a format that changes what it should not; a wrong question answered instead of refused.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from dsv4 import ModelConfig, Transformer, UserError
+from dsv4.cli import application
 from dsv4.config import CONTROLS, PRESETS, AnyConfig, read_any
 from dsv4.cost import (
     compare,
@@ -45,6 +48,13 @@ MODELS: dict[str, AnyConfig] = {
     "pro": ModelConfig.preset("pro"), "flash": ModelConfig.preset("flash"), **CONTROLS
 }  # fmt: skip
 EVERY = {**PRESETS, **CONTROLS}
+TINY = ModelConfig.preset("tiny", num_nextn_predict_layers=0, compress_ratios=(0, 4, 128, 4, 128))
+OTHERS = {  # one window layer and four of another attention
+    "dense": TINY.with_(attention="dense"), "anchors": TINY.with_(attention="anchors"),
+    "lowrank": TINY.with_(attention="lowrank", attention_rank=8),
+}  # fmt: skip
+RATES = TINY.with_(compress_rate_csa=8, compress_rate_hca=32, compress_ratios=(0, 8, 32, 8, 32))
+EVERY |= {f"tiny, {name}": config for name, config in OTHERS.items()} | {"tiny, ratios 8 and 32": RATES}
 NAMES, FORMATS = st.sampled_from(sorted(EVERY)), st.sampled_from(kv_bytes.FORMATS)
 CONTEXT = st.integers(1, 4 * MILLION)
 
@@ -125,9 +135,9 @@ def test_a_batch_reads_more_weights_but_never_more_than_all(name: str) -> None:
 
 def test_rows_that_a_query_reads() -> None:
     flash = ModelConfig.preset("flash")
-    for ratio, entries in ((0, 0), (4, 512), (128, 8192)):
-        assert attended(flash, ratio, 1 << 20) == 128 + entries
-    assert attended(flash, 4, 7) == 7 + 1
+    for layer, entries in ((0, 0), (2, 512), (3, 8192)):  # window, CSA, HCA
+        assert attended(flash, flash.layer_kind(layer), 1 << 20) == 128 + entries
+    assert attended(flash, flash.layer_kind(2), 7) == 7 + 1
 
 
 AT_A_MILLION = {  # scheme: V3.2, Pro, Flash
@@ -351,6 +361,118 @@ def test_the_table_of_accelerators_is_plausible() -> None:
 def test_critical_batch() -> None:
     batches = [round(hardware.critical_batch(MODELS[n], MILLION)) for n in ("v3.2", "pro", "flash")]
     assert batches == [5, 56, 23]
+
+
+# --- other ratios, other attentions ----------------------------------------------------------------------------------
+
+
+def test_other_ratios_are_counted() -> None:
+    """Of the model on the meta device to the unit; groups of 8 and 32 in place of 4 and 128, by hand."""
+    with torch.device("meta"):
+        model = Transformer(RATES)
+    assert parameters(RATES)["total"] == model.num_parameters()
+    for family in families(RATES):
+        sizes = (t.numel() for n, t in model.state_dict().items() if family.matches(n))
+        assert sum(sizes) == family.count, family.name
+    context = 1000
+    parts = flops_by_component(RATES, context)
+    per_row = 4 * 4 * 48  # two products of 4 heads of 48
+    assert parts["core: window"] == per_row * 128
+    assert parts["core: csa"] == 2 * per_row * (128 + 32)  # of 125 entries 32 are chosen
+    assert parts["core: hca"] == 2 * per_row * (128 + 31)
+    assert parts["indexer scores"] == 2 * 2 * 4 * 32 * 125
+    held = kv_bytes.held(RATES, context, "float32")
+    assert held["csa: entries"] == 2 * 125 * 192 and held["csa: index keys"] == 2 * 125 * 128
+    assert held["hca: entries"] == 2 * 31 * 192 and held["hca: open groups"] == 2 * 32 * 8 * 48
+    assert held["csa: open groups"] == 2 * 16 * 8 * 2 * (48 + 32)
+
+
+def test_parameters_of_the_other_attentions() -> None:
+    """Beside the window's: nothing, a score per channel, two projections; all fp32 or BF16, all read by every token."""
+    plain = parameters(windows_only(TINY))
+    for name, more in (("dense", 0), ("anchors", 4 * 96), ("lowrank", 4 * 2 * 8 * 32)):
+        counted = parameters(OTHERS[name])
+        assert counted["total"] - plain["total"] == counted["active"] - plain["active"] == more
+    bytes_more = {name: active_bytes(k) - active_bytes(windows_only(TINY)) for name, k in OTHERS.items()}
+    assert bytes_more == {"dense": 0, "anchors": 4 * 4 * 96, "lowrank": 2 * 4 * 2 * 8 * 32}
+    names = {"anchors": ["attn.anchor_score.weight"], "lowrank": ["attn.far_down.weight", "attn.far_up.weight"]}
+    for name, tensors in names.items():
+        for tensor in tensors:
+            (found,) = [f for f in families(OTHERS[name]) if f.matches(f"layers.1.{tensor}")]
+            assert found.count == (4 * 96 if name == "anchors" else 4 * 8 * 32)
+
+
+def test_flops_of_the_other_attentions() -> None:
+    """At 1000 tokens, by hand: 4 heads of 48, two products, 4 layers; the square root of 1000 rounded up is 32."""
+    at = {name: flops_by_component(config, 1000) for name, config in OTHERS.items()}
+    layers = 4 * 4 * 4 * 48
+    assert at["dense"]["core: dense"] == layers * 1000
+    assert at["anchors"]["core: anchors"] == layers * (128 + 32)
+    assert at["anchors"]["anchor scores"] == 4 * 2 * 96
+    assert at["lowrank"]["core: lowrank"] == layers * 1000
+    # one row comes down to rank 8, the 872 that have left the window come up from it
+    assert at["lowrank"]["low-rank rows"] == 4 * 2 * 8 * 32 * (1 + 872)
+    assert flops_by_component(OTHERS["lowrank"], 128)["low-rank rows"] == 4 * 2 * 8 * 32
+    for parts in at.values():
+        assert parts["core: window"] == layers // 4 * 128
+        assert not [p for p in parts if "indexer" in p or "compressor" in p or p in ("core: csa", "core: hca")]
+    one, kind = OTHERS["anchors"], OTHERS["anchors"].layer_kind(1)
+    assert [attended(one, kind, n) for n in (1, 4, 5, 16, 17, 10_000)] == [2, 6, 8, 20, 22, 228]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 9, 10, 129, 1025])
+def test_a_prompt_of_another_attention(name: str, tokens: int) -> None:
+    """The sum of its tokens, but that a low-rank row is rebuilt once a call; a training token is three of them."""
+    config = OTHERS[name]
+    one_by_one = by_component(w for t in range(1, tokens + 1) for w in decode(config, t))
+    one_by_one["head"] = head_flops(config)
+    if name == "lowrank":
+        one_by_one["low-rank rows"] = 4 * 2 * 8 * 32 * (tokens + max(0, tokens - 128))
+    assert by_component(prefill(config, tokens)) == one_by_one
+    trained = by_component(train(config, tokens))
+    assert trained == {n: 3 * f for n, f in (one_by_one | {"head": tokens * head_flops(config)}).items()}
+
+
+HELD_BY_OTHERS = {  # at 1000 tokens in four layers: bytes of a row in each format, by hand
+    "dense": {"rows": (72, 96, 192)},
+    "anchors": {"scaled rows": (72, 96, 192), "anchor scores": (4, 4, 4)},
+    "lowrank": {"low-rank rows": (48, 48, 96)},  # 8 numbers and 16 rotary ones: 8 + 1 + 32, padded to 8
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_bytes_of_the_other_attentions(name: str) -> None:
+    config = OTHERS[name]
+    rows = {"dense": {"rows": 1000}, "anchors": {"scaled rows": 32, "anchor scores": 1000},
+            "lowrank": {"low-rank rows": 1000 - 128}}[name]  # fmt: skip
+    for i, format in enumerate(("published", "bfloat16", "float32")):
+        row = (72, 96, 192)[i]
+        window = {"window: window": 128 * row} | ({} if name == "dense" else {f"{name}: window": 4 * 128 * row})
+        sizes = {part: each[i] for part, each in HELD_BY_OTHERS[name].items()}
+        held = {f"{name}: {part}": 4 * 1000 * size for part, size in sizes.items()}
+        assert kv_bytes.held(config, 1000, format) == window | held
+        read = {f"{name}: {part}": 4 * count * sizes[part] for part, count in rows.items()}
+        assert kv_bytes.read(config, 1000, format) == window | read
+        fixed, per_token = kv_bytes.fixed_and_per_token(config, format)[name]
+        assert (fixed, per_token) == (0 if name == "dense" else 4 * 128 * row, 4 * sum(sizes.values()))
+    assert kv_bytes.row_bytes(config, "float32") == (192, 0), "there is no index key"
+    spare = kv_bytes.held(config, 1000, "float32", allocated=True, max_rewind=10)
+    assert spare.get(f"{name}: window", 0) == (0 if name == "dense" else 4 * 138 * 192)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_report_of_another_attention(name: str, tmp_path: Path) -> None:
+    """`dsv4 cost` on a file that has the keys: all that the tables show, and on a machine."""
+    (tmp_path / "config.json").write_text(json.dumps(OTHERS[name].to_json()), encoding="utf-8")
+    shown = CliRunner().invoke(application(), ["cost", str(tmp_path), "--context", "1k,32k", "--json"])
+    assert shown.exit_code == 0, shown.output
+    told = json.loads(shown.stdout)["model"]
+    assert told["contexts"][0]["decode_by_component"][f"core: {name}"] > 0
+    assert set(told["cache_fixed_and_per_token"]) == {"window", name}
+    assert told["row_bytes"].get("low-rank row") == (48 if name == "lowrank" else None)
+    tables = CliRunner().invoke(application(), ["cost", str(tmp_path), "--context", "1k,32k", "--details"])
+    assert tables.exit_code == 0 and f"core: {name}" in tables.output
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------

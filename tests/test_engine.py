@@ -464,10 +464,25 @@ class Length:
         self.length = 0
 
 
+class Lengths:
+    """And of a pool that has room for all."""
+
+    most_tokens = None
+
+    def fits(self, tokens: int) -> bool:
+        return True
+
+    def new(self, capacity: int = 0) -> Length:
+        return Length()
+
+    def shortage(self, wanted) -> int:
+        return 0
+
+
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6)), max_size=12), st.integers(1, 4), st.integers(0, 9))
 def test_scheduling_is_fair(requests, max_batch, spare):
     """The budget holds, nobody who decodes is skipped, some prompt always advances, first tokens come in order."""
-    scheduler = Scheduler(max_batch, max_batch + spare)
+    scheduler = Scheduler(max_batch, max_batch + spare, Lengths())  # type: ignore[arg-type]
     waiting = [Request(i, [2] * n, None, n + new, None, None) for i, (n, new) in enumerate(requests)]  # type: ignore
     for r in waiting:
         scheduler.add(r)
@@ -481,8 +496,7 @@ def test_scheduling_is_fair(requests, max_batch, spare):
             r.num_prompt < len(r.ids) for r in scheduler.running
         )
         for w in work:
-            w.request.memory = w.request.memory or Length()  # type: ignore
-            w.request.memory.length += w.count
+            w.memory.length += w.count
             if not w.request.pending:
                 first += [w.request.number] if len(w.request.ids) == w.request.num_prompt else []
                 w.request.ids.append(2)
@@ -491,6 +505,59 @@ def test_scheduling_is_fair(requests, max_batch, spare):
     assert sorted(first) == list(range(len(requests))) and not scheduler.running
     if max_batch == 1:
         assert first == sorted(first)
+
+
+# --- too few pages for all -------------------------------------------------------------------------------------------
+
+
+def test_who_finds_no_pages_waits_or_gives_way_and_gets_the_same(model) -> None:
+    """Twelve requests on 5 pages of 128 tokens: the youngest are preempted again and again, and every request gets what
+    it gets where there is room for all, to the last draw; in the end every page is free."""
+    prompts = [prompt(n) for n in (100, 120, 127, 128, 129, 30, 250, 1, 126, 125, 60, 124)]
+    params = [replace(SEEDED if i % 2 else GREEDY, max_tokens=20, logprobs=0) for i in range(len(prompts))]
+    want = Engine(model, TOKENIZER).generate(prompts, params)
+    engine, preempted, together = Engine(model, TOKENIZER, pages=5, tokens_per_step=200), [], 0
+    preempt, schedule = engine.scheduler._preempt, engine.scheduler.schedule
+
+    def noted(request: Request) -> None:
+        preempted.append(request.pending > 1)
+        preempt(request)
+
+    def checked():
+        nonlocal together
+        work = schedule()
+        together = max(together, len(work))
+        numbers = [r.number for r in engine.scheduler]
+        assert numbers == sorted(numbers), "the line is in order of arrival, who gave way included"
+        return work
+
+    engine.scheduler._preempt, engine.scheduler.schedule = noted, checked  # type: ignore[method-assign]
+    got = engine.generate(prompts, params)
+    assert [c.ids for c in got] == [c.ids for c in want] and together > 2
+    for a, b in zip(got, want, strict=True):
+        assert all(abs(x.logprob - y.logprob) < 1e-4 for x, y in zip(a.logprobs, b.logprobs, strict=True))
+    assert len(preempted) > 3 and not all(preempted), "some gave way while they were decoding"
+    assert engine.pool.free_pages == 5 and engine.pool.free_slots == engine.pool.num_slots  # type: ignore[attr-defined]
+
+
+def test_what_no_pages_can_hold_is_refused_at_once(model) -> None:
+    engine = Engine(model, TOKENIZER, pages=2)
+    with pytest.raises(
+        UserError, match="a prompt of 250 tokens and up to 12 new ones do not fit: the cache has pages for 256"
+    ):
+        engine.add(prompt(250), GREEDY)
+    assert engine.generate([prompt(244)], GREEDY)[0].finish_reason in ("length", "stop")
+
+
+def test_a_conversation_survives_giving_way(model) -> None:
+    """A turn that is preempted goes on, and so does the next one, as if it had been alone."""
+    alone, engine = Session(Engine(model, TOKENIZER)), Engine(model, TOKENIZER, pages=3)
+    session = Session(engine)
+    other = engine.add(prompt(240), replace(GREEDY, max_tokens=30))
+    texts = [[event.text for event in s.generate("x" * 100, replace(GREEDY, max_tokens=40))] for s in (alone, session)]
+    assert texts[0] == texts[1]
+    engine.cancel(other)
+    assert [e.text for e in alone.generate("y", SHORT)] == [e.text for e in session.generate("y", SHORT)]
 
 
 # --- a session -------------------------------------------------------------------------------------------------------

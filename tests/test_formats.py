@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4 import Transformer, UserError, ops
-from dsv4.cache import SequenceMemory
+from dsv4.cache import Pool
 from dsv4.cost import kv_bytes
 from dsv4.measure.subjects import fill, randomise, small_config, small_model, stream, tokens
-from dsv4.ops.formats import Packed, PackedRows, hadamard, v4_rows, v32_rows
+from dsv4.ops.formats import Packed, PagedRows, hadamard, v4_rows, v32_rows
 
 ROW, KEY = v4_rows(512, 64, 128, "packed", torch.float32)
 LATENT, KEY8 = v32_rows(512, 64, 128, "packed")
@@ -171,10 +171,11 @@ def test_what_a_bf16_model_keeps_is_rounded_once_more() -> None:
     memory, plain = model.new_cache(format="packed")[0], model.new_cache(format="bfloat16")[0]
     for each in (memory, plain):
         stream(model, ids, 300, [each])
-    kept, keys = memory.layers[0].index.entries, plain.layers[0].index.entries.view(75)
-    fp4, rotated = replace(kept.format, rotated=False), hadamard(keys.float())
-    assert torch.equal(kept.data[:75], fp4.pack(rotated.bfloat16().float()))
-    assert not torch.equal(kept.data[:75], fp4.pack(rotated))
+    store, keys = memory.layers[0].index.entries, plain.entries(plain.layers[0].index.entries, 75)[:]
+    fp4, rotated = replace(store.format, rotated=False), hadamard(keys.float())
+    kept = memory.entries(store, 75).kept()
+    assert torch.equal(kept, fp4.pack(rotated.bfloat16().float()))
+    assert not torch.equal(kept, fp4.pack(rotated))
 
 
 # --- memories --------------------------------------------------------------------------------------------------------
@@ -189,11 +190,12 @@ def test_bytes_of_a_preallocated_memory(format: str, length: int) -> None:
     config = small_config((0, 4, 128, 4))
     known = {"packed": "published", "float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}[format]
     for spare in (0, 20):
-        memory = SequenceMemory(config, format=format, capacity=length, max_rewind=spare)
-        want = sum(kv_bytes.held(config, length, known, allocated=True, max_rewind=spare).values())
-        assert memory.bytes() == want
+        memory = Pool(config, format=format, max_rewind=spare).new(capacity=length)
+        counted = kv_bytes.held(config, length, known, allocated=True, max_rewind=spare, page_tokens=128)
+        want = sum(counted.values())
+        assert memory.bytes() == memory.pool.bytes() == want
         fill(memory, length)
-        assert memory.bytes() == want and memory.length == length
+        assert memory.bytes() == memory.pool.bytes() == want and memory.length == length
 
 
 CHUNKS = [3, 4, 5, 127, 128, 129, 130]
@@ -230,12 +232,13 @@ def test_packed_choices_are_those_of_rounded_keys() -> None:
     stream(model, ids[:400], 400, [memory]), stream(model, ids[:400], 400, [exact])
     indexer = model.layers[0].attn.indexer
     q = torch.randn(50, indexer.heads, indexer.width)
-    keys = exact.layers[0].index.entries.view(100)
+    keys = exact.entries(exact.layers[0].index.entries, 100)[:]
     packed = memory.layers[0].index.entries
-    rounded = ops.index_scores(packed.format.as_query(q), torch.ones(50, indexer.heads), packed.view(100)[:])
+    rows = memory.entries(packed, 100)[:]
+    rounded = ops.index_scores(packed.format.as_query(q), torch.ones(50, indexer.heads), rows)
     want = ops.index_scores(q, torch.ones(50, indexer.heads), keys)
     assert torch.corrcoef(torch.stack([rounded.flatten(), want.flatten()]))[0, 1] > 0.95
-    one_sided = ops.index_scores(q, torch.ones(50, indexer.heads), packed.view(100)[:])
+    one_sided = ops.index_scores(q, torch.ones(50, indexer.heads), rows)
     assert torch.corrcoef(torch.stack([one_sided.flatten(), want.flatten()]))[0, 1] < 0.7, "a rotation on one side only"
 
 
@@ -275,14 +278,14 @@ def test_only_what_is_read_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = model.new_cache(format="packed", capacity=8000)[0]
     fill(memory, 7999)
     seen: list[tuple[int, int]] = []
-    read = PackedRows.__getitem__
+    read = PagedRows.__getitem__
 
     def spy(self, rows):
         out = read(self, rows)
         seen.append((self.format.width, out.numel() // self.format.width))
         return out
 
-    monkeypatch.setattr(PackedRows, "__getitem__", spy)
+    monkeypatch.setattr(PagedRows, "__getitem__", spy)
     model(tokens(model, 1), memory)
     k = model.config
     assert sum(n for width, n in seen if width == k.head_dim) == k.index_topk

@@ -171,7 +171,7 @@ def test_mtp_by_hand():
     want = mtp.norm(hyper.collapse(x, (mtp.hc_head_fn, mtp.hc_head_base, mtp.hc_head_scale), c))
     assert rows.tolist() == list(range(59)) and differ(want, hidden) < 1e-6
     assert torch.equal(decided.chosen, routing.chosen)
-    assert mtp.block.attn.kind == "window" and mtp.block.ffn.gate.tid2eid is None
+    assert mtp.block.attn.kind.name == "window" and mtp.block.ffn.gate.tid2eid is None
 
 
 def test_mtp_of_packed_documents_is_each_alone():
@@ -258,7 +258,7 @@ import torch
 assert "torch._dynamo" not in sys.modules, "torch itself imports its compiler: this test proves nothing"
 from dsv4 import Engine, ModelConfig, Transformer, load, save
 from dsv4.config import CONTROLS
-from dsv4.model.controls import DenseTransformer, V32Transformer
+from dsv4.controls import DenseTransformer, V32Transformer
 from dsv4.text import ByteTokenizer
 folder, kind = sys.argv[1:]
 with torch.device("meta"):
@@ -431,7 +431,7 @@ def test_losses_are_those_of_the_logits():
     logits = model(ids, segments=[30, 60])
     want = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     assert abs(got.nll.item() - want.item()) < 1e-4 * want.item()
-    assert [n for _, n in got.routing] == [[30, 60]] * len(model.layers) + [[29, 59]]
+    assert [n for _, n in got.routing.values()] == [[30, 60]] * len(model.layers) + [[29, 59]]
     assert model(ids, segments=[30, 60], targets=targets, mtp=False).mtp_nll is None
 
 

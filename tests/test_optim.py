@@ -12,7 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv4.config import ModelConfig
+from dsv4 import controls
+from dsv4.config import ModelConfig, V32Config, preset_of
 from dsv4.errors import UserError
 from dsv4.model.transformer import Transformer
 from dsv4.ops.newton_schulz import HYBRID, JORDAN, newton_schulz, polar
@@ -304,6 +305,30 @@ def test_logical_matrices() -> None:
     for name, shape in shapes.items():
         if kind_of(name, torch.empty(shape, device="meta")) == "muon":
             assert sum(math.prod(run) for run in logical_matrices(name, shape, c)) == shape.numel(), name
+
+
+@pytest.mark.parametrize("kind", ["v32", "llama"])
+def test_the_matrices_of_what_v4_is_compared_with(kind: str) -> None:
+    """Norms and their biases get AdamW without decay, all else but both ends Muon; wkv_a is W^DKV over W^KR."""
+    config = preset_of(kind, "tiny")
+    with torch.device("meta"):
+        named = dict(controls.build(config).named_parameters())
+    groups = {group["kind"]: group for group in parameter_groups(named.items(), config)}
+    assert sum(len(group["names"]) for group in groups.values()) == len(named)
+    assert groups["adamw_decay"]["names"] == ["embed.weight", "head.weight"]
+    plain = groups["adamw_plain"]
+    assert plain["weight_decay"] == 0 and all("norm." in name for name in plain["names"])
+    runs = dict(zip(groups["muon"]["names"], groups["muon"]["matrices"], strict=True))
+    assert not any("norm" in name for name in runs)
+    assert all(sum(math.prod(run) for run in of) == named[name].numel() for name, of in runs.items())
+    if isinstance(config, V32Config):
+        d, i = config.hidden_size, config.moe_intermediate_size
+        assert runs["layers.1.attn.wkv_a.weight"] == [(1, 48, d), (1, 16, d)]
+        assert runs["layers.1.attn.wkv_b.weight"] == [(1, 4 * 64, 48)]
+        assert runs["layers.1.ffn.experts.w13"] == [(16, i, d)] and "layers.1.ffn.gate.weight" in runs
+        assert "layers.1.attn.indexer.wk.weight" in runs
+    else:
+        assert runs["layers.0.attn.wk.weight"] == [(1, 64, config.hidden_size)]
 
 
 # ---- Muon

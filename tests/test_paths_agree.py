@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dsv4 import ops
-from dsv4.cache import BatchMemory, SequenceMemory
-from dsv4.cache.layer import ENTRY_BLOCK
+from dsv4.cache import BatchMemory, Pool, SequenceMemory
+from dsv4.conform.plain import PlainV4
 from dsv4.errors import UserError
 from dsv4.measure.replay import choices
 from dsv4.measure.subjects import KINDS, randomise, small_config, small_model, stream, tokens
@@ -90,6 +90,48 @@ def test_paths_agree_in_every_backend(backend):
         want = whole(model, ids)
         for chunk in (1, 7, 129):
             assert differ(want, stream(model, ids, chunk)) < EXACT
+
+
+# --- other ratios ---------------------------------------------------------------------------------
+
+RATES = [(8, 32), (2, 64)]
+
+
+def of_rates(csa: int, hca: int) -> Transformer:
+    rates = {"compress_rate_csa": csa, "compress_rate_hca": hca}
+    return small_model((0, csa, hca, csa), sliding_window=16, **rates).eval()
+
+
+@pytest.mark.parametrize(("csa", "hca"), RATES)
+def test_other_ratios_are_the_plain_model_however_they_are_cut(csa, hca):
+    """A 4 or a 128 left somewhere: an overlap missed, a group closed at another token, entries that are not chosen."""
+    model = of_rates(csa, hca)
+    ids = tokens(model, 150)
+    with choices(model) as seen_whole:
+        want = whole(model, ids)
+    assert differ(PlainV4(model.config, model.state_dict()).logits(ids), want) < EXACT
+    for layer in seen_whole.values():
+        assert any(len(rows) < (t + 1) // csa for t, rows in enumerate(layer)), "the indexer has nothing to choose"
+    for chunk in (1, 3, csa, hca - 1, hca, hca + 1):
+        with choices(model) as seen:
+            got = stream(model, ids, chunk)
+        assert differ(want, got) < EXACT, f"chunks of {chunk}"
+        assert seen == seen_whole, f"chunks of {chunk} read other entries"
+
+
+@pytest.mark.parametrize(("csa", "hca"), RATES)
+def test_other_ratios_rewind_at_every_residue(csa, hca):
+    """Open groups are kept for 128 tokens where they are shorter or longer than those of V4."""
+    model = of_rates(csa, hca)
+    ids = tokens(model, 3 * hca)
+    want = whole(model, ids)
+    for length in range(hca, 2 * hca):
+        memory = model.new_cache(max_rewind=7)
+        stream(model, ids[: length - 7], length, memory)
+        stream(model, tokens(model, 7, seed=9), 7, memory)
+        memory.rewind(7)
+        got = stream(model, ids[length - 7 :], len(ids), memory)
+        assert differ(want[length - 7 :], got) < EXACT, f"rewound to {length - 7}"
 
 
 @given(st.data())
@@ -349,7 +391,7 @@ def test_batch_operations_apply_to_every_row():
     assert torch.equal(model(following, cache=batch), want)
     batch.restore(kept)
     assert torch.equal(model(following, cache=batch), want)
-    assert batch.bytes() == batch[0].bytes() + batch[1].bytes()
+    assert batch.bytes() == batch[0].pool.bytes() and batch[0].pool is batch[1].pool
     with pytest.raises(UserError, match="1 snapshots for 2 rows"):
         batch.restore(kept[:1])
     with pytest.raises(UserError):
@@ -595,36 +637,40 @@ def test_bytes_are_what_the_formula_says():
     """Ring of window + max_rewind rows; entries; 2 x 4 (CSA) or 128 (HCA) open rows of value and score in fp32."""
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         config = small_config((0, 4, 128))
-        memory = SequenceMemory(config, format=dtype, capacity=1280, max_rewind=10)
+        memory = Pool(config, format=dtype, max_rewind=10).new(capacity=1280)
         d, index = config.head_dim, config.index_head_dim
         window = 3 * (128 + 10) * d * size
         csa = 320 * d * size + (8 + 10) * 2 * (2 * d) * 4
         indexer = 320 * index * size + (8 + 10) * 2 * (2 * index) * 4
         hca = 10 * d * size + (128 + 10) * 2 * d * 4
         assert memory.bytes() == window + csa + indexer + hca
-        assert BatchMemory([memory, memory.fork()]).bytes() == 2 * memory.bytes()
+        assert memory.pool.bytes() == memory.bytes(), "and no more is allocated"
+
+
+def places_of(memory: SequenceMemory) -> list[int]:
+    return [store.data.data_ptr() for _, _, store in memory.pool.stores()]
 
 
 def test_capacity_is_allocated_once():
     model = build("whole")
     memory = model.new_cache(capacity=300)[0]
-    where = [store.data.data_ptr() for _, store, _ in memory._stores()]
-    before = memory.bytes()
+    where, before = places_of(memory), memory.pool.bytes()
     stream(model, tokens(model, 300), 77, [memory])
-    assert memory.bytes() == before and [store.data.data_ptr() for _, store, _ in memory._stores()] == where
+    assert memory.pool.bytes() == before and places_of(memory) == where
 
 
-def test_entries_grow_in_blocks_and_seldom():
+def test_stores_grow_in_pages_and_seldom():
     """Token by token without a capacity: stores move a handful of times, never once per entry, and stay small."""
     model = build("csa")
     memory = model.new_cache()[0]
     places = set()
-    for part in tokens(model, 800).split(4):
+    for n, part in enumerate(tokens(model, 2400).split(4)):
         logits_of(model, part, memory)
-        store = memory.layers[0].attention.entries
-        places.add(store.data.data_ptr())
-        assert len(store.data) % ENTRY_BLOCK == 0 and len(store.data) <= max(64, 200 * 3 // 2 + ENTRY_BLOCK)
-    assert len(places) <= 5 and memory.layers[0].attention.entries.view(200).shape == (200, model.config.head_dim)
+        places.add(tuple(places_of(memory)))
+        assert len(memory.pages) == -(-4 * (n + 1) // 128)
+        assert len(memory.layers[0].attention.entries.data) == memory.pool.num_pages * 32
+        assert memory.pool.num_pages <= max(2, len(memory.pages) * 3 // 2)
+    assert len(places) <= 9 and memory.entries(memory.layers[0].attention.entries, 600)[:].shape == (600, 32)
 
 
 def test_window_and_open_rows_do_not_grow():
@@ -632,9 +678,10 @@ def test_window_and_open_rows_do_not_grow():
     model = build("whole")
     memory = model.new_cache()[0]
     stream(model, tokens(model, 200), 200, [memory])
-    rings = [store.data.shape for name, store, _ in memory._stores() if "entries" not in name]
+    rings = {name: store.data.shape for name, _, store in memory.pool.stores() if "entries" not in name}
     stream(model, tokens(model, 600), 600, [memory])
-    assert rings == [store.data.shape for name, store, _ in memory._stores() if "entries" not in name]
+    assert rings == {name: store.data.shape for name, _, store in memory.pool.stores() if "entries" not in name}
+    assert len(rings) == 6
 
 
 def test_wrong_sizes():

@@ -47,6 +47,12 @@ CASES: dict[str, dict] = {
         compress_ratios=[128, 4, 0, 0], num_hidden_layers=3, num_hash_layers=1, sliding_window=128, index_n_heads=4,
         index_topk=512, rope_scaling=None, swiglu_limit=1.0,
     ),
+    # other ratios; entries of both kinds close and are chosen often
+    "ratios 8 and 32": dict(
+        compress_rates={"compressed_sparse_attention": 8, "heavily_compressed_attention": 32},
+        layer_types=["heavily_compressed_attention", "sliding_attention", "compressed_sparse_attention"],
+        num_hidden_layers=3, num_hash_layers=1, sliding_window=16, index_n_heads=64, index_topk=8, rope_scaling=YARN,
+    ),
     # YaRN that acts on most pairs at these lengths
     "strong YaRN": dict(
         compress_ratios=[0, 4, 128, 0], num_hidden_layers=3, num_hash_layers=1, sliding_window=32, index_n_heads=64,
@@ -190,8 +196,8 @@ def test_gradients(pair, tmp_path):
 
 
 @pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling(type="default"), RopeScaling(factor=4.0)])
-@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
-def test_rotary_tables_far_out(scaling, kind):
+@pytest.mark.parametrize("table", ["window", "compressed"])
+def test_rotary_tables_far_out(scaling, table):
     """The published rotary width, at positions to a million: beyond 65536 YaRN decides where a pair stands."""
     config = ModelConfig(rope_scaling=scaling)
     yarn = {"type": "yarn", "factor": scaling.factor, "original_max_position_embeddings": 65536}
@@ -199,8 +205,8 @@ def test_rotary_tables_far_out(scaling, kind):
         DeepseekV4Config(qk_rope_head_dim=64, head_dim=512, rope_scaling=yarn if scaling.type == "yarn" else None)
     )
     positions = torch.tensor([0, 1, 127, 4095, 65535, 65536, 70001, 123456, 1048575])
-    cos, sin = tables(torch.zeros(1), positions[None], layer_type="main" if kind == "window" else "compress")
-    turn = turns(frequencies(config, kind), positions)
+    cos, sin = tables(torch.zeros(1), positions[None], layer_type="main" if table == "window" else "compress")
+    turn = turns(frequencies(config, table), positions)
     # the angle is an fp32 product: at a million its last bit is 0.06 radians, and a frequency may differ in its own
     near = positions < 100_000
     assert differ(turn.real[near], cos[0][near]) < 1e-2 and differ(turn.imag[near], sin[0][near]) < 1e-2
@@ -309,11 +315,15 @@ def test_defaults_of_a_file_are_those_of_transformers():
     for name in ("n_shared_experts", "hc_eps", "rms_norm_eps", "rope_theta", "initializer_range"):
         assert ours.pop(name) == getattr(theirs, name), name
     assert theirs.rope_parameters["compress"]["rope_type"] == ours.pop("rope_scaling").type == "default"
+    assert ours.pop("compress_rate_csa") == theirs.compress_rates["compressed_sparse_attention"]
+    assert ours.pop("compress_rate_hca") == theirs.compress_rates["heavily_compressed_attention"]
     assert ours == {
         "bos_token_id": None,
         "eos_token_id": None,
         "num_nextn_predict_layers": 0,
         "residual": "mhc",
+        "attention": "compressed",
+        "attention_rank": 0,
         "dspark_stages": 0,
     }
 

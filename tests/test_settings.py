@@ -4,6 +4,7 @@ noticed only after minutes of work.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4 import ModelConfig, UserError
+from dsv4.config import LlamaConfig, V32Config, preset_of
 from dsv4.settings import read_yaml, write_yaml
 from dsv4.train.recipes import RECIPES, LossConfig, resolve
 
@@ -76,6 +78,56 @@ def test_overrides_that_say_nothing_or_too_much(overrides: list[str], message: s
     with pytest.raises(UserError, match=message) as error:
         resolve("demo", None, overrides)
     assert len(str(error.value)) < 500
+
+
+# --- the kind of a model decides what its settings are ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "of"), [("v32", V32Config), ("llama", LlamaConfig), ("v4", ModelConfig)])
+def test_a_kind_takes_its_own_settings(tmp_path: Path, kind: str, of: type) -> None:
+    """In overrides and in YAML, in any order; what was resolved reads back as what it was, whatever the recipe."""
+    run = resolve("tiny", None, ["model.hidden_size=64", f"model.kind={kind}", "model.eos_token_id=[1, 2]"])
+    assert run.model == preset_of(kind, "tiny").with_(hidden_size=64, eos_token_id=(1, 2)) and type(run.model) is of
+    assert resolve("demo", None, [f"model.kind={kind}", "model.preset=small"]).model == preset_of(kind, "small")
+    file = tmp_path / "run.yaml"
+    file.write_text(write_yaml(run.to_dict()))
+    assert resolve("small", file) == replace(run, recompute=False)
+    assert ("kind" in run.to_dict()["model"]) == (kind != "v4"), "older runs of V4 do not say it, and go on"
+    file.write_text(f"model: {{kind: {kind}, rms_norm_eps: 1e-4}}")
+    assert resolve("tiny", file, ["model.vocab_size=300"]).model == preset_of(kind, "tiny").with_(
+        rms_norm_eps=1e-4, vocab_size=300
+    )
+    file.write_text(f"model: {{kind: {kind}, preset: small}}")
+    assert resolve("tiny", file).model == preset_of(kind, "small")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.kind=lama"], "model.kind='lama' is unknown: use one of v4, v32, llama; did you mean 'llama'"),
+        (["model.kind=v32", "model.kind=llama"], r"model\.kind is given twice"),
+        (["model.kind=v32", "model.sliding_window=64"], r"unknown configuration key 'model\.sliding_window'"),
+        (["model.kind=v32", "model.kv_lora_rnk=64"], r"'model\.kv_lora_rnk'; did you mean 'kv_lora_rank'"),
+        (["model.kind=llama", "model.index_topk=64"], r"unknown configuration key 'model\.index_topk'"),
+        (["model.kind=llama", "model.num_attention_heads=5"], "must be a multiple of num_key_value_heads=2"),
+        (["model.kind=llama", "model.head_dim=wide"], r"model\.head_dim='wide' must be of type int"),
+        (["model.kind=llama", "model.eos_token_id=512"], "eos_token_id=512 must be at least 0 and below vocab_size"),
+        (["model.kind=llama", "model.preset=flash"], "no preset 'flash' of kind llama: choose .* tiny, small"),
+        (["model.kind"], "not of the form key=value"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve("tiny", None, overrides)
+
+
+def test_a_recipe_without_such_a_model_says_so_and_a_files_settings_are_not_dropped(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no preset 'base' of kind v32"):
+        resolve("base", None, ["model.kind=v32"])
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {sliding_window: 64}")
+    with pytest.raises(UserError, match=r"unknown configuration key 'model\.sliding_window'"):
+        resolve("tiny", file, ["model.kind=v32"])
 
 
 def test_data_may_not_be_named_twice() -> None:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from dsv4 import ModelConfig, Segment, Transformer, UserError, files
+from dsv4.config import preset_of
+from dsv4.engine import Engine, SamplingParams, Session
 from dsv4.errors import FileError
 from dsv4.model.moe import Routing
 from dsv4.settings import merge
@@ -692,3 +694,75 @@ def test_data_prepared_for_another_tokenizer_is_not_used_silently(text: Path, tm
     other = merge(config_for(text), {"data": {"tokenizer": "bpe"}, "model": {"vocab_size": 300}})
     with pytest.raises(UserError, match="was prepared for"):
         Trainer(other, tmp_path / "run")
+
+
+# --- what V4 is compared with ------------------------------------------------------------------------
+
+
+def control_for(text: Path, kind: str, steps: int = 6) -> RunConfig:
+    small = {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 32}
+    return replace(config_for(text, steps), model=preset_of(kind, "tiny").with_(**small))
+
+
+@pytest.mark.parametrize("kind", ["v32", "llama"])
+def test_a_control_learns_in_fifty_steps_and_generates_from_its_run(text: Path, tmp_path: Path, kind: str) -> None:
+    """Through the same Trainer and Engine as V4: evaluation, balance, checkpoints, memory."""
+    config = merge(control_for(text, kind, steps=50), {"loss": {"bias_speed": 0.01}, "save": {"eval_every": 50}})
+    run = Trainer(config, tmp_path / "run")
+    start = run.evaluate()
+    assert run.run()
+    records = [r for r in read_log(tmp_path / "run" / "log.jsonl") if "loss" in r]
+    losses = [r["loss"] for r in records]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]) and records[-1]["heldout_bpb"] < 0.7 * start
+    assert all(r["mtp_loss"] == 0 for r in records), "there is no MTP block"
+    gates = learned_gates(run.model)
+    assert list(gates) == ([1] if kind == "v32" else []), "the first layer of V3.2 is dense"
+    assert all(gate.bias.abs().max() >= 0.01 for gate in gates.values()), "the balance bias is nudged"
+    assert all((r["balance"] > 0.9) == (kind == "v32") for r in records)
+
+    engine = Engine.open(tmp_path / "run")
+    assert type(engine.model) is type(run.model) and engine.model.config == run.model.config
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    prompts: list[str | list[int]] = ["the of", "it was as with be", "a"]
+    together = engine.generate(prompts, greedy)
+    for prompt, done in zip(prompts, together, strict=True):
+        assert done.ids == engine.generate([prompt], greedy)[0].ids, "others in the batch change nothing"
+        ids = torch.tensor(done.prompt_ids + done.ids)
+        with torch.no_grad():
+            assert run.model(ids)[len(done.prompt_ids) - 1 : -1].argmax(dim=-1).tolist() == done.ids
+        assert done.memory_bytes > 0
+    session = Session(engine)
+    first = "".join(event.text for event in session.generate("the of", greedy))
+    list(session.generate(" and", greedy))
+    assert session.undo() and session.undo()
+    assert first == "".join(event.text for event in session.generate("the of", greedy)) == together[0].text
+
+
+@pytest.mark.parametrize("kind", ["v32", "llama"])
+def test_resuming_a_control_is_no_interruption(text: Path, tmp_path: Path, kind: str) -> None:
+    config = control_for(text, kind)
+    whole = Trainer(config, tmp_path / "whole")
+    assert whole.run()
+    parts = Trainer(config, tmp_path / "parts")
+    assert not parts.run(lambda record: os.kill(os.getpid(), signal.SIGTERM) if record["step"] == 3 else None)
+    resumed = Trainer(resolve("small", tmp_path / "parts/config.yaml"), tmp_path / "parts", resume="auto")
+    assert resumed.progress.step == 3 and resumed.run()
+    assert_same(trained(whole), trained(resumed))
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_a_run_of_one_kind_is_not_resumed_as_another(text: Path, tmp_path: Path) -> None:
+    Trainer(control_for(text, "llama"), tmp_path / "run").run()
+    for other in (control_for(text, "v32"), config_for(text)):
+        with pytest.raises(UserError, match=r"the run was started with model\."):
+            Trainer(other, tmp_path / "run", resume="auto")
+
+
+@pytest.mark.parametrize("kind", ["v32", "llama"])
+def test_a_control_in_micro_batches_and_with_activations_computed_again(text: Path, tmp_path: Path, kind: str) -> None:
+    config = replace(control_for(text, kind), recompute=True)
+    a = Trainer(config, tmp_path / "a")
+    b = Trainer(merge(replace(config, recompute=False), {"data": {"micro_batches": 3}}), tmp_path / "b")
+    assert a.step()["loss"] == pytest.approx(b.step()["loss"], rel=1e-6)
+    for name, tensor in a.model.state_dict().items():
+        assert torch.allclose(tensor, b.model.state_dict()[name], atol=1e-4), name  # Muon makes much of a rounding

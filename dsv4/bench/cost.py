@@ -4,6 +4,7 @@ Memories are filled, not computed, so a context costs its memory only. Models to
 each kind at their real width.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -67,17 +68,21 @@ def measure_model(
             counts, size = run_one_token(model, part.config, context, formats[0])
             sizes[context, formats[0]] += part.times * size
             for format in formats[1:]:
-                sizes[context, format] += part.times * new_memory(model, part.config, context, format).bytes()
+                sizes[context, format] += part.times * new_memory(model, context, format).bytes()
             for (place, component, kind), executed in counts.items():
                 if place != ENDS or number == 0:
                     flops[context][place, component, kind] += executed * (1 if place == ENDS else part.times)
     pairs = [p for c in contexts for p in _pairs(name, c, decode(config, c), flops[c])]
-    held = [
-        Size(name, f, c, sum(kv_bytes.held(config, c, FORMATS[f], allocated=True).values()), sizes[c, f])
-        for c in contexts
-        for f in formats
-    ]
+    held = [Size(name, f, c, _counted(config, c, f), sizes[c, f]) for c in contexts for f in formats]
     return pairs, held
+
+
+def _counted(config: AnyConfig, context: int, format: str) -> int:
+    """Bytes of a memory with room for `context` tokens: V4's in whole pages, which every compression rate divides."""
+    page = 1
+    if isinstance(config, ModelConfig):
+        page = math.lcm(128, config.compress_rate_csa, config.compress_rate_hca)
+    return sum(kv_bytes.held(config, context, FORMATS[format], allocated=True, page_tokens=page).values())
 
 
 def _pairs(name: str, context: int, work: list[Work], flops: Counts) -> list[Pair]:

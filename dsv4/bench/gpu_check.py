@@ -1,18 +1,24 @@
-"""`python -m dsv4.bench.gpu_check`: is the model right on this GPU, and how fast? One command, under ten minutes.
+"""`dsv4 bench gpu-check`: is the model right on this GPU, and how fast? One command, under ten minutes.
 
 Needs torch with CUDA and nothing else. In order of interest: every op and two whole models against the CPU reference
 in fp32 and bf16; what the device can do at best; prefill, decode and training of the presets beside that, and beside
 transformers where it is installed. reports/gpu.json is whole after every row; what no longer fits the budget is listed
 there as skipped. Exit code 0; 1 when something of ours is wrong or raised; 2 for wrong use. `--dry` runs the same
 script on a CPU with small sizes, to see that the script itself works.
+
+`dsv4 bench speed` and `peers` are some of its stages on their own. Its options are read by argparse, because it has to
+run where typer is not installed: `python -m dsv4 bench gpu-check` (dsv4/__main__.py) comes here directly then.
 """
 
 import argparse
 import gc
 import hashlib
+import json
 import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +27,8 @@ import torch
 from torch import Tensor
 
 from dsv4.bench import peers, speed
-from dsv4.bench.report import Report, line
+from dsv4.bench.report import Report, line, plain
+from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.measure import parity, subjects, whole
 from dsv4.measure.cases import cases
@@ -39,21 +46,50 @@ STAGES = ("parity", "ceilings", "speed", "peers")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check; returns the exit code."""
     try:
-        options = _options(arguments)
-        check = Check(options.device, DRY if options.dry else FULL, Budget(options.minutes), _report(options))
+        o = _options(arguments)
+        return run(o.stages, o.device, dry=o.dry, minutes=o.minutes, out=o.out, as_json=o.json)
     except UserError as error:
-        print(f"dsv4 gpu-check: {error}", file=sys.stderr)
-        return 2
+        print(f"dsv4: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def run(
+    stages: Sequence[str],
+    device: torch.device,
+    *,
+    dry: bool,
+    minutes: float,
+    out: Path,
+    as_json: bool = False,
+    presets: Sequence[str] = (),
+) -> int:
+    """Do these stages and write the report to `out`; returns the exit code.
+
+    dry: small sizes, for a CPU. presets: which models are timed, in place of those of the sizes. Rows are printed as
+    they come; with as_json they go to stderr, and the whole report to stdout, as one JSON object. UserError, before any
+    work, for a budget of nothing or an unknown preset; FileError where the report cannot be written.
+    """
+    if not minutes > 0:
+        raise UserError(f"--minutes {minutes} must be positive")
+    for preset in presets:
+        ModelConfig.preset(preset)
+    sizes = DRY if dry else FULL
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 off: fp32 means fp32 here
-    try:
-        check.run(options.stages)
-    except KeyboardInterrupt:
-        print(f"stopped; what was found so far is in {check.report.path}", file=sys.stderr)
-        return 1
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    return check.conclude()
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        report = Report(out, _header(device, dry, minutes))
+        check = Check(device, replace(sizes, presets=tuple(presets) or sizes.presets), Budget(minutes), report)
+        try:
+            check.run(stages)
+        except KeyboardInterrupt:
+            print(f"stopped; what was found so far is in {out}", file=sys.stderr)
+            return 1
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        code = check.conclude()
+    if as_json:
+        print(json.dumps(plain(report.data)))
+    return code
 
 
 def everything(model: Transformer, ids: Tensor, targets: Tensor, lengths: list[int]) -> Tensor:
@@ -158,18 +194,21 @@ class Check:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dsv4 gpu-check", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(
+        prog="dsv4 bench gpu-check",
+        description=(__doc__ or "").split("\n\n")[1],
+        epilog="Example: dsv4 bench gpu-check --minutes 5 --only parity,ceilings",
+    )
     parser.add_argument("--dry", action="store_true", help="run the script on the CPU with small sizes")
     parser.add_argument("--out", type=Path, help="the report (default reports/gpu.json, reports/gpu-dry.json if dry)")
     parser.add_argument("--minutes", type=float, default=9.0, help="budget; what does not fit is skipped (default 9)")
     parser.add_argument("--only", default=",".join(STAGES), help=f"stages, of {','.join(STAGES)}")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object, the rows on stderr")
     options = parser.parse_args(arguments)
     options.stages = options.only.split(",")
     for stage in options.stages:
         if stage not in STAGES:
             raise UserError(f"--only names the stage {stage!r}: choose from {', '.join(STAGES)}")
-    if not options.minutes > 0:
-        raise UserError(f"--minutes {options.minutes} must be positive")
     if not options.dry and not torch.cuda.is_available():
         raise UserError(
             f"torch {torch.__version__} sees no CUDA device here: run this on a machine with a GPU, or add --dry "
@@ -180,19 +219,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _report(options: argparse.Namespace) -> Report:
-    """A report that can be written, found out before any work is done."""
+def _header(device: torch.device, dry: bool, minutes: float) -> dict[str, Any]:
+    """What a report begins with, which is also shown."""
     header = {
-        "command": "dsv4.bench.gpu_check", "code": _code(), "dry": options.dry, "minutes": options.minutes,
-        "device": _device(options.device), "torch": torch.__version__, "python": platform.python_version(),
-        "transformers": None, "passed": None,
+        "code": _code(), "dry": dry, "minutes": minutes, "device": describe(device), "torch": torch.__version__,
+        "python": platform.python_version(), "transformers": None, "passed": None,
     }  # fmt: skip
     for key, value in header.items():
         print(f"{key:12s} {value}")
-    try:
-        return Report(options.out, header)
-    except OSError as error:
-        raise UserError(f"cannot write {options.out}: {error.strerror}; choose another place with --out") from None
+    return header
 
 
 def _code() -> str:
@@ -202,7 +237,8 @@ def _code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a report says of the machine."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         return {"type": "cpu", "name": platform.machine(), "capability": capability, "threads": torch.get_num_threads()}
@@ -217,7 +253,3 @@ def _one_line(error: BaseException) -> str:
     """Kind and first line of an error; the rest of a device's message is advice for debuggers."""
     text = str(error).strip().partition("\n")[0][:300]
     return text if isinstance(error, Skip) else f"{type(error).__name__}: {text}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,13 +1,12 @@
 """The report of a check: one JSON file that is whole after every row, and the same rows as lines for a person."""
 
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv4.files import make_folder, write_json
 from dsv4.measure.rows import Row
 
 SECTIONS = ("parity", "ceilings", "speed", "skipped", "failed")
@@ -20,7 +19,7 @@ class Report:
         self.path, self.began = path, time.perf_counter()
         self.data: dict[str, Any] = {**header, "finished": False, "elapsed_seconds": 0.0}
         self.data |= {section: [] for section in SECTIONS}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self.write()
 
     def add(self, section: str, row: Row) -> None:
@@ -32,11 +31,9 @@ class Report:
         return self.data[section]
 
     def write(self) -> None:
-        """Atomic: a reader sees the old file or the new one. Numbers that JSON lacks become null."""
+        """Whole or not at all. FileError if the machine does not allow it."""
         self.data["elapsed_seconds"] = round(time.perf_counter() - self.began, 1)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(json.dumps(_plain(self.data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_json(self.path, plain(self.data))
 
     def broken(self) -> list[str]:
         """What says that the model is wrong on this device: rows out of tolerance, and work of ours that raised."""
@@ -70,9 +67,10 @@ def _speed_line(row: Row) -> str:
     return "  ".join(parts)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: numbers that JSON lacks become null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,8 +1,11 @@
-"""What is remembered: one sequence's memory, layer by layer. What is computed with it lives in model/."""
+"""What is remembered: a pool of pages and slots, and each sequence's handle. What is computed lives in model/."""
 
 from dsv4.cache.layer import Compressed, Entries, LayerMemory, Ring
-from dsv4.cache.sequence import BatchMemory, SequenceMemory, Snapshot, format_name
+from dsv4.cache.pages import OutOfPages, Pages, format_name
+from dsv4.cache.pool import Pool
+from dsv4.cache.sequence import BatchMemory, SequenceMemory, Snapshot
 
 __all__ = [
-    "BatchMemory", "Compressed", "Entries", "LayerMemory", "Ring", "SequenceMemory", "Snapshot", "format_name",
+    "BatchMemory", "Compressed", "Entries", "LayerMemory", "OutOfPages", "Pages", "Pool", "Ring", "SequenceMemory",
+    "Snapshot", "format_name",
 ]  # fmt: skip

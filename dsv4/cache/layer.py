@@ -1,108 +1,100 @@
-"""One layer's memory: the window ring, the compressed entries, and the rows of the group that is still open.
+"""One layer's stores in a pool: window rings, compressed entries, and the rows of groups that are still open.
 
-Nothing here knows how long the sequence is: positions come in as arguments, so the only counter of a memory is its
-length (cache/sequence.py), and setting that back is all there is to a rewind.
+Nothing here knows sequences: whose a slot or a page is stands in pages.py and sequence.py, and which rows of a store a
+call reads and writes is planned once for all layers (model/segments.py). A ring has `rows` rows in each slot, the row
+of position p in place p mod rows; entries lie in pages.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4.config import ModelConfig
-from dsv4.ops.formats import Packed, PackedRows, Plain, RowFormat
-
-ENTRY_BLOCK = 64  # entries are allocated in multiples of this many rows
+from dsv4.config import LayerKind, ModelConfig
+from dsv4.ops.formats import PagedRows, Plain, RowFormat
 
 
 class Ring:
-    """The newest `rows` rows, row of position p in slot p mod rows."""
+    """The newest `rows` rows of each slot: data [slots * rows, ...]."""
 
     def __init__(self, rows: int, format: RowFormat, device: torch.device):
-        self.format = format
-        self.data = torch.zeros(rows, *format.shape, dtype=format.dtype, device=device)
+        self.rows, self.format = rows, format
+        self.data = torch.zeros(0, *format.shape, dtype=format.dtype, device=device)
 
-    def last(self, count: int, end: int) -> Tensor:
-        """Copies of the rows of positions end-count .. end-1, in order [count, ...]."""
-        assert count <= len(self.data)
-        slots = torch.arange(end - count, end, device=self.data.device) % len(self.data)
-        return self.format.unpack(self.data[slots])
+    def slot(self, slot: int) -> Tensor:
+        """A slot's rows [rows, ...] as they are kept; a view."""
+        return self.data[slot * self.rows : (slot + 1) * self.rows]
 
-    def write(self, rows: Tensor, position: int) -> None:
-        """Store rows [n, ...] of positions position .. position+n-1; older ones give way."""
-        skip = max(0, len(rows) - len(self.data))
-        end = position + len(rows)
-        slots = torch.arange(position + skip, end, device=self.data.device) % len(self.data)
-        self.data[slots] = self.format.pack(rows[skip:])
+    def grow(self, slots: int) -> None:
+        self.data = _grown(self.data, slots * self.rows)
 
 
 class Entries:
-    """Rows that only ever grow, in one contiguous block so that attention reads them as a view."""
+    """Rows that only ever grow: data [pages * per_page, width], `per_page` of them in a page."""
 
-    def __init__(self, capacity: int, format: RowFormat, device: torch.device):
-        self.format = format
-        self.data = torch.zeros(capacity, *format.shape, dtype=format.dtype, device=device)
+    def __init__(self, per_page: int, format: RowFormat, device: torch.device):
+        self.per_page, self.format = per_page, format
+        self.data = torch.zeros(0, *format.shape, dtype=format.dtype, device=device)
 
-    def write(self, rows: Tensor, at: int) -> None:
-        """Store rows [n, width] at row `at`."""
-        self.write_kept(self.format.pack(rows), at)
+    def page(self, page: int) -> Tensor:
+        """A page's rows [per_page, width] as they are kept; a view."""
+        return self.data[page * self.per_page : (page + 1) * self.per_page]
 
-    def write_kept(self, rows: Tensor, at: int) -> None:
-        """Store rows that are in the store's format; grows by half when full: O(1) per row on average."""
-        need = at + len(rows)
-        if need > len(self.data):
-            grown = max(need, len(self.data) * 3 // 2)
-            grown = -(-grown // ENTRY_BLOCK) * ENTRY_BLOCK
-            data = self.data.new_zeros(grown, self.data.shape[1])
-            data[:at] = self.data[:at]
-            self.data = data
-        self.data[at:need] = rows
+    def view(self, table: Tensor, pages: np.ndarray) -> PagedRows:
+        """The rows of these pages one after the other, not copied; `table` is `pages` (int64) on the device."""
+        return PagedRows(self.data, self.format, table, pages, self.per_page)
 
-    def view(self, count: int) -> Tensor | PackedRows:
-        """The first `count` rows [count, width], not copied; packed ones are unpacked where they are read."""
-        data = self.data[:count]
-        return PackedRows(data, self.format) if isinstance(self.format, Packed) else data
+    def grow(self, pages: int) -> None:
+        self.data = _grown(self.data, pages * self.per_page)
+
+
+def _grown(data: Tensor, rows: int) -> Tensor:
+    out = data.new_zeros(rows, *data.shape[1:])
+    out[: len(data)] = data
+    return out
 
 
 class Compressed:
     """What one compressor remembers: its entries, and the raw rows (value, score) of the open and previous group."""
 
-    def __init__(self, ratio: int, width: int, capacity: int, max_rewind: int, format: RowFormat, device: torch.device):
-        overlap = ratio == 4
-        self.entries = Entries(capacity // ratio, format, device)  # an entry exists once its group has closed
+    def __init__(
+        self, kind: LayerKind, width: int, page_tokens: int, max_rewind: int, format: RowFormat, device: torch.device
+    ):
+        self.entries = Entries(page_tokens // kind.ratio, format, device)  # an entry exists once its group has closed
         # fp32: pooling is fp32 up to the norm. With overlap the group before the open one is still needed.
-        rows = ratio * (2 if overlap else 1) + max_rewind
-        self.rows = Ring(rows, Plain((2, width * (2 if overlap else 1)), torch.float32), device)
+        banks = 2 if kind.overlap else 1
+        self.rows = Ring(kind.ratio * banks + max_rewind, Plain((2, width * banks), torch.float32), device)
 
 
 class LayerMemory:
-    """Memory of one attention layer.
+    """The stores of one attention layer.
 
-    window: rotated key = value rows [128 + max_rewind, head_dim]. attention (ratio 4, 128): compressed entries and open
-    rows. index (ratio 4): the same for the indexer's keys. formats: of window rows and entries, and of index keys.
+    window: rotated key = value rows, sliding_window + max_rewind in a slot. attention (compressed layers): entries and
+    open rows. index (indexed layers): the same for the indexer's keys. formats: of window rows and entries, and of
+    index keys.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         layer: int,
-        capacity: int,
+        page_tokens: int,
         max_rewind: int,
         formats: tuple[RowFormat, RowFormat],
         device: torch.device,
     ):
-        ratio = config.compress_ratios[layer]
+        self.kind = config.layer_kind(layer)
         row, key = formats
         self.window = Ring(config.sliding_window + max_rewind, row, device)
         self.attention: Compressed | None = None
         self.index: Compressed | None = None
-        if ratio:
-            self.attention = Compressed(ratio, config.head_dim, capacity, max_rewind, row, device)
-        if ratio == 4:
-            self.index = Compressed(ratio, config.index_head_dim, capacity, max_rewind, key, device)
-        self.ratio = ratio
+        if self.kind.ratio:
+            self.attention = Compressed(self.kind, config.head_dim, page_tokens, max_rewind, row, device)
+        if self.kind.indexed:
+            self.index = Compressed(self.kind, config.index_head_dim, page_tokens, max_rewind, key, device)
 
-    def stores(self) -> Iterator[tuple[str, "Ring | Entries"]]:
+    def stores(self) -> Iterator[tuple[str, Ring | Entries]]:
         """Every store with a name that is unique in the layer."""
         yield "window", self.window
         for name, part in (("attention", self.attention), ("index", self.index)):

@@ -1,67 +1,75 @@
-"""All layers of one sequence: how far it has come, and the operations on it (fork, rewind, snapshot, restore, bytes).
+"""A sequence's memory: a handle on pages and a slot of a pool, and how far it has come.
 
-A memory's state is its stores plus one number, `length` (with the MTP block's window a second, `drafted`). The model
+A memory's state is its rows plus one number, `length` (with the MTP block's window a second, `drafted`). The model
 calls `begin`, writes the stores and calls `advance`; a call that was stopped half way leaves the memory torn, and a
-torn memory refuses all but `restore`.
+torn memory refuses all but `restore` and `release`. A fork shares the pages and copies the slot, at every offset: a
+fork that is kept is a shared prefix.
 """
 
-import copy
+import weakref
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsv4.cache.layer import Entries, LayerMemory, Ring
+from dsv4.cache.pages import Pages
 from dsv4.config import ModelConfig
-from dsv4.errors import UserError, nearest
-from dsv4.ops.formats import NAMES, v4_rows
+from dsv4.errors import UserError
+from dsv4.ops.formats import PagedRows
 
 Snapshot = dict[str, Tensor]
 
 
 class SequenceMemory:
-    """What the model remembers of one sequence of `length` tokens.
+    """What the model remembers of one sequence of `length` tokens; made by `Pool.new`.
 
     Raw rows live in rings that hold `max_rewind` rows more than the model reads, which is how far `rewind` can go back.
-    format: how rows are kept, float32, bfloat16, float16 or packed (FP8 rows with a BF16 tail, FP4 index keys); the
-    open rows of compressors are fp32 whatever it is. numbers: the dtype in which packed rows are read. mtp: with a
-    window for the MTP block too, whose row of position t also depends on the token after t (Transformer.draft).
+    Pages and slot go back to the pool with `release`, or when the handle is no longer held by anyone.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        format: torch.dtype | str = "float32",
-        device: torch.device | str = "cpu",
-        capacity: int = 0,
-        max_rewind: int = 128,
-        numbers: torch.dtype = torch.float32,
-        mtp: bool = False,
-    ):
-        self.format = format_name(format)
-        index_width = config.index_head_dim
-        if self.format == "packed" and 4 in config.trunk_ratios and index_width & (index_width - 1):
-            raise UserError(
-                f"index_head_dim={index_width} is not a power of two, so index keys cannot be rotated and packed: "
-                "use format bfloat16 or float32"
-            )
-        if max_rewind < 0 or capacity < 0:
-            raise UserError(f"capacity={capacity} and max_rewind={max_rewind} must not be negative")
-        if mtp and not config.num_nextn_predict_layers:
-            raise UserError("mtp=True, but the model has no MTP block: leave it out (num_nextn_predict_layers is 0)")
-        self.config, self.max_rewind = config, max_rewind
-        formats = v4_rows(config.head_dim, config.qk_rope_head_dim, index_width, self.format, numbers)
-        made = [
-            LayerMemory(config, i, capacity, max_rewind, formats, torch.device(device))
-            for i in range(config.num_hidden_layers + mtp)
-        ]
-        self.layers = made[: config.num_hidden_layers]
-        self.mtp = made[-1] if mtp else None
+    def __init__(self, pool: Pages, slot: int):
+        self.pool, self.slot = pool, slot
+        self.pages: list[int] = []  # page of tokens page_tokens * i ..; those beyond `length` are spare
+        self.table = np.zeros(0, dtype=np.int64)  # the same, for planning
         self.drafted = 0  # the MTP window holds the rows of positions up to here
         self.length = 0
         self.newest = 0  # the rings hold rows of positions up to here, also after a rewind
         self._torn = False
+        self._release = weakref.finalize(self, _give_back, pool, self.pages, slot)
+        self._release.atexit = False
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.pool.config
+
+    @property
+    def format(self) -> str:
+        return self.pool.format
+
+    @property
+    def max_rewind(self) -> int:
+        return self.pool.max_rewind
+
+    @property
+    def layers(self) -> list[LayerMemory]:
+        """The stores in which this memory has its rows, among those of others."""
+        return self.pool.layers
+
+    @property
+    def mtp(self) -> LayerMemory | None:
+        return self.pool.mtp
+
+    def hold(self, pages: list[int]) -> None:
+        """From now on these are the pages; their holders are already counted."""
+        self.pages[:] = pages  # in place: what is given back at the end are the pages of then
+        self.table = np.array(pages, dtype=np.int64)
+
+    def release(self) -> None:
+        """Give pages and slot back; the memory is of no use afterwards. Once more is no error."""
+        self._release()
+        self.table = np.zeros(0, dtype=np.int64)
 
     def begin(self) -> None:
         """Rows are about to be written; until `advance` the stores of different layers disagree."""
@@ -97,48 +105,72 @@ class SequenceMemory:
         self.drafted = min(self.drafted, self.length)
 
     def fork(self) -> "SequenceMemory":
-        """An independent copy; the two then go their own ways."""
+        """An independent copy; the two then go their own ways, and share the pages that neither of them writes."""
         self.refuse_torn()
-        return copy.deepcopy(self)
+        other = SequenceMemory(self.pool, self.pool.copy_slot(self.slot))
+        used = self.pages[: self.pool.pages_for(self.length)]
+        self.pool.share(used)
+        other.hold(used)
+        other.length, other.newest, other.drafted = self.length, self.newest, self.drafted
+        return other
 
     def snapshot(self) -> Snapshot:
         """The whole state as named tensors (copies; entries without their spare room), ready for safetensors."""
         self.refuse_torn()
         state = {"length": torch.tensor([self.length, self.newest, *([] if self.mtp is None else [self.drafted])])}
-        for name, store, used in self._stores():
-            state[name] = store.data[:used].clone()
+        for name, layer, store in self.pool.stores():
+            if isinstance(store, Ring):
+                state[name] = store.slot(self.slot).clone()
+            else:
+                state[name] = self.entries(store, self.length // layer.kind.ratio).kept()
         return state
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take over a snapshot of a memory of the same configuration; UserError (and no change) if it does not fit."""
-        self.length, self.newest, self.drafted = self._check(snapshot)
+        length, newest, drafted = self._check(snapshot)
+        before = self.length
+        try:
+            self.length = 0  # every page is written anew, so a shared one is left to the others
+            self.pool.reserve([(self, length)])
+        except UserError:
+            self.length = before
+            raise
+        self.length, self.newest, self.drafted = length, newest, drafted
         self._torn = False
-        for name, store, _ in self._stores():
-            if isinstance(store, Entries):
-                store.write_kept(snapshot[name], 0)
-            else:
-                store.data.copy_(snapshot[name])
+        for name, _, store in self.pool.stores():
+            rows = snapshot[name]
+            if isinstance(store, Ring):
+                store.slot(self.slot).copy_(rows)
+                continue
+            for page, part in zip(self.pages, rows.split(store.per_page), strict=False):
+                store.page(page)[: len(part)] = part
 
     def bytes(self) -> int:
-        """Bytes allocated by all stores."""
-        return sum(store.data.untyped_storage().nbytes() for _, store, _ in self._stores())
+        """Bytes of the pages and the slot that it holds; a shared page counts for each of its holders."""
+        return len(self.pages) * self.pool.page_bytes() + self.pool.slot_bytes()
+
+    def last(self, ring: Ring, count: int) -> Tensor:
+        """Copies of the rows of the last `count` positions in a ring, in order [count, ...], as they are read."""
+        assert count <= min(ring.rows, self.length)
+        places = torch.arange(self.length - count, self.length, device=ring.data.device) % ring.rows
+        return ring.format.unpack(ring.slot(self.slot)[places])
+
+    def entries(self, store: Entries, count: int) -> PagedRows:
+        """The first `count` rows of a store, not copied."""
+        table = torch.from_numpy(self.table[: -(-count // store.per_page)])
+        return PagedRows(store.data, store.format, table.to(store.data.device), table.numpy(), store.per_page, count)
 
     def refuse_torn(self) -> None:
-        """UserError if the last call on this memory did not come to its end."""
+        """UserError if the last call on this memory did not come to its end, or if it was released."""
+        if not self._release.alive:
+            raise UserError("this memory was released: make a new one")
         if self._torn:
             raise UserError("a call on this memory was stopped half way: restore a snapshot or start a new memory")
 
-    def _stores(self, length: int | None = None) -> Iterator[tuple[str, "Ring | Entries", int]]:
-        """(name, store, rows in use after `length` tokens, by default as many as there are) of every store."""
-        length = self.length if length is None else length
-        layers = [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
-        for place, layer in [*layers, *([] if self.mtp is None else [("mtp", self.mtp)])]:
-            for name, store in layer.stores():
-                used = length // layer.ratio if isinstance(store, Entries) else len(store.data)
-                yield f"{place}.{name}", store, used
-
     def _check(self, snapshot: Snapshot) -> tuple[int, int, int]:
         """A snapshot comes from outside: names, shapes and numbers are checked before anything is written."""
+        if not self._release.alive:
+            self.refuse_torn()
         remedy = "restore a snapshot of a memory made with the same configuration, dtype, max_rewind and mtp"
         if "length" not in snapshot or snapshot["length"].shape != (2 if self.mtp is None else 3,):
             raise UserError(f"the snapshot has no length: {remedy}")
@@ -146,8 +178,9 @@ class SequenceMemory:
         if not 0 <= drafted <= length <= newest or newest - length > self.max_rewind:
             raise UserError(f"the snapshot has length {length} of {newest}: {remedy}")
         expected = {"length"}
-        for name, store, rows in self._stores(length):
-            shape = (rows, *store.data.shape[1:])
+        for name, layer, store in self.pool.stores():
+            rows = store.rows if isinstance(store, Ring) else length // layer.kind.ratio
+            shape = (rows, *store.format.shape)
             expected.add(name)
             got = snapshot.get(name)
             if got is None or got.shape != shape or got.dtype != store.data.dtype:
@@ -158,12 +191,10 @@ class SequenceMemory:
         return length, newest, drafted
 
 
-def format_name(format: torch.dtype | str) -> str:
-    """The name of a memory's format, given by it or as a dtype; UserError for an unknown one."""
-    name = format if isinstance(format, str) else str(format).removeprefix("torch.")
-    if name not in NAMES:
-        raise UserError(f"cache format {name!r} is unknown: use one of {', '.join(NAMES)}{nearest(name, NAMES)}")
-    return name
+def _give_back(pool: Pages, pages: list[int], slot: int) -> None:
+    pool.drop(pages)
+    pages.clear()
+    pool.drop_slot(slot)
 
 
 class BatchMemory(Sequence[SequenceMemory]):
@@ -184,6 +215,10 @@ class BatchMemory(Sequence[SequenceMemory]):
 
     def fork(self) -> "BatchMemory":
         return BatchMemory([row.fork() for row in self.rows])
+
+    def release(self) -> None:
+        for row in self.rows:
+            row.release()
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens of every row; if one row cannot, none is changed."""
@@ -207,5 +242,10 @@ class BatchMemory(Sequence[SequenceMemory]):
         for row, snapshot in zip(self.rows, snapshots, strict=True):
             row.restore(snapshot)
 
+    def pools(self) -> Iterator[Pages]:
+        """The pools of the rows, each once."""
+        yield from {id(row.pool): row.pool for row in self.rows}.values()
+
     def bytes(self) -> int:
-        return sum(row.bytes() for row in self.rows)
+        """Bytes that the pools of the rows have allocated."""
+        return sum(pool.bytes() for pool in self.pools())

@@ -9,13 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv4 import files
+from dsv4 import controls, files
 from dsv4.checkpoint.find import resolve_checkpoint
 from dsv4.checkpoint.names import Layout, file_names, known_names, layout_of
-from dsv4.config import ModelConfig
+from dsv4.config import AnyConfig, ModelConfig, kind_of, read_any
 from dsv4.config.rules import as_ids, check_ids
 from dsv4.errors import UserError, shown
-from dsv4.model import Transformer
+from dsv4.model import LanguageModel
 from dsv4.model.moe import check_hash_table
 
 log = logging.getLogger("dsv4")
@@ -24,21 +24,22 @@ CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safe
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32"}
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint folder, or of the latest checkpoint of a run folder."""
+def read_config(folder: str | Path) -> AnyConfig:
+    """The configuration of a checkpoint folder, or of the latest checkpoint of a run folder; its kind is what
+    config.json says in `model_type` (config.read_any)."""
     folder = resolve_checkpoint(folder)
     files.check_digests(folder, lambda name: name == CONFIG)
-    return ModelConfig.from_json(folder)
+    return read_any(folder)
 
 
 def load(
     folder: str | Path,
     dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
-    config: ModelConfig | None = None,
+    config: AnyConfig | None = None,
     *,
     mtp: bool = True,
-) -> Transformer:
+) -> LanguageModel:
     """A model from a folder in published or transformers layout (safetensors, one file or sharded), or from the latest
     checkpoint of a run folder.
 
@@ -57,13 +58,19 @@ def load(
     with ExitStack() as stack:
         tensors = _open(folder, names, stack)
         layout = layout_of(tensors)
-        config, tensors = _drafting(folder, config, tensors, layout, mtp)
+        if isinstance(config, ModelConfig):
+            config, tensors = _drafting(folder, config, tensors, layout, mtp)
+        elif layout == "transformers":
+            raise UserError(
+                f"{folder} names its tensors as transformers does, which is not read for a model of kind "
+                f"{kind_of(config)}: give a folder that dsv4 has saved"
+            )
         with torch.device("meta"):
-            model = Transformer(config, dtype)
+            model = controls.build(config, dtype)
         places = _match(model, tensors, layout, folder)
         state = {name: _read(t, places[name], tensors, device) for name, t in model.state_dict().items()}
     for name, tensor in state.items():
-        if name.endswith("tid2eid"):
+        if isinstance(config, ModelConfig) and name.endswith("tid2eid"):
             check_hash_table(tensor, config, name)
     model.load_state_dict(state, assign=True)
     model.stop_ids = stop_ids
@@ -108,7 +115,7 @@ def _weight_files(folder: Path) -> list[str]:
     return names
 
 
-def _generation_stops(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+def _generation_stops(folder: Path, config: AnyConfig) -> tuple[int, ...]:
     """The stop ids of generation_config.json, if there is one."""
     path = folder / GENERATION
     if not path.exists():
@@ -161,7 +168,7 @@ def _drafting(
     return trunk, {name: tensor for name, tensor in tensors.items() if name not in drafts}
 
 
-def _match(model: Transformer, tensors: dict[str, Any], layout: Layout, folder: Path) -> dict[str, list]:
+def _match(model: LanguageModel, tensors: dict[str, Any], layout: Layout, folder: Path) -> dict[str, list]:
     """For each model tensor its file tensors with their places; UserError unless the two sides match exactly."""
     places: dict[str, list] = {}
     left = set(tensors)

@@ -15,17 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv4 import files
+from dsv4 import controls, files
 from dsv4.checkpoint.load import CONFIG, GENERATION, INDEX, listed_files
 from dsv4.checkpoint.names import LAYOUTS, Layout, file_names
-from dsv4.config import ModelConfig
+from dsv4.config import AnyConfig, ModelConfig, kind_of
 from dsv4.errors import FileError, UserError
-from dsv4.model import Transformer
-from dsv4.model.transformer import as_dtype
+from dsv4.model import LanguageModel
+from dsv4.model.language import as_dtype
 
 
 def save(
-    model: Transformer,
+    model: LanguageModel,
     folder: str | Path,
     layout: Layout = "published",
     *,
@@ -41,11 +41,8 @@ def save(
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)}")
-    if layout == "transformers" and model.config.residual != "mhc":
-        raise UserError(
-            f"residual={model.config.residual!r} cannot be said to transformers, which has V4's alone: "
-            "use the published layout"
-        )
+    if layout == "transformers":
+        _check_sayable(model.config)
     if model.device.type == "meta":
         raise UserError("the model is on the meta device and has no weights to save: build it on another device")
     folder, number_format = Path(folder), as_dtype(dtype or model.dtype)
@@ -153,7 +150,7 @@ def _stale(folder: Path, targets: list[str]) -> list[str]:
     return sorted(old - set(targets))
 
 
-def _generation_config(folder: Path, model: Transformer) -> dict | None:
+def _generation_config(folder: Path, model: LanguageModel) -> dict | None:
     """generation_config.json where it says what config.json does not; one that is there keeps its other keys."""
     path = folder / GENERATION
     if not path.exists() and model.stop_ids == model.config.stop_ids:
@@ -166,14 +163,14 @@ def _generation_config(folder: Path, model: Transformer) -> dict | None:
 
 
 def _shards(
-    model: Transformer, layout: Layout, dtype: torch.dtype | None, max_bytes: int
+    model: LanguageModel, layout: Layout, dtype: torch.dtype | None, max_bytes: int
 ) -> Iterator[dict[str, Tensor]]:
     """File tensors in shards of at most `max_bytes` (a larger single tensor has a shard of its own)."""
     state = model.state_dict()
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     if dtype is not None:
         with torch.device("meta"):
-            dtypes = {name: tensor.dtype for name, tensor in Transformer(model.config, dtype).state_dict().items()}
+            dtypes = {name: tensor.dtype for name, tensor in controls.build(model.config, dtype).state_dict().items()}
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in state.items():
@@ -189,9 +186,22 @@ def _shards(
     yield shard
 
 
-def _config_of(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> dict:
+def _check_sayable(config: AnyConfig) -> None:
+    """UserError unless transformers has what this configuration says."""
+    if not isinstance(config, ModelConfig):
+        raise UserError(f"a model of kind {kind_of(config)} is saved in the published layout alone: leave out layout")
+    for key, of_v4 in (("residual", "mhc"), ("attention", "compressed")):
+        value = getattr(config, key)
+        if value != of_v4:
+            raise UserError(
+                f"{key}={value!r} cannot be said to transformers, which has V4's alone: use the published layout"
+            )
+
+
+def _config_of(config: AnyConfig, layout: Layout, dtype: torch.dtype) -> dict:
     data = config.to_json()
     if layout == "transformers":
+        assert isinstance(config, ModelConfig)
         data |= _transformers_rope(config)
     return {**data, "torch_dtype": str(dtype).removeprefix("torch.")}
 

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Annotated, NoReturn
 
@@ -17,11 +17,23 @@ from dsv4 import __version__
 from dsv4.errors import UserError
 from dsv4.files import reason_of
 
-VERBS = ("demo", "train", "generate", "chat", "cost", "doctor")
+# The verbs and what the overview says of each; a verb's own help is its docstring.
+VERBS = {
+    "demo": "Train a small DeepSeek-V4 in about five minutes on two cores.",
+    "train": "Train a model.",
+    "generate": "Continue one prompt or many.",
+    "chat": "Write a text together with a model, turn by turn.",
+    "cost": "Count what a million tokens cost.",
+    "bench": "Measure: is it right, and how fast?",
+    "doctor": "Check the installation.",
+}
 
 
-def application(verbs: Sequence[str] = VERBS) -> typer.Typer:
-    """The command line with these verbs; only their modules are imported, so that none waits for the others' needs."""
+def application(verbs: Iterable[str] = VERBS, *, overview: bool = False) -> typer.Typer:
+    """The command line with these verbs; only their modules are imported, so that none waits for the others' needs.
+
+    overview: none is imported, and none can be run: enough to list them, and at once.
+    """
     app = typer.Typer(
         name="dsv4",
         no_args_is_help=True,
@@ -31,8 +43,16 @@ def application(verbs: Sequence[str] = VERBS) -> typer.Typer:
     )
     app.callback()(options)
     for verb in verbs:
-        app.command()(getattr(import_module(f"dsv4.cli.{verb}"), verb))
+        found = _nothing if overview else getattr(import_module(f"dsv4.cli.{verb}"), verb)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=verb, short_help=VERBS[verb])
+        else:
+            app.command(verb, short_help=VERBS[verb])(found)
     return app
+
+
+def _nothing() -> None:
+    """What stands for a verb in the overview."""
 
 
 def _version(asked: bool) -> None:
@@ -58,7 +78,7 @@ def main() -> None:
     logging.raiseExceptions = False  # a log line that nobody reads is no error
     asked = [word for word in sys.argv[1:] if word in VERBS][:1]
     try:
-        application(asked or VERBS)()
+        application(asked or VERBS, overview=not asked)()
     except UserError as error:
         _fail(str(error), error.exit_code)
     except FloatingPointError as error:

@@ -10,10 +10,11 @@ import typer
 from dsv4.cli.common import resolve_device
 from dsv4.cli.hints import command
 from dsv4.cli.train import run_training
+from dsv4.config import ModelConfig
 from dsv4.cost import flops_per_token, parameters
 from dsv4.engine import Engine, SamplingParams
 from dsv4.files import write_json
-from dsv4.model import Transformer
+from dsv4.model import LanguageModel
 from dsv4.train.batches import heldout_batches
 from dsv4.train.log import plot_loss, read_log
 from dsv4.train.ngram import ngram_bits_per_byte
@@ -90,15 +91,16 @@ def _sample(out: Path, prompt: str, params: SamplingParams, device: str) -> dict
     }
 
 
-def _memory_of(model: Transformer, tokens: int = 4096) -> dict[str, float]:
+def _memory_of(model: LanguageModel, tokens: int = 4096) -> dict[str, float]:
     """Bytes that memories really allocate: what each token adds on average, and what is there from the start."""
-    short, long = (model.new_cache(capacity=n, max_rewind=0).bytes() for n in (128, 128 + tokens))
+    short, long = (model.new_cache(capacity=n, max_rewind=0)[0].bytes() for n in (128, 128 + tokens))
     per_token = (long - short) / tokens
     return {"cache_bytes_per_token": per_token, "cache_bytes_fixed": short - 128 * per_token}
 
 
 def _introduce(run: RunConfig) -> None:
-    kinds = [run.model.layer_kind(i) for i in range(run.model.num_hidden_layers)]
+    assert isinstance(run.model, ModelConfig)
+    kinds = [run.model.layer_kind(i).name for i in range(run.model.num_hidden_layers)]
     print(
         f"A DeepSeek-V4 of {parameters(run.model)['total'] / 1e6:.1f}M parameters, layers {' '.join(kinds)}, "
         f"trained with Muon on {run.schedule.steps * run.data.tokens_per_step:,} tokens of public-domain English."

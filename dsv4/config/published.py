@@ -5,6 +5,7 @@ A key that is not there never takes a number of V4-Flash: `ABSENT` says for ever
 file says one thing twice (both names of a key, ratios beside layer types), the two must agree.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ ABSENT: dict[str, Any] = {
     "hidden_size": REQUIRED,
     "num_hidden_layers": REQUIRED,
     "compress_ratios": REQUIRED,  # or layer_types; without either transformers takes Pro's pattern, at any depth
+    "compress_rate_csa": 4,  # or compress_rates; no released file has them
+    "compress_rate_hca": 128,
     "num_attention_heads": REQUIRED,
     "head_dim": REQUIRED,
     "qk_rope_head_dim": REQUIRED,  # or partial_rotary_factor; transformers' 64/512 is Flash's
@@ -53,7 +56,9 @@ ABSENT: dict[str, Any] = {
     "initializer_range": 0.02,
     "bos_token_id": None,  # transformers' 0 and 1 are the published tokenizer's, which need not be this model's
     "eos_token_id": None,
-    "residual": "mhc",  # a key of ours: only what V4 is compared with has another
+    "residual": "mhc",  # keys of ours: only what V4 is compared with has others
+    "attention": "compressed",
+    "attention_rank": 0,
     "dspark_stages": 0,
 }
 
@@ -70,7 +75,7 @@ _OTHER_NAMES = {
 _HELD = {
     **{key: value for key, value in CONSTANTS.items() if key != "architectures"},
     "mlp_bias": False, "router_jitter_noise": 0.0, "is_encoder_decoder": False, "add_cross_attention": False,
-    "pruned_heads": {}, "compress_rate_csa": 4, "compress_rate_hca": 128,
+    "pruned_heads": {},
 }  # fmt: skip
 
 # Keys that cannot change what is computed here. How the weights are stored is told by the weights themselves.
@@ -96,7 +101,9 @@ _PASSED_OVER = {
 }  # fmt: skip
 _PASSED_OVER_PREFIXES = ("unsloth_", "dspark_")  # of a tool; of the drafter, whose number of stages is all that is kept
 
-_RATIO_OF_TYPE = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+# transformers' layer types, and the field that holds the ratio of such a layer.
+_WINDOW, _CSA, _HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+_RATE_OF_TYPE = {_WINDOW: None, _CSA: "compress_rate_csa", _HCA: "compress_rate_hca"}
 _YARN_KEYS = ("rope_factor", "original_seq_len", "beta_fast", "beta_slow")  # of inference/config.json
 
 
@@ -112,6 +119,7 @@ def read_fields(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ModelConfig from a configuration in any of the three spellings; UserError if one is not said."""
     data = _one_name(data)
     hold(data, _HELD)
+    _unfold_rates(data)
     _unfold_layers(data)
     _unfold_rope(data)
     _settle_tail(data)
@@ -127,6 +135,11 @@ def read_fields(data: dict[str, Any]) -> dict[str, Any]:
             "trained with (nothing that changes a model is guessed)"
         )
     return {key: data.get(key, absent) for key, absent in ABSENT.items()}
+
+
+def layer_types(ratios: Sequence[int], csa: int, hca: int) -> list[str]:
+    """The layers' types as transformers names them: all it goes by where a ratio is not 0, 4 or 128."""
+    return [{0: _WINDOW, csa: _CSA, hca: _HCA}[ratio] for ratio in ratios]
 
 
 def hold(data: dict[str, Any], held: dict[str, Any], kind: str = "DeepSeek-V4") -> None:
@@ -188,22 +201,39 @@ def _one_name(data: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _unfold_rates(data: dict[str, Any]) -> None:
+    """transformers spells compress_rate_csa and compress_rate_hca as `compress_rates`, by layer type (in place)."""
+    for kind, rate in (_popped(data, "compress_rates", dict) or {}).items():
+        key = _RATE_OF_TYPE.get(kind)
+        if key is None:
+            if kind in _RATE_OF_TYPE and rate == 0:
+                continue
+            raise UserError(
+                f"compress_rates gives {shown(rate)} for {shown(kind)}: only CSA and HCA layers have a rate"
+            )
+        if data.setdefault(key, rate) != rate:
+            raise UserError(
+                f"compress_rates gives {shown(rate)} for {kind} but {key}={shown(data[key])}: keep the right one"
+            )
+
+
 def _unfold_layers(data: dict[str, Any]) -> None:
     """transformers spells the layer kinds as `layer_types`, the hash layers as `mlp_layer_types` (in place)."""
-    kinds, mlp, rates = (_popped(data, key, list) for key in ("layer_types", "mlp_layer_types", "compress_rates"))
-    for kind, rate in (rates or {}).items():
-        if _RATIO_OF_TYPE.get(kind) != rate:
-            raise UserError(f"compress_rates gives {shown(rate)} for {shown(kind)}: V4 has 4 (CSA) and 128 (HCA)")
+    kinds, mlp = (_popped(data, key, list) for key in ("layer_types", "mlp_layer_types"))
     if data.get("compress_ratios", 0) is None:
         del data["compress_ratios"]
     if kinds is not None:
-        unknown = [k for k in kinds if not isinstance(k, str) or k not in _RATIO_OF_TYPE]
+        unknown = [k for k in kinds if not isinstance(k, str) or k not in _RATE_OF_TYPE]
         if unknown:
-            raise UserError(f"layer type {shown(unknown[0])} is unknown: use one of {', '.join(_RATIO_OF_TYPE)}")
-        ratios = [_RATIO_OF_TYPE[k] for k in kinds]
+            raise UserError(f"layer type {shown(unknown[0])} is unknown: use one of {', '.join(_RATE_OF_TYPE)}")
+        of_type = {kind: data.get(key, ABSENT[key]) if key else 0 for kind, key in _RATE_OF_TYPE.items()}
+        ratios = [of_type[kind] for kind in kinds]
         said = data.setdefault("compress_ratios", ratios)
         if not isinstance(said, list | tuple) or list(said[: len(ratios)]) != ratios:
-            raise UserError("layer_types and compress_ratios disagree: keep the right one")
+            raise UserError(
+                f"layer_types, with a rate of {shown(of_type[_CSA])} for CSA and {shown(of_type[_HCA])} for HCA, and "
+                "compress_ratios disagree: keep the right one"
+            )
     if mlp is not None:
         unknown = [k for k in mlp if k not in ("hash_moe", "moe")]
         if unknown:
@@ -218,8 +248,7 @@ def _unfold_layers(data: dict[str, Any]) -> None:
 
 
 def _popped(data: dict[str, Any], key: str, kind: type) -> Any:
-    """Take a key out that holds a list (compress_rates: an object) or null."""
-    kind = dict if key == "compress_rates" else kind
+    """Take a key out that holds a list or an object (`kind`), or null."""
     value = data.pop(key, None)
     if value is not None and not isinstance(value, kind):
         raise UserError(f"{key}={shown(value)} must be {'an object' if kind is dict else 'a list'}, or be left out")

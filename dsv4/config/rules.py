@@ -49,15 +49,20 @@ def check_ids(name: str, value: Any, vocab_size: int) -> None:
 _LARGEST: dict[str, float] = {
     "vocab_size": 2**24, "hidden_size": 2**18, "num_hidden_layers": 2**10, "num_attention_heads": 2**12,
     "head_dim": 2**14, "qk_rope_head_dim": 2**14, "q_lora_rank": 2**18, "o_groups": 2**12, "o_lora_rank": 2**18,
-    "sliding_window": 2**20, "index_n_heads": 2**12, "index_head_dim": 2**14, "index_topk": 2**24,
+    "attention_rank": 2**14, "compress_rate_csa": 2**12, "compress_rate_hca": 2**12, "sliding_window": 2**20,
+    "index_n_heads": 2**12, "index_head_dim": 2**14, "index_topk": 2**24,
     "moe_intermediate_size": 2**18, "n_routed_experts": 2**14, "n_shared_experts": 2**4, "num_experts_per_tok": 2**10,
     "num_hash_layers": 2**10, "hc_mult": 2**6, "hc_sinkhorn_iters": 1000, "num_nextn_predict_layers": 2**4,
     "dspark_stages": 2**4, "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31,
     "routed_scaling_factor": 1e6, "swiglu_limit": 1e6, "hc_eps": 1.0, "rms_norm_eps": 1.0, "initializer_range": 100.0,
     "rope_theta": 1e12, "compress_rope_theta": 1e12, "factor": 1e6, "beta_fast": 1e6, "beta_slow": 1e6,
 }  # fmt: skip
-# A base of 1 turns every pair alike, and a factor below 1 would shorten the context: neither is a rotary table.
-_SMALLEST = {"rope_theta": 1.001, "compress_rope_theta": 1.001, "factor": 1.0, "beta_fast": 1e-3, "beta_slow": 1e-3}
+# A base of 1 turns every pair alike, and a factor below 1 would shorten the context: neither is a rotary table. A group
+# of one token compresses nothing; the largest one (above) closes at the end of a page of memory, which must stay small.
+_SMALLEST = {
+    "compress_rate_csa": 2, "compress_rate_hca": 2, "rope_theta": 1.001, "compress_rope_theta": 1.001, "factor": 1.0,
+    "beta_fast": 1e-3, "beta_slow": 1e-3,
+}  # fmt: skip
 
 
 def check_numbers(owner: Any, zero_ok: set[str], prefix: str = "") -> None:

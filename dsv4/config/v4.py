@@ -1,27 +1,50 @@
 """What a model is: one frozen schema with the published field names, and the presets.
 
 A published `config.json`, the official `inference/config.json` and the `config.json` that transformers writes all load
-through `ModelConfig.from_json`. The kind of a layer is one line: ratio 0 = window, 4 = CSA, 128 = HCA.
+through `ModelConfig.from_json`. A layer's kind (`LayerKind`) follows from its ratio: 0 = window, 4 = CSA, 128 = HCA in
+the released models, other numbers where `compress_rate_csa` and `compress_rate_hca` say so.
 """
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dsv4.config.published import read_fields, read_json
+from dsv4.config.published import layer_types, read_fields, read_json
 from dsv4.config.rules import CONSTANTS, RopeScaling, as_ids, check_ids, check_numbers, check_scaling
 from dsv4.errors import UserError, nearest, shown
 
-LayerKind = Literal["window", "csa", "hca"]
-KIND_OF_RATIO: dict[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
 RESIDUALS = ("mhc", "hc", "plain")
+ATTENTIONS = ("compressed", "dense", "anchors", "lowrank")
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer remembers of tokens that have left its window; no part of the model asks for the number itself.
+
+    name: window, csa, hca, or of the attentions that V4 is compared with dense, anchors, lowrank. ratio: tokens of one
+    remembered row; 0: nothing beyond the window. overlap: a group is pooled together with the one before it. indexed:
+    queries choose among the rows by an indexer's scores.
+    """
+
+    name: str
+    ratio: int
+    overlap: bool
+    indexed: bool
+
+
+WINDOW = LayerKind("window", 0, overlap=False, indexed=False)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Every field of the published configuration that the computation reads; the defaults are V4-Flash.
 
-    `compress_ratios` has one entry per trunk layer and one per MTP layer after them (which must be 0: a pure window).
+    `compress_ratios` has one entry per trunk layer and one per MTP layer after them (which must be 0: a pure window);
+    an entry is 0, `compress_rate_csa` or `compress_rate_hca`. What V4 is compared with is said by `residual` and by
+    `attention`: compressed (V4's), or in place of CSA and HCA dense (every query reads the row of every token), anchors
+    (the window and about the square root of the number of tokens, by a learned score) or lowrank (the window, and all
+    tokens before it as rows of `attention_rank` numbers with their rotary tail).
     The defaults are for Python; what a file means by leaving a key out is in published.py.
     """
 
@@ -29,6 +52,8 @@ class ModelConfig:
     hidden_size: int = 4096
     num_hidden_layers: int = 43
     compress_ratios: tuple[int, ...] = (0, 0, *(4, 128) * 20, 4, 0)
+    compress_rate_csa: int = 4
+    compress_rate_hca: int = 128
     num_attention_heads: int = 64
     head_dim: int = 512
     qk_rope_head_dim: int = 64
@@ -59,6 +84,8 @@ class ModelConfig:
     bos_token_id: int | None = 0  # None: the file does not say
     eos_token_id: int | tuple[int, ...] | None = 1
     residual: str = "mhc"  # how sublayers are joined: V4's mhc; for comparison hc (unconstrained) and plain (x + f(x))
+    attention: str = "compressed"  # what layers with a ratio read: V4's; for comparison dense, anchors, lowrank
+    attention_rank: int = 0  # numbers in a row of lowrank, its rotary tail apart; 0 for every other attention
     dspark_stages: int = 0  # blocks of the DSpark drafter that a file describes; it is named, and not built
 
     def __post_init__(self) -> None:
@@ -87,9 +114,11 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The published spelling, ready for `json.dump`; `from_json` reads it back unchanged."""
         data = {**CONSTANTS, **asdict(self)}
-        for key in ("dspark_stages", "residual"):  # keys of ours, which no other reader knows
+        for key in _LEFT_OUT:
             if data[key] == getattr(ModelConfig, key):
                 del data[key]
+        if "compress_rate_csa" in data or "compress_rate_hca" in data:
+            data["layer_types"] = layer_types(self.trunk_ratios, self.compress_rate_csa, self.compress_rate_hca)
         return data
 
     @property
@@ -108,13 +137,32 @@ class ModelConfig:
 
     def layer_kind(self, layer: int) -> LayerKind:
         """The kind of a layer; the MTP block is layer number `num_hidden_layers`."""
-        return KIND_OF_RATIO[self.compress_ratios[layer]]
+        ratio = self.compress_ratios[layer]
+        if not ratio:
+            return WINDOW
+        if self.attention != "compressed":
+            return LayerKind(self.attention, 1, overlap=False, indexed=False)
+        csa = ratio == self.compress_rate_csa
+        return LayerKind("csa" if csa else "hca", ratio, overlap=csa, indexed=csa)
+
+    @property
+    def trunk_kinds(self) -> dict[LayerKind, int]:
+        """Each kind of the trunk and its number of layers, by rising ratio: window, csa, hca."""
+        found = Counter(self.layer_kind(i) for i in range(self.num_hidden_layers))
+        return {kind: found[kind] for kind in sorted(found, key=lambda kind: kind.ratio)}
+
+    @property
+    def compressed_kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of the trunk whose rows are pooled from groups of tokens: csa before hca."""
+        return tuple(kind for kind in self.trunk_kinds if kind.ratio > 1)
 
     def uses_hash_routing(self, layer: int) -> bool:
         return layer < min(self.num_hash_layers, self.num_hidden_layers)
 
 
-_ZERO_OK = {"num_hash_layers", "num_nextn_predict_layers", "initializer_range", "dspark_stages"}
+_ZERO_OK = {"num_hash_layers", "num_nextn_predict_layers", "initializer_range", "dspark_stages", "attention_rank"}
+# Not written where they say what every released model is: released files have none of them.
+_LEFT_OUT = ("compress_rate_csa", "compress_rate_hca", "residual", "attention", "attention_rank", "dspark_stages")
 
 
 def _check(c: ModelConfig) -> None:
@@ -140,16 +188,27 @@ def _check(c: ModelConfig) -> None:
             f"compress_ratios has {len(c.compress_ratios)} entries but num_hidden_layers + num_nextn_predict_layers = "
             f"{want}: give one ratio per trunk layer and a 0 for each MTP layer"
         )
-    unknown = [r for r in c.compress_ratios if r not in KIND_OF_RATIO]
+    csa, hca = c.compress_rate_csa, c.compress_rate_hca
+    if hca == csa or hca % csa:
+        raise UserError(
+            f"compress_rate_hca={hca} must be a multiple of compress_rate_csa={csa} and not the same: groups of both "
+            "close together, and the ratio alone tells the kinds apart"
+        )
+    unknown = [r for r in c.compress_ratios if r not in (0, csa, hca)]
     if unknown:
-        raise UserError(f"compress ratio {shown(unknown[0])} is unknown: use 0 (window), 4 (CSA) or 128 (HCA)")
+        raise UserError(
+            f"compress ratio {shown(unknown[0])} is unknown: use 0 (window), {csa} (compress_rate_csa) or {hca} "
+            "(compress_rate_hca)"
+        )
     if any(c.compress_ratios[c.num_hidden_layers :]):
         raise UserError("the MTP entries of compress_ratios (the last ones) must be 0: an MTP block is a pure window")
-    if c.residual not in RESIDUALS:
-        raise UserError(
-            f"residual={shown(c.residual)} is unknown: use one of {', '.join(RESIDUALS)}"
-            f"{nearest(str(c.residual)[:80], RESIDUALS)}"
-        )
+    for key, known in (("residual", RESIDUALS), ("attention", ATTENTIONS)):
+        value = getattr(c, key)
+        if value not in known:
+            raise UserError(
+                f"{key}={shown(value)} is unknown: use one of {', '.join(known)}{nearest(str(value)[:80], known)}"
+            )
+    _check_rank(c)
     if c.num_nextn_predict_layers > 1:
         raise UserError(f"num_nextn_predict_layers={c.num_nextn_predict_layers}: at most 1 MTP block is supported")
     if c.n_shared_experts != 1:
@@ -168,6 +227,23 @@ def _check(c: ModelConfig) -> None:
     if c.num_experts_per_tok > c.n_routed_experts:
         raise UserError(
             f"num_experts_per_tok={c.num_experts_per_tok} must be at most n_routed_experts={c.n_routed_experts}"
+        )
+
+
+def _check_rank(c: ModelConfig) -> None:
+    """`attention_rank` belongs to the low-rank attention alone, which has no number of its own to fall back to."""
+    rank, widest = c.attention_rank, c.head_dim - c.qk_rope_head_dim
+    if c.attention != "lowrank":
+        if rank:
+            raise UserError(
+                f"attention_rank={rank} is for attention='lowrank' alone: leave it out with attention={c.attention!r}"
+            )
+    elif not rank:
+        raise UserError("attention='lowrank' needs attention_rank, the numbers kept of a row: give it")
+    elif rank > widest:
+        raise UserError(
+            f"attention_rank={rank} must be at most head_dim={c.head_dim} less qk_rope_head_dim={c.qk_rope_head_dim}: "
+            "a row has no more numbers to keep"
         )
 
 

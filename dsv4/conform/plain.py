@@ -207,7 +207,7 @@ class PlainV4:
         if ratio:
             entries = self.compress(f"{prefix}compressor.", x, ratio, width, freq, amplitude)
             visible = self.visible(t, len(entries), ratio)
-            if ratio == 4 and flip != "indexer not asked":
+            if ratio == c.compress_rate_csa and flip != "indexer not asked":
                 visible = self.choose(f"{prefix}indexer.", x, qr, visible, freq)
             keys, masks = torch.cat([kv, entries]), torch.cat([seen, visible], dim=1)
 
@@ -238,7 +238,8 @@ class PlainV4:
         if self.flip != "gate without position":
             gates = gates + self.w[f"{prefix}ape"][torch.arange(len(x)) % ratio]
         own, before = slice(None), None
-        if ratio == 4:  # the first half of the channels speaks for the next group, the second for its own
+        if ratio == self.c.compress_rate_csa:
+            # the first half of the channels speaks for the next group, the second for its own
             own, before = slice(width, None), slice(0, width)
             if self.flip == "overlap halves swapped":
                 own, before = before, own
@@ -271,7 +272,7 @@ class PlainV4:
         c, heads, width = self.c, self.c.index_n_heads, self.c.index_head_dim
         q = (qr @ self.w[f"{prefix}wq_b.weight"].T).view(len(x), heads, width)
         q = self.rotate(q, torch.arange(len(x)), freq)
-        keys = self.compress(f"{prefix}compressor.", x, 4, width, freq, 1.0)
+        keys = self.compress(f"{prefix}compressor.", x, c.compress_rate_csa, width, freq, 1.0)
         products = torch.einsum("thd,kd->thk", q, keys)
         if self.flip != "index scores without relu":
             products = products.relu()

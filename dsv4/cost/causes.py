@@ -75,12 +75,13 @@ def flops_switched(k: ModelConfig, on: frozenset[str], context: int, scheme: str
     layers, heads, full, hca, window_only = _layers(k, on)
     width = 4 * k.head_dim
     window = min(context, k.sliding_window)
-    scores = 2 * k.index_n_heads * k.index_head_dim * (context / 4 if "m4" in on else context)
+    csa, hca_rate = k.compress_rate_csa, k.compress_rate_hca
+    scores = 2 * k.index_n_heads * k.index_head_dim * (context / csa if "m4" in on else context)
     if "core" in on:
-        core = width * (min(context // 4, k.index_topk) + window)
+        core = width * (min(context // csa, k.index_topk) + window)
     else:
         core = 2 * (2 * V32.kv_lora_rank + V32.qk_rope_head_dim) * min(context, V32.index_topk)
-    rows = full * core + hca * width * (context // 128 + window) + window_only * width * window
+    rows = full * core + hca * width * (context // hca_rate + window) + window_only * width * window
     rest = decode(k if "shape" in on else V32, context)
     return (
         full * scores * w["idx4" if "fp4" in on else "idx8"]
@@ -96,7 +97,8 @@ def cache_switched(k: ModelConfig, on: frozenset[str], context: int) -> float:
     row = entry if "entry" in on else latent
     key = key4 if "fp4" in on else key8
     _, _, full, hca, _ = _layers(k, on)
-    return full * context / (4 if "m4" in on else 1) * (row + key) + hca * context / 128 * row
+    grouped = k.compress_rate_csa if "m4" in on else 1
+    return full * context / grouped * (row + key) + hca * context / k.compress_rate_hca * row
 
 
 def _layers(k: ModelConfig, on: frozenset[str]) -> tuple[int, int, float, float, float]:
@@ -107,7 +109,7 @@ def _layers(k: ModelConfig, on: frozenset[str]) -> tuple[int, int, float, float,
         else (V32.num_hidden_layers, V32.num_attention_heads)
     )
     ratios, n = k.trunk_ratios, k.num_hidden_layers
-    hca = layers * ratios.count(128) / n if "hca" in on else 0.0
+    hca = layers * ratios.count(k.compress_rate_hca) / n if "hca" in on else 0.0
     window_only = layers * ratios.count(0) / n if "hca" in on else 0.0
     return layers, heads, layers - hca - window_only, hca, window_only
 

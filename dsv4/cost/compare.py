@@ -189,15 +189,15 @@ def _by_kind(work: Iterable[Work]) -> dict[str, int]:
 
 def csa_cheaper_than_hca(k: ModelConfig, scheme: str = "C", limit: int = 8 * MILLION) -> int | None:
     """The least context (in steps of 1K) from which a CSA layer costs fewer FLOPs than an HCA one; None below limit."""
-    w = scheme_weights(scheme)
+    w, csa, hca = scheme_weights(scheme), k.compress_rate_csa, k.compress_rate_hca
 
     def core(rows: int) -> float:
         return w["core"] * 4 * k.num_attention_heads * k.head_dim * rows
 
     for context in range(4 * K, limit + 1, K):
         window = min(context, k.sliding_window)
-        scores = w["idx4"] * 2 * k.index_n_heads * k.index_head_dim * (context // 4)
-        if core(context // 128 + window) > scores + core(min(context // 4, k.index_topk) + window):
+        scores = w["idx4"] * 2 * k.index_n_heads * k.index_head_dim * (context // csa)
+        if core(context // hca + window) > scores + core(min(context // csa, k.index_topk) + window):
             return context
     return None
 
@@ -225,7 +225,7 @@ def hybrids(context: int = MILLION) -> dict[str, tuple[float, float]]:
     pro = targets()["pro"]
     n = pro.num_hidden_layers
     variants = {"as released": pro}
-    for name, ratio in (("all CSA", 4), ("all HCA", 128)):
+    for name, ratio in (("all CSA", pro.compress_rate_csa), ("all HCA", pro.compress_rate_hca)):
         variants[name] = pro.with_(compress_ratios=(ratio,) * n + (0,))
     out = {
         name: (100 * flops_share(k, context), 100 * cache_share(k, context, state=False))

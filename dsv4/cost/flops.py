@@ -5,11 +5,12 @@ Sinkhorn, quantisation, activations, pooling, the embedding lookup. docs/cost.md
 Symbols: L context (a token at position L-1 sees L tokens), r compress ratio.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dsv4.config import KIND_OF_RATIO, AnyConfig, LlamaConfig, ModelConfig, V32Config
+from dsv4.config import AnyConfig, LayerKind, LlamaConfig, ModelConfig, V32Config
 from dsv4.cost.params import families, mtp_families
 from dsv4.errors import UserError, nearest
 
@@ -26,9 +27,9 @@ class Work:
 # --- weights: what a FLOP of each kind counts for --------------------------------------------------------------------
 
 # fp8: products with FP8 weights; expert: routed FP4 weights times FP8 activations; wo_a: grouped output; absorb: V3.2's
-# absorbed kv_b; aux: compressor, gate, indexer head weights (BF16); head; mhc: hyper-connections; core: attention over
-# rows; idx4, idx8: indexer scores in FP4, FP8; llm: dense BF16 linears; sum: the indexer's weighted sum over heads,
-# which no scheme counts.
+# absorbed kv_b; aux: compressor, gate, indexer head weights, anchor scores, low-rank rows (BF16); head; mhc:
+# hyper-connections; core: attention over rows; idx4, idx8: indexer scores in FP4, FP8; llm: dense BF16 linears; sum:
+# the indexer's weighted sum over heads, which no scheme counts.
 KINDS = ("fp8", "expert", "wo_a", "absorb", "aux", "head", "mhc", "core", "idx4", "idx8", "llm", "sum")
 
 MOST_WEIGHT = 1000  # that a FLOP can count for
@@ -86,24 +87,33 @@ def by_component(work: Iterable[Work], scheme: str | Mapping[str, float] = "A") 
 # --- work ------------------------------------------------------------------------------------------------------------
 
 
-def attended(config: ModelConfig, ratio: int, context: int) -> int:
-    """Rows that one query reads in a V4 layer: its window, and the entries it may see or chooses."""
-    entries = {0: 0, 4: min(context // 4, config.index_topk), 128: context // 128}[ratio]
-    return min(context, config.sliding_window) + entries
+def attended(config: ModelConfig, kind: LayerKind, context: int) -> int:
+    """Rows that one query reads in a V4 layer: its window, and what it sees or chooses of tokens before it."""
+    return sum(rows(context) for rows in _rows_of(config, kind))
+
+
+def rebuilt(config: ModelConfig, tokens: int) -> int:
+    """Low-rank rows that a call rebuilds whose last token sees `tokens`: those that have left its window."""
+    return max(0, tokens - config.sliding_window)
 
 
 def decode(config: AnyConfig, context: int) -> list[Work]:
     """One token at position `context` - 1, without MTP."""
     _at_least_one(context)
-    return _products(config) + _rows_work(config, lambda rows: rows(context))
+    return _products(config) + _rows_work(config, lambda rows: rows(context)) + _rebuilding(config, context)
 
 
 def prefill(config: AnyConfig, tokens: int) -> list[Work]:
-    """A prompt of `tokens`; the head runs for its last token only. Exactly the sum of `decode` over all positions."""
+    """A prompt of `tokens` in one call; the head runs for its last token only.
+
+    Exactly the sum of `decode` over all positions, but for low-rank rows: a call rebuilds each once for all queries.
+    """
     _at_least_one(tokens)
-    return [
-        Work(w.component, w.kind, w.flops * (1 if w.component == "head" else tokens)) for w in _products(config)
-    ] + _rows_work(config, lambda rows: rows.up_to(tokens))
+    return (
+        [Work(w.component, w.kind, w.flops * (1 if w.component == "head" else tokens)) for w in _products(config)]
+        + _rows_work(config, lambda rows: rows.up_to(tokens))
+        + _rebuilding(config, tokens)
+    )
 
 
 def train(config: AnyConfig, tokens: int, *, mtp: bool = True) -> list[Work]:
@@ -114,7 +124,7 @@ def train(config: AnyConfig, tokens: int, *, mtp: bool = True) -> list[Work]:
     """
     _at_least_one(tokens)
     work = [Work(w.component, w.kind, w.flops * tokens) for w in _products(config)]
-    work += _rows_work(config, lambda rows: rows.up_to(tokens))
+    work += _rows_work(config, lambda rows: rows.up_to(tokens)) + _rebuilding(config, tokens)
     if mtp and isinstance(config, ModelConfig) and config.num_nextn_predict_layers and tokens > 1:
         work += _mtp_work(config, tokens - 1)
     return [Work(w.component, w.kind, w.flops * (1 if w.component.startswith("indexer") else 3)) for w in work]
@@ -148,12 +158,24 @@ class _Rows:
         return r * q * (q - 1) // 2 + q * (rest + 1) + (tokens - full) * (self.most or 0)
 
 
+class _Anchors(_Rows):
+    """The square root of the context, rounded up."""
+
+    def __call__(self, context: int) -> int:
+        return math.isqrt(context - 1) + 1
+
+    def up_to(self, tokens: int) -> int:
+        # the root of m reaches i at m = i^2, so the roots of 0 .. n-1 add up to the sum over i of n - i^2
+        most = math.isqrt(tokens - 1)
+        return tokens + most * tokens - most * (most + 1) * (2 * most + 1) // 6
+
+
 _Read = Callable[[_Rows], int]
 
 
 @lru_cache
 def _weight_products(config: AnyConfig) -> tuple[Work, ...]:
-    return tuple(Work(f.component, f.kind, 2 * f.active) for f in families(config) if f.kind)
+    return tuple(Work(f.component, f.kind, 2 * f.active) for f in families(config) if f.kind and not f.per_row)
 
 
 def _products(config: AnyConfig) -> list[Work]:
@@ -174,7 +196,7 @@ def _mixing(k: ModelConfig, layers: int) -> Work:
 def _rows_work(config: AnyConfig, read: _Read) -> list[Work]:
     """Work that depends on how many rows a token reads."""
     if isinstance(config, ModelConfig):
-        return _v4_rows(config, config.trunk_ratios, read)
+        return _v4_rows(config, read)
     n = config.num_hidden_layers
     if isinstance(config, V32Config):
         score = 2 * config.index_n_heads * n * read(_Rows())
@@ -189,16 +211,33 @@ def _rows_work(config: AnyConfig, read: _Read) -> list[Work]:
     return [Work("core: GQA", "core", n * 4 * config.num_attention_heads * config.head_dim * read(_Rows()))]
 
 
-def _v4_rows(k: ModelConfig, ratios: tuple[int, ...], read: _Read) -> list[Work]:
-    window = read(_Rows(1, k.sliding_window))
-    entries = {0: 0, 4: read(_Rows(4, k.index_topk)), 128: read(_Rows(128))}
-    work = []
-    for ratio, kind in KIND_OF_RATIO.items():
-        flops = ratios.count(ratio) * 4 * k.num_attention_heads * k.head_dim * (window + entries[ratio])
-        work.append(Work(f"core: {kind}", "core", flops))
-    score = 2 * k.index_n_heads * ratios.count(4) * read(_Rows(4))
-    work.append(Work("indexer scores", "idx4", score * k.index_head_dim))
-    work.append(Work("indexer head sum", "sum", score))
+def _rows_of(k: ModelConfig, kind: LayerKind) -> list[_Rows]:
+    """What a query of a layer reads, each as the number of its rows by context."""
+    window = _Rows(1, k.sliding_window)
+    if kind.name in ("dense", "lowrank"):  # every token: from one store, or within the window and before it
+        return [_Rows()]
+    if kind.name == "anchors":
+        return [window, _Anchors()]
+    return [window, _Rows(kind.ratio, k.index_topk if kind.indexed else None)] if kind.ratio else [window]
+
+
+def _v4_rows(k: ModelConfig, read: _Read) -> list[Work]:
+    work, scores = [], 0
+    for kind, layers in k.trunk_kinds.items():
+        rows = sum(read(part) for part in _rows_of(k, kind))
+        work.append(Work(f"core: {kind.name}", "core", layers * 4 * k.num_attention_heads * k.head_dim * rows))
+        if kind.indexed:
+            scores += layers * 2 * k.index_n_heads * read(_Rows(kind.ratio))
+    work.append(Work("indexer scores", "idx4", scores * k.index_head_dim))
+    work.append(Work("indexer head sum", "sum", scores))
+    return [w for w in work if w.flops]
+
+
+def _rebuilding(config: AnyConfig, tokens: int) -> list[Work]:
+    """The up-projection of the low-rank rows that a call over `tokens`, or the decoding of the last of them, reads."""
+    if not isinstance(config, ModelConfig):
+        return []
+    work = [Work(f.component, f.kind, 2 * f.active * rebuilt(config, tokens)) for f in families(config) if f.per_row]
     return [w for w in work if w.flops]
 
 

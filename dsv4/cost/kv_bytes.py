@@ -5,10 +5,12 @@ two numbers per layer kind and format: (fixed, per token). Equal to the byte to 
 (`allocated=True`); docs/cost.md derives the sizes.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dsv4.config import KIND_OF_RATIO, AnyConfig, LlamaConfig, ModelConfig, V32Config
+from dsv4.config import AnyConfig, LayerKind, LlamaConfig, ModelConfig, V32Config
 from dsv4.errors import UserError
 
 FORMATS = ("published", "fp8", "bfloat16", "float32")
@@ -21,7 +23,7 @@ class Store:
     """Rows of `row_bytes` in `layers` layers of one kind.
 
     every: a row for that many tokens; 0 for a store that does not grow. most: rows that are kept (or, if fixed, that
-    there are). read: rows of it that one decoded token reads at most (None: all). state: it is part of no row that
+    there are). read: of so many rows, how many one decoded token reads (None: all). state: it is part of no row that
     attention reads (a compressor's open rows).
     """
 
@@ -31,7 +33,7 @@ class Store:
     row_bytes: int
     every: int = 1
     most: int | None = None
-    read: int | None = None
+    read: Callable[[int], int] | None = None
     state: bool = False
 
     def rows(self, context: int, *, allocated: bool = False) -> int:
@@ -61,14 +63,25 @@ def row_bytes(config: AnyConfig, format: str) -> tuple[int, int]:
     if isinstance(config, LlamaConfig):
         return 2 * config.num_key_value_heads * config.head_dim * _PLAIN.get(format, 2), 0
     rope, ic = config.qk_rope_head_dim, config.index_head_dim
-    if format in _PLAIN:
-        width = config.head_dim if isinstance(config, ModelConfig) else config.kv_lora_rank + rope
-        return _PLAIN[format] * width, _PLAIN[format] * ic
     if isinstance(config, V32Config):
+        if format in _PLAIN:
+            return _PLAIN[format] * (config.kv_lora_rank + rope), _PLAIN[format] * ic
         return config.kv_lora_rank + 4 * -(-config.kv_lora_rank // 128) + 2 * rope, ic + 4
-    nope = config.head_dim - rope
-    entry = nope + -(-nope // 64) + 2 * rope
-    return -(-entry // 8) * 8, ic + 4 if format == "fp8" else -(-ic // 2) + -(-ic // 32)
+    key = _PLAIN[format] * ic if format in _PLAIN else ic + 4 if format == "fp8" else -(-ic // 2) + -(-ic // 32)
+    indexed = any(kind.indexed for kind in config.trunk_kinds)
+    return _v4_row(config.head_dim - rope, rope, format), key if indexed else 0
+
+
+def far_row_bytes(config: ModelConfig, format: str) -> int:
+    """Bytes of a row of the low-rank attention: attention_rank numbers and the rotary tail, packed as others are."""
+    return _v4_row(config.attention_rank, config.qk_rope_head_dim, format)
+
+
+def _v4_row(coded: int, rope: int, format: str) -> int:
+    """Bytes of `coded` numbers in FP8 with a scale per 64 and `rope` in BF16, padded to 8; or all of them plain."""
+    if format in _PLAIN:
+        return _PLAIN[format] * (coded + rope)
+    return -(-(coded + -(-coded // 64) + 2 * rope) // 8) * 8
 
 
 def stores(config: AnyConfig, format: str = "published", *, max_rewind: int = 0) -> list[Store]:
@@ -79,30 +92,57 @@ def stores(config: AnyConfig, format: str = "published", *, max_rewind: int = 0)
         return [Store("keys and values", "gqa", n, row)]
     if isinstance(config, V32Config):
         return [
-            Store("latent rows", "dsa", n, row, read=config.index_topk),
+            Store("latent rows", "dsa", n, row, read=_at_most(config.index_topk)),
             Store("index keys", "dsa", n, key),
         ]
     out = []
-    for ratio, kind in KIND_OF_RATIO.items():
-        layers = config.trunk_ratios.count(ratio)
-        if not layers:
-            continue
-        window = config.sliding_window
-        out.append(Store("window", kind, layers, row, most=window + max_rewind, read=window))
-        if ratio:
-            chosen = config.index_topk if ratio == 4 else None
-            out.append(Store("entries", kind, layers, row, every=ratio, read=chosen))
-        if ratio == 4:
-            out.append(Store("index keys", kind, layers, key, every=4))
-        # fp32 values and scores of the open group; with overlap also of the group before, and the indexer's own
-        if ratio == 4:
-            width = 2 * (config.head_dim + config.index_head_dim)
-            out.append(Store("open groups", kind, layers, 8 * width, 0, 8 + max_rewind, state=True))
-        elif ratio:
-            rows = ratio + max_rewind
-            # its bank is read only when an entry closes, so a decoded token is not charged for it
-            out.append(Store("open groups", kind, layers, 8 * config.head_dim, 0, rows, read=0, state=True))
+    for kind, layers in config.trunk_kinds.items():
+        if kind.name != "dense":
+            window = config.sliding_window
+            out.append(Store("window", kind.name, layers, row, most=window + max_rewind, read=_at_most(window)))
+        out += _v4_far(config, kind, layers, format, max_rewind)
     return out
+
+
+def _v4_far(k: ModelConfig, kind: LayerKind, layers: int, format: str, max_rewind: int) -> list[Store]:
+    """What layers of a kind keep beside the window's rows."""
+    row, key = row_bytes(k, format)
+    name, r = kind.name, kind.ratio
+    if name == "dense":
+        return [Store("rows", name, layers, row)]
+    if name == "anchors":  # every token may become an anchor; all scores are read to find those that are
+        return [Store("scaled rows", name, layers, row, read=_root), Store("anchor scores", name, layers, 4)]
+    if name == "lowrank":  # written when a token arrives, read once it has left the window
+        return [Store("low-rank rows", name, layers, far_row_bytes(k, format), read=_all_but(k.sliding_window))]
+    if not r:
+        return []
+    # fp32 values and scores of the open group; with overlap also of the group before, and the indexer's own
+    series, width = (2 if kind.overlap else 1), k.head_dim + (k.index_head_dim if kind.indexed else 0)
+    rows = series * r + max_rewind
+    if kind.indexed:
+        return [
+            Store("entries", name, layers, row, every=r, read=_at_most(k.index_topk)),
+            Store("index keys", name, layers, key, every=r),
+            Store("open groups", name, layers, 8 * series * width, 0, rows, state=True),
+        ]
+    # its bank is read only when an entry closes, so a decoded token is not charged for it
+    return [
+        Store("entries", name, layers, row, every=r),
+        Store("open groups", name, layers, 8 * series * width, 0, rows, read=_at_most(0), state=True),
+    ]
+
+
+def _at_most(most: int) -> Callable[[int], int]:
+    return lambda rows: min(rows, most)
+
+
+def _all_but(newest: int) -> Callable[[int], int]:
+    return lambda rows: max(0, rows - newest)
+
+
+def _root(rows: int) -> int:
+    """The square root, rounded up."""
+    return math.isqrt(rows - 1) + 1 if rows else 0
 
 
 def held(
@@ -143,7 +183,7 @@ def read(config: AnyConfig, context: int, format: str = "published") -> dict[str
     out = {}
     for s in stores(config, format):
         rows = s.rows(context)
-        out[f"{s.kind}: {s.part}"] = s.layers * s.row_bytes * (rows if s.read is None else min(rows, s.read))
+        out[f"{s.kind}: {s.part}"] = s.layers * s.row_bytes * (rows if s.read is None else s.read(rows))
     return {name: size for name, size in out.items() if size}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
-from dsv4.config import AnyConfig, LlamaConfig, ModelConfig, V32Config
+from dsv4.config import AnyConfig, LayerKind, LlamaConfig, ModelConfig, V32Config
 from dsv4.errors import UserError
 
 # Bytes per element, scales included: FP4 has one 1-byte scale per 32, FP8 one per 128 x 128 (V3.2's are FP32 there).
@@ -39,7 +39,8 @@ class Family:
     """Tensors of one name over all layers; `name` is a pattern of their names in the model.
 
     count: elements. active: elements that one token multiplies by (or reads), at batch 1. storage: a key of
-    STORAGE_BYTES. kind: what sort of matrix product it takes part in (a column of flops.SCHEMES), "" for none.
+    STORAGE_BYTES. kind: what sort of matrix product it takes part in (a column of flops.SCHEMES), "" for none. per_row:
+    what it multiplies are rows of the memory, however many are read, and not the token.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     active: int
     storage: str
     kind: str = ""
+    per_row: bool = False
 
     def matches(self, tensor: str) -> bool:
         """Whether a tensor of the model belongs here."""
@@ -205,9 +207,8 @@ def _v4(k: ModelConfig) -> list[Family]:
 
 
 def _v4_layer(k: ModelConfig, layer: int) -> list[Family]:
-    r, d, c, ql = k.compress_ratios[layer], k.hidden_size, k.head_dim, k.q_lora_rank
-    heads, ih, ic, n = k.num_attention_heads, k.index_n_heads, k.index_head_dim, k.hc_mult
-    series = 2 if r == 4 else 1  # two overlapping series
+    d, c, ql = k.hidden_size, k.head_dim, k.q_lora_rank
+    heads, n = k.num_attention_heads, k.hc_mult
     rows = (2 + n) * n
     expert = 3 * d * k.moe_intermediate_size
     hashed = k.uses_hash_routing(layer)
@@ -229,18 +230,36 @@ def _v4_layer(k: ModelConfig, layer: int) -> list[Family]:
             _all(r"\.hc_(attn|ffn)_fn", "hyper-connections", 2 * rows * n * d, "fp32", "mhc"),
             _all(r"\.hc_(attn|ffn)_(base|scale)", "hyper-connections", 2 * (rows + 3), "fp32"),
         ]
-    if r:
+    return [*found, *_v4_far(k, k.layer_kind(layer))]
+
+
+def _v4_far(k: ModelConfig, kind: LayerKind) -> list[Family]:
+    """What a layer has beside its window's attention, for tokens further back."""
+    r, d, c, ql, ih, ic = kind.ratio, k.hidden_size, k.head_dim, k.q_lora_rank, k.index_n_heads, k.index_head_dim
+    series = 2 if kind.overlap else 1  # two overlapping series
+    if kind.name == "anchors":
+        return [_all(r"\.attn\.anchor_score\.", "anchor scores", d, "fp32", "aux")]
+    if kind.name == "lowrank":
+        size = k.attention_rank * (c - k.qk_rope_head_dim)
+        return [
+            _all(r"\.attn\.far_down\.", "low-rank rows", size, "bf16", "aux"),
+            replace(_all(r"\.attn\.far_up\.", "low-rank rows", size, "bf16", "aux"), per_row=True),
+        ]
+    found: list[Family] = []
+    if r > 1:
         found += [
             _all(r"\.attn\.compressor\.(wkv|wgate)\.", "compressor", 2 * d * series * c, "bf16", "aux"),
             _all(r"\.attn\.compressor\.ape", "compressor", r * series * c, "fp32"),
             _all(r"\.attn\.compressor\.norm\.", "compressor", c, "bf16"),
         ]
-    if r == 4:
+    if kind.indexed:
         found += [
             _all(r"\.attn\.indexer\.wq_b\.", "indexer projections", ql * ih * ic, "fp8", "fp8"),
             _all(r"\.attn\.indexer\.weights_proj\.", "indexer projections", d * ih, "bf16", "aux"),
-            _all(r"\.attn\.indexer\.compressor\.(wkv|wgate)\.", "indexer projections", 2 * d * 2 * ic, "bf16", "aux"),
-            _all(r"\.attn\.indexer\.compressor\.ape", "indexer projections", r * 2 * ic, "fp32"),
+            _all(
+                r"\.attn\.indexer\.compressor\.(wkv|wgate)\.", "indexer projections", 2 * d * series * ic, "bf16", "aux"
+            ),
+            _all(r"\.attn\.indexer\.compressor\.ape", "indexer projections", r * series * ic, "fp32"),
             _all(r"\.attn\.indexer\.compressor\.norm\.", "indexer projections", ic, "bf16"),
         ]
     return found

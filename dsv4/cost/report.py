@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dsv4.config import CONTROLS, PRESETS, AnyConfig
+from dsv4.config import CONTROLS, PRESETS, AnyConfig, ModelConfig
 from dsv4.cost import causes, compare, hardware, kv_bytes
 from dsv4.cost.flops import SCHEMES, by_component, decode, prefill, train, weighted
 from dsv4.cost.params import DTYPES, active_by_component, active_bytes, parameters, weight_bytes
@@ -75,7 +75,7 @@ def of_model(
         "weight_bytes": weight_bytes(config, dtype),
         "active_bytes_per_token": active_bytes(config, dtype),
         "cache_fixed_and_per_token": {kind: [fixed, float(each)] for kind, (fixed, each) in two.items()},
-        "row_bytes": dict(zip(("attention row", "index key"), kv_bytes.row_bytes(config, dtype), strict=True)),
+        "row_bytes": _row_bytes(config, dtype),
         "contexts": [_at(config, c, batch, machines, dtype, scheme, page_tokens) for c in contexts],
         "smallest_machines": [
             {
@@ -90,6 +90,14 @@ def of_model(
         "cache_outweighs_weights_from": compare.cache_outweighs_weights(config, batch, dtype),
         "critical_batch": {c: hardware.critical_batch(config, c, dtype) for c in contexts},
     }
+
+
+def _row_bytes(config: AnyConfig, dtype: str) -> dict[str, int]:
+    row, key = kv_bytes.row_bytes(config, dtype)
+    sizes: dict[str, int] = {"attention row": row, "index key": key}
+    if isinstance(config, ModelConfig) and config.attention == "lowrank":
+        sizes["low-rank row"] = kv_bytes.far_row_bytes(config, dtype)
+    return sizes
 
 
 def _at(

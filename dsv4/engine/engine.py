@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from dsv4.cache import SequenceMemory
 from dsv4.checkpoint import load, resolve_checkpoint
 from dsv4.engine.runner import Runner
 from dsv4.engine.sampler import BROKEN, logprobs, sample
@@ -20,7 +19,7 @@ from dsv4.engine.scheduler import Scheduler, Work
 from dsv4.engine.types import Completion, Event, FinishReason, Logprob, Request, SamplingParams
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
-from dsv4.model import Transformer
+from dsv4.model import LanguageModel, Memory
 from dsv4.text import Tokenizer, load_tokenizer
 
 
@@ -59,18 +58,21 @@ class Engine:
 
     max_batch: requests that run at the same time; more wait in line. tokens_per_step: prompts are computed in
     chunks beside the tokens of running requests, so that no step has more tokens than this. memory_format: of the
-    caches (default: the model's). max_rewind: how many tokens a Session can go back without computing any again.
+    caches (default: the model's). max_rewind: how many tokens a Session can go back without computing any again. pages:
+    of 128 tokens, in which all caches lie, allocated at once: who finds no room waits, and the youngest gives way to
+    those before it until there is room again; None: as many as are needed.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         *,
         max_batch: int = 16,
         tokens_per_step: int = 2048,
         memory_format: torch.dtype | str | None = None,
         max_rewind: int = 0,
+        pages: int | None = None,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -79,8 +81,9 @@ class Engine:
             )
         self.config, self.tokenizer = model.config, tokenizer
         self.stop_ids = frozenset((tokenizer.eos_id, *model.stop_ids))
-        self.scheduler = Scheduler(max_batch, tokens_per_step)
-        self.runner = Runner(model, memory_format, max_rewind)
+        self.pool = model.new_pool(memory_format, pages=pages, max_rewind=max_rewind)
+        self.scheduler = Scheduler(max_batch, tokens_per_step, self.pool)
+        self.runner = Runner(model)
         self._numbers = count()
         self._news: list[Event] = []  # events that nobody has been given yet
 
@@ -104,7 +107,7 @@ class Engine:
         return cls(load(folder, dtype=dtype, device=device), tokenizer, **options)
 
     @property
-    def model(self) -> Transformer:
+    def model(self) -> LanguageModel:
         """The model that generates."""
         return self.runner.model
 
@@ -134,6 +137,7 @@ class Engine:
         for request in self.scheduler:
             if request.number == number:
                 self.scheduler.remove(request)
+                request.forget()
                 break
         self._news = [e for e in self._news if e.request != number]
 
@@ -186,8 +190,11 @@ class Engine:
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         return list(prompt) or [self.tokenizer.bos_id]
 
-    def prepare(self, ids: list[int], params: SamplingParams, memory: SequenceMemory | None = None) -> Request:
-        """A checked request that is not in line yet; `memory` has seen the first tokens of ids already."""
+    def prepare(
+        self, ids: list[int], params: SamplingParams, memory: Memory | None = None, *, lasting: bool = False
+    ) -> Request:
+        """A checked request that is not in line yet; `memory` has seen the first tokens of ids already. lasting: what
+        it remembers is needed when it has ended."""
         for i in ids:
             if not isinstance(i, int) or not 0 <= i < self.config.vocab_size:
                 size = self.config.vocab_size
@@ -202,7 +209,7 @@ class Engine:
         generator.manual_seed(generator.seed() if params.seed is None else params.seed)
         limit = min(len(ids) + params.max_tokens, context)
         writer = TextWriter(self.tokenizer, params.stop)
-        return Request(next(self._numbers), list(ids), params, limit, writer, generator, memory)
+        return Request(next(self._numbers), list(ids), params, limit, writer, generator, memory, lasting=lasting)
 
     def submit(self, request: Request) -> int:
         """Put a prepared request in line; returns its number."""
@@ -245,7 +252,9 @@ class Engine:
         request.text += text
         request.finish_reason = reason
         self.scheduler.remove(request)
-        return Event(request.number, tokens, text, reason, request.completion(), news)
+        completion = request.completion()
+        request.forget()
+        return Event(request.number, tokens, text, reason, completion, news)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
-"""Who runs in this step, and how many of their tokens: first come, first served, within a budget of tokens.
+"""Who runs in this step, and how many of their tokens: first come, first served, as far as tokens and pages go.
 
-A step is one flat run: a token for each decoding request and chunks of prompts. Knows nothing of models.
+A step is one flat run: a token for each decoding request and chunks of prompts. A request gets its memory when it is
+admitted, with room for all that is known of it. Where those that run need more pages than there are, the youngest gives
+way: what it remembers is kept as a snapshot, and it goes on with the same bits when there is room again.
 """
 
 from collections import deque
@@ -9,20 +11,26 @@ from dataclasses import dataclass
 
 from dsv4.engine.types import Request
 from dsv4.errors import UserError
+from dsv4.model import Memory, Pool
 
 
 @dataclass(frozen=True)
 class Work:
-    """The next `count` pending tokens of a request."""
+    """The next `count` pending tokens of a request, whose memory they continue."""
 
     request: Request
     count: int
 
+    @property
+    def memory(self) -> Memory:
+        assert self.request.memory is not None, "a request that runs has a memory"
+        return self.request.memory
+
 
 class Scheduler:
-    """Requests wait in line for one of `max_batch` places and keep it until they end."""
+    """Requests wait in line for one of `max_batch` places and for pages of the pool, and keep them until they end."""
 
-    def __init__(self, max_batch: int, tokens_per_step: int):
+    def __init__(self, max_batch: int, tokens_per_step: int, pool: Pool):
         if max_batch < 1:
             raise UserError(f"max_batch={max_batch} must be at least 1")
         if tokens_per_step < max_batch:
@@ -30,18 +38,26 @@ class Scheduler:
                 f"tokens_per_step={tokens_per_step} must be at least max_batch={max_batch}: "
                 "every running request needs a token in a step"
             )
-        self.max_batch, self.tokens_per_step = max_batch, tokens_per_step
+        self.max_batch, self.tokens_per_step, self.pool = max_batch, tokens_per_step, pool
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # oldest first
 
     def __iter__(self) -> Iterator[Request]:
         yield from self.running
         yield from self.waiting
 
     def add(self, request: Request) -> None:
+        """Put a request in line; UserError if the pool could not hold it even alone."""
+        most = self.pool.most_tokens
+        if most is not None and request.limit > most:
+            raise UserError(
+                f"a prompt of {request.num_prompt} tokens and up to {request.limit - request.num_prompt} new ones do "
+                f"not fit: the cache has pages for {most}; ask for fewer, or make the engine with more pages"
+            )
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
+        """Its memory stays its own: a conversation goes on with it."""
         (self.running if request in self.running else self.waiting).remove(request)
 
     def schedule(self) -> list[Work]:
@@ -50,8 +66,17 @@ class Scheduler:
         Who needs a single token goes first, so that a long prompt delays no one's next token; what is left of the
         budget goes to prompts, oldest first. There is always some left: decoding takes max_batch - 1 at most then.
         """
-        while self.waiting and len(self.running) < self.max_batch:
-            self.running.append(self.waiting.popleft())
+        self._let_wait([r for r in self.running if r.memory is None])  # a step was stopped, and their memories are lost
+        work = self._work()
+        enough = not self._short(work)
+        while len(self.running) > 1 and self._short(work):
+            self._preempt(self.running[-1])
+            work = self._work()
+        while enough and self.waiting and len(self.running) < self.max_batch and self._admit(self.waiting[0]):
+            work = self._work()
+        return work
+
+    def _work(self) -> list[Work]:
         budget, work = self.tokens_per_step, []
         for request in sorted(self.running, key=lambda r: r.pending > 1):  # stable: oldest first in each half
             count = min(request.pending, budget)
@@ -59,3 +84,38 @@ class Scheduler:
                 work.append(Work(request, count))
             budget -= count
         return work
+
+    def _short(self, work: list[Work]) -> bool:
+        return self.pool.shortage([(w.memory, w.count) for w in work]) > 0
+
+    def _admit(self, request: Request) -> bool:
+        """Let the first of the line in, if there is room for what is known of it beside what the others need now."""
+        fresh = request.memory is None
+        if fresh:
+            if self.running and not self.pool.fits(len(request.ids)):
+                return False
+            memory = request.memory = self.pool.new(capacity=len(request.ids))
+            if request.kept is not None:
+                memory.restore(request.kept)
+        self.running.append(self.waiting.popleft())
+        if len(self.running) > 1 and self._short(self._work()):
+            self.waiting.appendleft(self.running.pop())
+            if fresh and request.memory is not None:
+                request.memory.release()
+                request.memory = None
+            return False
+        request.kept = None
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        assert request.memory is not None
+        request.kept = request.memory.snapshot()
+        request.memory.release()
+        request.memory = None
+        self._let_wait([request])
+
+    def _let_wait(self, requests: list[Request]) -> None:
+        """Back to the head of the line, in their order."""
+        for request in reversed(requests):
+            self.running.remove(request)
+            self.waiting.appendleft(request)

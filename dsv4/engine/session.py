@@ -3,10 +3,11 @@
 import weakref
 from collections.abc import Callable
 
-from dsv4.cache import SequenceMemory, Snapshot
+from dsv4.cache import Snapshot
 from dsv4.engine.engine import Engine, Events
 from dsv4.engine.types import SamplingParams
 from dsv4.errors import UserError
+from dsv4.model import Memory
 
 
 class Session:
@@ -25,7 +26,7 @@ class Session:
         """Back to a bos alone."""
         self._close()
         self.ids = [self.engine.tokenizer.bos_id]
-        self.memory: SequenceMemory | None = None
+        self.memory: Memory | None = None
         self._before: Snapshot | None = None  # of the memory, at the start of the last turn
         self._turns: list[int] = []  # the length of ids at the start of each turn
 
@@ -38,7 +39,7 @@ class Session:
         self._close()
         ids = self.ids + self.engine.tokenizer.encode(text)
         self._recall(len(ids) - 1)  # the model has to run the last token again, or there is nothing to draw from
-        request = self.engine.prepare(ids, params or SamplingParams(), self.memory)
+        request = self.engine.prepare(ids, params or SamplingParams(), self.memory, lasting=True)
         self._turns.append(len(self.ids))
         self._before = self.memory.snapshot() if self.memory else None
         number = self.engine.submit(request)
@@ -80,9 +81,12 @@ class Session:
         if self.memory is None:
             return
         try:
-            self.memory.rewind(max(0, self.memory.length - length))  # refused if too far, or if a step was stopped
+            # refused if too far, if a step was stopped, or if the memory was given up for another request
+            self.memory.rewind(max(0, self.memory.length - length))
         except UserError:
-            if self._before is not None and int(self._before["length"][0]) <= length:
+            self.memory.release()
+            self.memory = None
+            before = None if self._before is None else int(self._before["length"][0])
+            if self._before is not None and before is not None and before <= length and self.engine.pool.fits(before):
+                self.memory = self.engine.pool.new()
                 self.memory.restore(self._before)
-            else:
-                self.memory = None

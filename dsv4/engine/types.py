@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from dsv4.cache import SequenceMemory
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
+from dsv4.model import Memory
 
 # "stop": an eos or a stop string. "length": max_tokens, or the model's context is full. "error": the logits were not
 # finite (a damaged checkpoint, or overflow in a narrow dtype); the other requests of the batch go on.
@@ -108,7 +109,8 @@ class Event:
 class Request:
     """A request on its way: `ids` is the prompt, then every token drawn; `memory` has seen the first of them.
 
-    Only ids count: a memory that was lost is computed again. `limit` is the length that ids may reach.
+    Only ids count: a memory that was lost is computed again. `kept` is what a request remembers that had to make room
+    for others; `lasting`: the memory is still needed when the request has ended. `limit` is the length that ids may reach.
     """
 
     number: int
@@ -117,7 +119,9 @@ class Request:
     limit: int
     writer: TextWriter
     generator: torch.Generator
-    memory: SequenceMemory | None = None
+    memory: Memory | None = None
+    kept: dict[str, Tensor] | None = None
+    lasting: bool = False
     num_prompt: int = 0
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -130,6 +134,12 @@ class Request:
     def pending(self) -> int:
         """Tokens that the memory has not seen: what is left of the prompt, or the one token drawn last."""
         return len(self.ids) - (self.memory.length if self.memory else 0)
+
+    def forget(self) -> None:
+        """The request has ended: give its memory back, unless somebody goes on with it."""
+        if self.memory is not None and not self.lasting:
+            self.memory.release()
+            self.memory = None
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None

@@ -16,6 +16,7 @@ from dsv4 import ops
 from dsv4.config import AnyConfig, ModelConfig, V32Config
 from dsv4.cost.params import families
 from dsv4.measure.subjects import fill
+from dsv4.model import LanguageModel
 
 Place = str  # a kind of layer, or "ends" for what is outside of all layers
 Counts = Counter[tuple[Place, str, str]]  # (place, component, kind of work) -> FLOPs
@@ -97,16 +98,16 @@ class Executed(TorchDispatchMode):
 
 def place_of(config: AnyConfig, layer: int) -> Place:
     if isinstance(config, ModelConfig):
-        return config.layer_kind(layer)
+        return config.layer_kind(layer).name
     if isinstance(config, V32Config):
         return "dense" if layer < config.first_k_dense_replace else "moe"
     return "gqa"
 
 
 @torch.no_grad()
-def run_one_token(model: Any, config: AnyConfig, context: int, format: str) -> tuple[Counts, int]:
+def run_one_token(model: LanguageModel, config: AnyConfig, context: int, format: str) -> tuple[Counts, int]:
     """Decode the token at position context - 1 over a memory of all before it: (FLOPs executed, bytes allocated)."""
-    memory = new_memory(model, config, context, format)
+    memory = new_memory(model, context, format)
     fill(memory, context - 1, torch.Generator().manual_seed(context))
     size = memory.bytes()
     with Executed(model, config) as executed:
@@ -115,8 +116,6 @@ def run_one_token(model: Any, config: AnyConfig, context: int, format: str) -> t
     return executed.counts, size
 
 
-def new_memory(model: Any, config: AnyConfig, context: int, format: str) -> Any:
+def new_memory(model: LanguageModel, context: int, format: str) -> Any:
     """An empty memory of one sequence with room for `context` tokens and no spare rows."""
-    if isinstance(config, ModelConfig):
-        return model.new_cache(format=format, capacity=context, max_rewind=0)[0]
-    return model.new_cache(format=format, capacity=context)
+    return model.new_cache(format=format, capacity=context, max_rewind=0)[0]

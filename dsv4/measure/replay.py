@@ -66,12 +66,16 @@ def choices(model: Transformer) -> Iterator[Choices]:
 
     def watch(name: str) -> Callable:
         def record(module: Any, args: Any, output: Any) -> None:
-            for piece, chosen in zip(args[2].pieces, output, strict=True):
-                visible = piece.groups[4].visible
-                spans = zip(visible.start.tolist(), visible.stop.tolist(), strict=True)
+            run, read = args[2], {}
+            for part, chosen in zip(run.parts, output, strict=True):
+                visible = part.groups[module.kind.name].visible
+                starts = visible.start.tolist()
+                spans = zip(starts, visible.stop.tolist(), strict=True)
                 rows = [range(lo, hi) for lo, hi in spans] if chosen is None else chosen.tolist()
-                for lo, read in zip(visible.start.tolist(), rows, strict=True):
-                    seen.setdefault(name, []).append(tuple(r - lo for r in read if r >= 0))
+                tokens = range(len(run.positions)) if part.tokens is None else part.tokens.tolist()
+                for token, lo, own in zip(tokens, starts, rows, strict=True):
+                    read[token] = tuple(r - lo for r in own if r >= 0)
+            seen.setdefault(name, []).extend(read[token] for token in range(len(run.positions)))
 
         return record
 

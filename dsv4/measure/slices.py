@@ -3,17 +3,15 @@
 Together with the number of its layers a slice says what the whole model executes and remembers.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from dsv4.config import AnyConfig, LlamaConfig, ModelConfig, V32Config
+from dsv4 import controls
+from dsv4.config import AnyConfig, ModelConfig, V32Config
 from dsv4.measure.executed import Place
-from dsv4.model import Transformer
-from dsv4.model.controls import DenseTransformer, V32Transformer
+from dsv4.model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,11 @@ def slices(config: AnyConfig) -> list[Slice]:
     """A model as one layer of each kind, at its real width."""
     if isinstance(config, ModelConfig):
         one = dict(num_hidden_layers=1, num_nextn_predict_layers=0, num_hash_layers=0)
-        kinds = {config.layer_kind(i): r for i, r in enumerate(config.trunk_ratios)}
-        times = Counter(config.layer_kind(i) for i in range(config.num_hidden_layers))
-        return [Slice(k, times[k], config.with_(**one, compress_ratios=(r,))) for k, r in kinds.items()]
+        ratio_of = {config.layer_kind(i): r for i, r in enumerate(config.trunk_ratios)}
+        return [
+            Slice(kind.name, times, config.with_(**one, compress_ratios=(ratio_of[kind],)))
+            for kind, times in config.trunk_kinds.items()
+        ]
     if isinstance(config, V32Config):
         dense = min(config.first_k_dense_replace, config.num_hidden_layers)
         one = replace(config, num_hidden_layers=1, first_k_dense_replace=0)
@@ -43,14 +43,13 @@ def slices(config: AnyConfig) -> list[Slice]:
     return [Slice("gqa", config.num_hidden_layers, replace(config, num_hidden_layers=1))]
 
 
-def build(config: AnyConfig, dtype: torch.dtype) -> Any:
+def build(config: AnyConfig, dtype: torch.dtype) -> LanguageModel:
     """A model whose experts share one set of weights, and its tokens one embedding row: the same products, less memory.
 
     The values are of no matter here, only that they are finite.
     """
-    kinds = {ModelConfig: Transformer, V32Config: V32Transformer, LlamaConfig: DenseTransformer}
     with torch.device("meta"):
-        model = kinds[type(config)](config, dtype)  # type: ignore[arg-type]
+        model = controls.build(config, dtype)
     pattern = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for path, module in model.named_modules():
         for name, p in list(module.named_parameters(recurse=False)):

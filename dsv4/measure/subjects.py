@@ -13,9 +13,9 @@ from torch import Tensor
 from dsv4.cache import SequenceMemory
 from dsv4.cache.layer import Entries, Ring
 from dsv4.config import ModelConfig, RopeScaling
+from dsv4.controls.memory import ControlMemory, Rows
 from dsv4.errors import UserError
 from dsv4.model import Transformer
-from dsv4.model.control_memory import ControlMemory
 from dsv4.ops.formats import Packed
 
 # Ratios of the trunk by the name of what it exercises.
@@ -99,23 +99,32 @@ def fill(memory: SequenceMemory | ControlMemory, length: int, generator: torch.G
     """
     if not 0 <= length <= memory.config.max_position_embeddings:
         raise UserError(f"cannot fill {length} tokens: max_position_embeddings={memory.config.max_position_embeddings}")
-    for store, used in _stores(memory, length):
+    if isinstance(memory, SequenceMemory):
+        memory.pool.reserve([(memory, length - memory.length)])
+    for store, places in _stores(memory, length):
         width = store.format.width if isinstance(store.format, Packed) else store.format.shape
         shape = width if isinstance(width, tuple) else (width,)
-        for at in range(0, used, _FILL_ROWS):
-            rows = torch.randn(min(_FILL_ROWS, used - at), *shape, generator=generator, device="cpu")
-            store.write(rows.to(store.data.device), at)
+        for at in places.split(_FILL_ROWS) if len(places) else ():
+            rows = torch.randn(len(at), *shape, generator=generator, device="cpu")
+            rows = rows.to(store.data.device)
+            if isinstance(store, Rows):
+                store.write(rows, int(at[0]))
+            else:
+                store.data[at] = store.format.pack(rows)
     memory.length = length
     if isinstance(memory, SequenceMemory):
         memory.newest = memory.drafted = length
 
 
-def _stores(memory: SequenceMemory | ControlMemory, length: int) -> Iterator[tuple[Entries | Ring, int]]:
-    """(store, rows in use after `length` tokens) of every store."""
+def _stores(memory: SequenceMemory | ControlMemory, length: int) -> Iterator[tuple[Entries | Ring | Rows, Tensor]]:
+    """Every store, and which of its rows hold what is remembered of `length` tokens: int64 [n] on the host."""
     if isinstance(memory, ControlMemory):
-        for stores in memory.layers:
-            yield from ((store, length) for store in stores)
+        for _, store in memory.stores():
+            yield store, torch.arange(length)
         return
-    for layer in [*memory.layers, *([] if memory.mtp is None else [memory.mtp])]:
-        for _, store in layer.stores():
-            yield store, length // layer.ratio if isinstance(store, Entries) else len(store.data)
+    for _, layer, store in memory.pool.stores():
+        if isinstance(store, Ring):
+            yield store, memory.slot * store.rows + torch.arange(store.rows)
+        else:
+            row, size = torch.arange(length // layer.kind.ratio), store.per_page
+            yield store, torch.from_numpy(memory.table)[row // size] * size + row % size

@@ -5,14 +5,13 @@ because keys are also values, the output is rotated back by the query's position
 H heads, D head width, G output groups.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from dsv4 import ops
 from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
+from dsv4.errors import UserError
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer
 from dsv4.model.layers import GroupedLinear, Linear, RMSNorm, rms_normalise
@@ -26,8 +25,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         c = config
+        if c.attention != "compressed":
+            raise UserError(f"attention={c.attention!r} is not built yet: it can be counted (dsv4 cost), not run")
         self.heads, self.width, self.groups, self.eps = c.num_attention_heads, c.head_dim, c.o_groups, c.rms_norm_eps
-        self.kind, self.ratio = c.layer_kind(layer), c.compress_ratios[layer]
+        self.kind = c.layer_kind(layer)
         self.wq_a = Linear(c.hidden_size, c.q_lora_rank, dtype)
         self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
         self.wq_b = Linear(c.q_lora_rank, self.heads * self.width, dtype)
@@ -36,43 +37,42 @@ class Attention(nn.Module):
         self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.wo_a = GroupedLinear(self.groups, self.heads * self.width // self.groups, c.o_lora_rank, dtype)
         self.wo_b = Linear(self.groups * c.o_lora_rank, c.hidden_size, dtype)
-        self.compressor = Compressor(c, self.ratio, self.width, dtype) if self.ratio else None
-        self.indexer = Indexer(c, dtype) if self.kind == "csa" else None
+        self.compressor = Compressor(c, self.kind, self.width, dtype) if self.kind.ratio else None
+        self.indexer = Indexer(c, self.kind, dtype) if self.kind.indexed else None
 
     def forward(self, x_TM: Tensor, run: Run, views: list[LayerMemory | None]) -> Tensor:
-        """[T, M] -> [T, M]; `views` holds this layer's memory for each piece of the run, None where there is none."""
-        turn = run.turn["window" if self.kind == "window" else "compressed"]
+        """[T, M] -> [T, M]; `views` holds this layer's stores for each part of the run, None without memory."""
+        turn = run.turn["compressed" if self.kind.ratio else "window"]
         qr = self.q_norm(self.wq_a(x_TM))
         q_THD = rms_normalise(self.wq_b(qr).view(-1, self.heads, self.width), self.eps)
         q_THD = rotate(q_THD, turn)
         kv_TD = rotate(self.kv_norm(self.wkv(x_TM)), turn)
-        pools, chosen = self.compressed(x_TM, qr, run, views)
         out = []
-        for piece, view, pool, rows in zip(run.pieces, views, pools, chosen, strict=True):
-            window = kv_TD[piece.tokens]
+        for part, view, (pool, chosen) in zip(run.parts, views, self.compressed(x_TM, qr, run, views), strict=True):
+            window = part.of(kv_TD)
             if view is not None:
-                # a query reads its own piece as later ones will: rounded to the memory's format
-                window = torch.cat([view.window.last(piece.history, piece.start), view.window.format.as_read(window)])
-                view.window.write(kv_TD[piece.tokens], piece.start)
-            visible = piece.groups[self.ratio].visible if self.ratio else None
+                assert part.ring is not None
+                kept = view.window.format.pack(window)
+                # a query reads its own tokens as later ones will: rounded to the memory's format
+                window = part.ring.join(view.window, view.window.format.unpack(kept))
+                part.ring.store(view.window, kept)
+            visible = part.groups[self.kind.name].visible if self.kind.ratio else None
             o, _ = ops.sparse_attention(
-                q_THD[piece.tokens], window, piece.window, pool, visible, rows, self.attn_sink, self.width**-0.5
+                part.of(q_THD), window, part.window, pool, visible, chosen, self.attn_sink, self.width**-0.5
             )
             out.append(o)
-        o_THD = rotate(out[0] if len(out) == 1 else torch.cat(out), turn.conj())
-        return self.project_out(o_THD)
+        return self.project_out(rotate(run.merge(out), turn.conj()))
 
     def compressed(
         self, x: Tensor, qr: Tensor, run: Run, views: list[LayerMemory | None]
-    ) -> tuple[list[ops.Pool | None], list[Tensor | None]]:
-        """For each piece its pool of entries [E, D] and the rows that each token reads (None = all visible)."""
-        nothing: list[Any] = [None] * len(run.pieces)
+    ) -> list[tuple[ops.Pool | None, Tensor | None]]:
+        """For each part its pool of entries [E, D] and the rows that each token reads (None = all visible)."""
         if self.compressor is None:
-            return nothing, nothing
-        pools: list[ops.Pool | None] = [*self.compressor(x, run, [v.attention if v else None for v in views])]
+            return [(None, None)] * len(run.parts)
+        pools = self.compressor(x, run, [v.attention if v else None for v in views])
         if self.indexer is None:
-            return pools, nothing
-        return pools, self.indexer(x, qr, run, [v.index if v else None for v in views])
+            return [(pool, None) for pool in pools]
+        return list(zip(pools, self.indexer(x, qr, run, [v.index if v else None for v in views]), strict=True))
 
     def project_out(self, o_THD: Tensor) -> Tensor:
         """Heads in G groups, each through its own low-rank matrix, then one projection to M (paper 2.3.1)."""

@@ -10,57 +10,59 @@ from torch import Tensor, nn
 
 from dsv4 import ops
 from dsv4.cache import Compressed
-from dsv4.config import ModelConfig
+from dsv4.config import LayerKind, ModelConfig
 from dsv4.model.layers import Linear, RMSNorm
-from dsv4.model.segments import Groups, Piece, Run
+from dsv4.model.segments import Groups, Part, Run
 
 
 class EntryNorm(RMSNorm):
     """The norm of entries, which are pooled before it and rotated after it: one op. weight [d] fp32."""
 
-    def forward(self, values: Tensor, scores: Tensor, groups: Groups, overlap: bool, dtype: torch.dtype) -> Tensor:
+    def forward(self, values: Tensor, scores: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         """Rows [R, c*d] fp32, scores with the positional bias -> the entries [G, d] of the groups that close."""
         return ops.compress(
-            values, scores, groups.first_row, groups.has_previous, groups.ratio, overlap, self.weight, self.eps,
-            groups.turn, dtype,
+            values, scores, groups.first_row, groups.has_previous, groups.kind.ratio, groups.kind.overlap,
+            self.weight, self.eps, groups.turn, dtype,
         )  # fmt: skip
 
 
 class Compressor(nn.Module):
     """wkv, wgate [c*d, M], ape [r, c*d] (a bias per place in the group), norm [d]; c = 2 with overlap."""
 
-    def __init__(self, config: ModelConfig, ratio: int, width: int, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, kind: LayerKind, width: int, dtype: torch.dtype):
         super().__init__()
-        self.ratio, self.overlap = ratio, ratio == 4
-        rows = width * (2 if self.overlap else 1)
+        self.kind = kind
+        rows = width * (2 if kind.overlap else 1)
         self.wkv = Linear(config.hidden_size, rows, dtype, fp32=True)
         self.wgate = Linear(config.hidden_size, rows, dtype, fp32=True)
-        self.ape = nn.Parameter(torch.empty(ratio, rows, dtype=torch.float32))
+        self.ape = nn.Parameter(torch.empty(kind.ratio, rows, dtype=torch.float32))
         self.norm = EntryNorm(width, config.rms_norm_eps)
 
     def forward(self, x: Tensor, run: Run, stores: list[Compressed | None]) -> list[ops.Pool]:
-        """For each piece of the run its pool of entries [existing + new, d]; `stores` (None: no memory) remember them.
+        """For each part of the run its pool of entries [E, d]; `stores` (None: no memory) remember them.
 
         x [T, M] is the sublayer's input. Values and gate scores (bias added) are fp32 [T, c*d].
         """
-        values, scores = self.wkv(x), self.wgate(x) + F.embedding(run.positions % self.ratio, self.ape.float())
+        values, scores = self.wkv(x), self.wgate(x) + F.embedding(run.positions % self.kind.ratio, self.ape.float())
         return [
-            self._pool(values[p.tokens], scores[p.tokens], p, store, x.dtype)
-            for p, store in zip(run.pieces, stores, strict=True)
+            self._pool(part.of(values), part.of(scores), part, store, x.dtype)
+            for part, store in zip(run.parts, stores, strict=True)
         ]
 
     def _pool(
-        self, values: Tensor, scores: Tensor, piece: Piece, store: Compressed | None, dtype: torch.dtype
+        self, values: Tensor, scores: Tensor, part: Part, store: Compressed | None, dtype: torch.dtype
     ) -> ops.Pool:
-        """The pool of one piece from its tokens' rows [n, c*d]."""
-        groups = piece.groups[self.ratio]
-        if store is not None:
-            rows = torch.stack([values, scores], dim=1)
-            both = torch.cat([store.rows.last(groups.carried, piece.start), rows])
-            store.rows.write(rows, piece.start)
-            values, scores = both.unbind(1)
-        entries = self.norm(values, scores, groups, self.overlap, dtype)
+        """The pool of one part from its tokens' rows [n, c*d]."""
+        groups = part.groups[self.kind.name]
         if store is None:
-            return entries
-        store.entries.write(entries, groups.existing)
-        return store.entries.view(groups.existing + len(entries))
+            return self.norm(values, scores, groups, dtype)
+        assert groups.rows is not None and part.table is not None
+        own = torch.stack([values, scores], dim=1)
+        if groups.closing:
+            rows = groups.rows.join(store.rows, own)
+            groups.rows.store(store.rows, own)
+            entries = self.norm(rows[:, 0], rows[:, 1], groups, dtype)
+            store.entries.data[groups.entry] = store.entries.format.pack(entries)
+        else:
+            groups.rows.store(store.rows, own)
+        return store.entries.view(part.table, part.pages)

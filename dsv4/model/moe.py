@@ -35,10 +35,21 @@ class Gate(nn.Module):
         super().__init__()
         self.topk, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=torch.float32))
-        hashed = config.uses_hash_routing(layer)
         # buffers: published with the weights, but not counted as parameters and not trained by gradient
-        self.register_buffer("bias", None if hashed else torch.zeros(config.n_routed_experts, dtype=torch.float32))
-        self.register_buffer("tid2eid", hash_table(config, layer) if hashed else None)
+        bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
+        table = torch.empty(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64)
+        hashed = config.uses_hash_routing(layer)
+        self.register_buffer("bias", None if hashed else bias)
+        self.register_buffer("tid2eid", table if hashed else None)
+        self.config, self.layer = config, layer
+
+    @torch.no_grad()
+    def fill_buffers(self) -> None:
+        """The bias begins at 0, the table as `hash_table` says; on the meta device nothing happens."""
+        if self.bias is not None:
+            self.bias.zero_()
+        if self.tid2eid is not None and not self.tid2eid.is_meta:
+            self.tid2eid.copy_(hash_table(self.config, self.layer))
 
     def forward(self, x: Tensor, ids: Tensor) -> Routing:
         """x [T, M], ids int64 [T] -> Routing (paper 2.1): score = sqrt(softplus(logit)), weights sum to `scale`."""
@@ -50,18 +61,14 @@ def hash_table(config: ModelConfig, layer: int) -> Tensor:
     """A valid balanced table int64 [V, K]: K distinct experts per token id, every expert in equally many rows (+-1).
 
     A shuffled deck of all experts is dealt round and round in hands of K until hands and deck end together; then comes
-    a new deck. The table depends on the layer only, not on the global seed; it lies on the device that the parameters
-    are being made on. On the meta device nothing is computed.
+    a new deck. The table depends on the layer only, not on the global seed, and lies on the CPU.
     """
     vocab, experts, k = config.vocab_size, config.n_routed_experts, config.num_experts_per_tok
-    here = torch.empty(0).device
-    if here.type == "meta":
-        return torch.empty(vocab, k, dtype=torch.int64)
     seed = torch.Generator().manual_seed(0x5EED + layer)
     hands = experts // math.gcd(experts, k)
     place = torch.arange(hands * k, device="cpu").view(hands, k) % experts
     deck = torch.rand(-(-vocab // hands), experts, generator=seed, device="cpu").argsort(dim=1)
-    return deck[:, place].reshape(-1, k)[:vocab].clone().to(here)
+    return deck[:, place].reshape(-1, k)[:vocab].clone()
 
 
 def check_hash_table(table: Tensor, config: ModelConfig, name: str) -> None:

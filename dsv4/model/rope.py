@@ -1,8 +1,7 @@
-"""Rotary embedding: the last `qk_rope_head_dim` channels, interleaved pairs, one table per layer kind.
+"""Rotary embedding: the last `qk_rope_head_dim` channels, interleaved pairs, two tables.
 
-Layers without compression use base 10000 and nothing else; CSA and HCA layers use base 160000 with YaRN frequencies
-for everything in the layer. No amplitude factor anywhere. Angles are the fp32 product position x frequency. What
-rotates by them is `ops.rotate`.
+Window layers use base 10000 and nothing else; all others base 160000 with YaRN frequencies for everything in the layer.
+No amplitude factor anywhere. Angles are the fp32 product position x frequency. What rotates by them is `ops.rotate`.
 """
 
 import math
@@ -10,12 +9,15 @@ import math
 import torch
 from torch import Tensor
 
-from dsv4.config import LayerKind, ModelConfig, RopeScaling
+from dsv4.config import ModelConfig, RopeScaling
+
+TABLES = ("window", "compressed")
 
 
-def frequencies(config: ModelConfig, kind: LayerKind) -> Tensor:
-    """Radians per position of each channel pair, fp32 [qk_rope_head_dim / 2]."""
-    if kind == "window":
+def frequencies(config: ModelConfig, table: str) -> Tensor:
+    """Radians per position of each channel pair, fp32 [qk_rope_head_dim / 2]: of the table "window" or "compressed"."""
+    assert table in TABLES, table
+    if table == "window":
         return pair_frequencies(config.qk_rope_head_dim, config.rope_theta)
     return pair_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling)
 

@@ -1,22 +1,26 @@
 """The one shape of work: a flat run of T tokens cut into segments, and where each token may look.
 
 A segment starts a document (no memory) or continues a memory. Packed training rows, ragged prompts, a chunk of prefill
-beside decoding sequences are all runs. Consecutive segments without memory form one `Piece`, a segment with memory is
-a piece of its own; within a piece keys lie in the order of their tokens, so what a token sees is an interval (`Spans`).
-All of this is planned once per call, on the host, and shared by all layers.
+beside decoding sequences are all runs. The segments of one pool are one `Part`, those without memory another: a layer
+makes one call of each op for a part, and nearly every run is a single part. Within a part the rows of its segments lie
+one after the other, in the order of their tokens, so what a token sees is an interval (`Spans`).
+All of this is planned once per call, on the host in numpy, and shared by all layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4.cache import SequenceMemory
-from dsv4.config import ModelConfig
+from dsv4.cache import Pages, Ring, SequenceMemory
+from dsv4.config import AnyConfig, LayerKind, ModelConfig
 from dsv4.errors import UserError
-from dsv4.model.rope import frequencies, turns
+from dsv4.model.rope import TABLES, frequencies, turns
 from dsv4.ops import Spans
+
+ToDevice = Callable[[np.ndarray], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,73 +36,98 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """The compression groups of ratio r that close inside a piece, and what its tokens see of the entries.
+class RingRows:
+    """Where a call reads and writes a ring, int64 on the device, as rows of its data.
 
-    `carried` rows of earlier tokens precede the piece's own rows (the open group, with overlap also the group before).
-    first_row, has_previous [G], turn complex64 [G, pairs] are on the device; `visible` counts in the pool
-    [existing entries | new entries].
+    read: the rows before the part's own ones. order: [read | own rows] in the order of sequences and positions, or None
+    if they are in it already. write: where own rows go, and which of them (None: all; a long segment's last ones).
     """
 
-    ratio: int
-    carried: int
-    existing: int
+    read: Tensor
+    order: Tensor | None
+    write: Tensor
+    kept: Tensor | None
+
+    def join(self, ring: Ring, own: Tensor) -> Tensor:
+        """The rows of a ring before the part's own ones, and its own, in order; `own` rows as they are read."""
+        both = torch.cat([ring.format.unpack(ring.data[self.read]), own])
+        return both if self.order is None else both[self.order]
+
+    def store(self, ring: Ring, rows: Tensor) -> None:
+        """Write a part's rows, in the ring's format."""
+        ring.data[self.write] = rows if self.kept is None else rows[self.kept]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The compression groups of one kind that close inside a part, and what its tokens see of the entries.
+
+    first_row, has_previous [G], turn complex64 [G, pairs] are on the device; first_row counts in the rows that the
+    part's groups are made of: its own rows, or with memories those of the sequences in which a group closes, `rows`.
+    entry: the row of the entries' store where each new one goes. `visible` counts in the pool of entries: the new ones,
+    or with memories those of the part's pages.
+    """
+
+    kind: LayerKind
+    closing: int
     first_row: Tensor
     has_previous: Tensor
     turn: Tensor
     visible: Spans
+    rows: RingRows | None
+    entry: Tensor | None
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens of a run that share one pool of rows. `history` window rows of a memory precede its own."""
+class Part:
+    """The segments of a run whose memories lie in one pool, or those without memory.
 
-    tokens: slice
-    start: int  # position of the first token
-    memory: SequenceMemory | None
-    history: int
+    tokens: their rows of the run, int64 on the device; None if they are all of it. window: what each token sees of the
+    part's window rows, which are those of `ring` before its own, and its own. table, pages: the numbers of the pages
+    that the part's sequences have, on the device and on the host.
+    """
+
+    pool: Pages | None
+    tokens: Tensor | None
+    memories: list[SequenceMemory]
     window: Spans
-    groups: dict[int, Groups]
+    ring: RingRows | None
+    table: Tensor | None
+    pages: np.ndarray
+    groups: dict[str, Groups]
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The part's rows of what has one for each token of the run."""
+        return rows if self.tokens is None else rows[self.tokens]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A planned run: positions int64 [T] and rotations on the device, and its pieces."""
+    """A planned run: positions int64 [T] and rotations on the device, and its parts."""
 
     segments: list[Segment]
+    starts: list[int]  # position of each segment's first token
     positions: Tensor
     turn: dict[str, Tensor]  # "window" and "compressed": complex64 [T, pairs]
-    pieces: list[Piece]
+    parts: list[Part]
     last: Tensor = field(repr=False)  # int64 [segments]: row of each segment's last token
 
     def memories(self) -> list[SequenceMemory]:
         return [s.memory for s in self.segments if s.memory is not None]
 
-
-def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device) -> Run:
-    """Plan a run; UserError for an empty or too long segment, or a memory that appears twice."""
-    _check(config, segments)
-    starts = [s.start for s in segments]
-    positions = torch.cat([_range(a, a + s.length) for a, s in zip(starts, segments, strict=True)]).to(device)
-    freq = {"window": frequencies(config, "window"), "compressed": frequencies(config, "csa")}
-    ratios = sorted(set(config.trunk_ratios) - {0})
-    pieces, i, offset = [], 0, 0
-    while i < len(segments):
-        j = i + 1
-        while segments[i].memory is None and j < len(segments) and segments[j].memory is None:
-            j += 1
-        lengths = [s.length for s in segments[i:j]]
-        tokens = slice(offset, offset + sum(lengths))
-        pieces.append(
-            _piece(config, ratios, tokens, segments[i].memory, starts[i], lengths, freq["compressed"], device)
-        )
-        i, offset = j, tokens.stop
-    last = _tensor([s.length for s in segments]).cumsum(0) - 1
-    turn = {name: turns(f, positions) for name, f in freq.items()}
-    return Run(list(segments), positions, turn, pieces, last.to(device))
+    def merge(self, rows: list[Tensor]) -> Tensor:
+        """Rows of the parts' tokens -> rows of the run."""
+        if len(rows) == 1:
+            return rows[0]
+        out = rows[0].new_empty(len(self.positions), *rows[0].shape[1:])
+        for part, own in zip(self.parts, rows, strict=True):
+            assert part.tokens is not None
+            out[part.tokens] = own
+        return out
 
 
-def _check(config: ModelConfig, segments: Sequence[Segment]) -> None:
+def check_segments(config: AnyConfig, segments: Sequence[Segment]) -> None:
+    """UserError for an empty or too long segment, a memory that appears twice, was torn, or is of another model."""
     memories = [id(s.memory) for s in segments if s.memory is not None]
     if len(set(memories)) != len(memories):
         raise UserError("one memory appears in two segments of a call: join the segments or fork the memory")
@@ -112,59 +141,159 @@ def _check(config: ModelConfig, segments: Sequence[Segment]) -> None:
                 f"{s.start + s.length} tokens do not fit: max_position_embeddings={config.max_position_embeddings}; "
                 "shorten the text or use a model with a longer context"
             )
+        if s.memory is not None:
+            s.memory.refuse_torn()
 
 
-def _piece(
+def _reserve(segments: Sequence[Segment]) -> None:
+    """Give the memories of a call the pages that it will write; OutOfPages, and nothing given, if there are too few."""
+    wanted: dict[int, tuple[Pages, list[tuple[SequenceMemory, int]]]] = {}
+    for s in segments:
+        if s.memory is not None:
+            wanted.setdefault(id(s.memory.pool), (s.memory.pool, []))[1].append((s.memory, s.length))
+    short = [(pool, memories) for pool, memories in wanted.values() if pool.shortage(memories)]
+    for pool, memories in [*short, *wanted.values()]:  # one that will refuse does so before others have given
+        pool.reserve(memories)
+
+
+def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device) -> Run:
+    """Plan a run and give its memories the pages that it will write. UserError as `check_segments` says, OutOfPages if
+    there are too few; nothing has changed then."""
+    check_segments(config, segments)
+    _reserve(segments)
+    count = np.array([s.length for s in segments])
+    start = np.array([s.start for s in segments])
+
+    def to_device(numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(device)
+
+    positions = to_device(_ragged(start, count))
+    freq = {table: frequencies(config, table) for table in TABLES}
+    places: dict[int, list[int]] = {}  # pool -> its segments
+    for i, s in enumerate(segments):
+        places.setdefault(0 if s.memory is None else id(s.memory.pool), []).append(i)
+    first = count.cumsum() - count
+    parts = []
+    for rows in places.values():
+        memories = [m for i in rows if (m := segments[i].memory) is not None]
+        tokens = None if len(places) == 1 else to_device(_ragged(first[rows], count[rows]))
+        parts.append(_part(config, tokens, memories, start[rows], count[rows], freq["compressed"], to_device))
+    turn = {name: turns(f, positions) for name, f in freq.items()}
+    return Run(list(segments), start.tolist(), positions, turn, parts, to_device(first + count - 1))
+
+
+def _part(
     config: ModelConfig,
-    ratios: list[int],
-    tokens: slice,
-    memory: SequenceMemory | None,
-    start: int,
-    lengths: list[int],
+    tokens: Tensor | None,
+    memories: list[SequenceMemory],
+    start: np.ndarray,
+    count: np.ndarray,
     freq: Tensor,
-    device: torch.device,
-) -> Piece:
+    to_device: ToDevice,
+) -> Part:
+    pool = memories[0].pool if memories else None
+    slot = np.array([m.slot for m in memories])
     reach = config.sliding_window - 1  # the window counts the token itself
-    history = min(start, reach)
-    counts = _tensor(lengths)
-    first = counts.cumsum(0) - counts  # each document's first row in the piece
-    own = _range(0, sum(lengths))
-    document_first = torch.repeat_interleave(first, counts)
-    positions = own - document_first + start
-    row = own + history
-    # only a piece with memory has rows before its document's first own row, and it is a single document
-    window = Spans((row - reach).clamp_min(0).maximum(document_first), row + 1)
-    groups = {r: _groups(r, start, lengths, first, positions, freq, device) for r in ratios}
-    return Piece(tokens, start, memory, history, window, groups)
+    history = np.minimum(start, reach)
+    base = _before(history + count)  # where each sequence's rows begin in the part's window rows
+    row = _ragged(base + history, count)
+    window = _spans(np.maximum(row - reach, np.repeat(base, count)), row + 1)
+    ring = (
+        None
+        if pool is None
+        else _ring_rows(config.sliding_window + pool.max_rewind, slot, start, count, history, to_device)
+    )
+    pages = np.zeros(0, dtype=np.int64)
+    page_base = np.zeros_like(start)
+    if pool is not None and pool.paged:
+        held = -(-(start + count) // pool.page_tokens)
+        pages = np.concatenate([m.table[:n] for m, n in zip(memories, held.tolist(), strict=True)])
+        page_base = _before(held)
+    part = Part(pool, tokens, memories, window, ring, None if pool is None else to_device(pages), pages, {})
+    for kind in config.compressed_kinds:
+        part.groups[kind.name] = _groups(kind, part, slot, start, count, page_base, freq, to_device)
+    return part
 
 
 def _groups(
-    r: int, start: int, lengths: list[int], first: Tensor, positions: Tensor, freq: Tensor, device: torch.device
+    kind: LayerKind,
+    part: Part,
+    slot: np.ndarray,
+    start: np.ndarray,
+    count: np.ndarray,
+    page_base: np.ndarray,
+    freq: Tensor,
+    to_device: ToDevice,
 ) -> Groups:
+    r, pool = kind.ratio, part.pool
     existing = start // r
-    carried = start % r + (r if r == 4 and existing else 0)
-    documents = list(zip(first.tolist(), lengths, strict=True))
-    group = [_range(existing, (start + n) // r) for _, n in documents]
-    rows = [carried + a + w * r - start for (a, _), w in zip(documents, group, strict=True)]
-    count = _tensor([len(w) for w in group])
-    base = torch.repeat_interleave(count.cumsum(0) - count, _tensor(lengths))
-    index = torch.cat(group)
+    closing = (start + count) // r - existing
+    group = _ragged(existing, closing)
+    stop = (_ragged(start, count) + 1) // r  # a group is visible from its last token on
+    if pool is None:
+        base, first, rows, entry = _before(closing), _before(count), None, None
+    else:
+        per_page = pool.page_tokens // r
+        base = page_base * per_page
+        place = np.repeat(page_base, closing) + group // per_page
+        entry = to_device(part.pages[place] * per_page + group % per_page)
+        carried = np.where(closing > 0, start % r + np.where(existing > 0, r if kind.overlap else 0, 0), 0)
+        own = np.where(closing > 0, count, 0)
+        first = _before(carried + own) + carried
+        size = r * (2 if kind.overlap else 1) + pool.max_rewind
+        rows = _ring_rows(size, slot, start, count, carried, to_device, own)
     return Groups(
-        ratio=r,
-        carried=carried,
-        existing=existing,
-        first_row=torch.cat(rows).to(device),
-        has_previous=(index > 0).to(device),
-        turn=turns(freq, (index * r).to(device)),  # an entry rotates at the position of its group's first token
-        visible=Spans(base, base + (positions + 1) // r),  # a group is visible from its last token on
+        kind=kind,
+        closing=len(group),
+        first_row=to_device(group * r + np.repeat(first - start, closing)),
+        has_previous=to_device(group > 0),
+        turn=turns(freq, to_device(group * r)),  # an entry rotates at the position of its group's first token
+        visible=_spans(np.repeat(base, count), np.repeat(base, count) + stop),
+        rows=rows,
+        entry=entry,
     )
 
 
-def _range(start: int, stop: int) -> Tensor:
-    """start .. stop-1 on the host, whatever torch's default device is."""
-    return torch.arange(start, stop, device="cpu")
+def _ring_rows(
+    size: int,
+    slot: np.ndarray,
+    start: np.ndarray,
+    count: np.ndarray,
+    before: np.ndarray,
+    to_device: ToDevice,
+    own: np.ndarray | None = None,
+) -> RingRows:
+    """A ring of `size` rows: `before` rows of each sequence precede its own, of which `own` are joined to them."""
+    own = count if own is None else own
+    read = _ragged(start - before, before)
+    order = None
+    if len(start) > 1:
+        order = np.empty(int(before.sum() + own.sum()), dtype=np.int64)
+        at = _before(before + own)
+        order[_ragged(at, before)] = np.arange(len(read))
+        order[_ragged(at + before, own)] = len(read) + _ragged(_before(count), own)
+        order = to_device(order)
+    kept, at = None, start
+    if int(count.max()) > size:
+        stay = np.minimum(count, size)
+        kept, at, count = to_device(_ragged(_before(count) + count - stay, stay)), start + count - stay, stay
+    return RingRows(
+        read=to_device(np.repeat(slot * size, before) + read % size),
+        order=order,
+        write=to_device(np.repeat(slot * size, count) + _ragged(at, count) % size),
+        kept=kept,
+    )
 
 
-def _tensor(numbers: list[int]) -> Tensor:
-    """int64 on the host, whatever torch's default device is."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+def _ragged(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """start_i .. start_i + count_i - 1 for every i, one after the other, int64."""
+    return np.repeat(start - _before(count), count) + np.arange(int(count.sum()))
+
+
+def _before(count: np.ndarray) -> np.ndarray:
+    """For every i the sum of the counts before it."""
+    return count.cumsum() - count
+
+
+def _spans(start: np.ndarray, stop: np.ndarray) -> Spans:
+    return Spans(torch.from_numpy(start), torch.from_numpy(stop))

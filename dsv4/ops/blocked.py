@@ -20,6 +20,7 @@ NEG_INF = float("-inf")
 _INT64_MIN = torch.iinfo(torch.int64).min
 _LOW32 = 0xFFFFFFFF
 _BLOCK_NUMBERS = 1 << 23  # numbers that one block of scores may hold: 32 MiB in fp32
+_FEW = 512  # rows that a block of queries may read as one, whether or not each of them needs most of these
 
 
 # --- choosing with a fixed tie rule ----------------------------------------------------------------------------------
@@ -48,14 +49,21 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, vis
         lo, hi = visible.union(i, j)
         if hi == lo:
             continue
+        apart = _apart(visible, i, j)
+        if apart:  # every query has keys of its own
+            lo, hi = 0, visible.longest_of(i, j)
         queries, w = q[i:j].float(), weights[i:j].float()[:, None]
-        width = max(k, _BLOCK_NUMBERS // (heads * (j - i)))
+        width = max(k, _BLOCK_NUMBERS // ((heads + (keys.shape[1] if apart else 0)) * (j - i)))
         best: Tensor | None = None
         for a in range(lo, hi, width):
             b = min(a + width, hi)
-            scores = torch.relu(queries.flatten(0, 1) @ keys[a:b].float().T).view(j - i, heads, b - a)
-            order = order_keys(torch.bmm(w, scores)[:, 0], torch.arange(a, b, device=q.device))
-            order = order.masked_fill_(visible.hidden(i, j, a, b, q.device), _INT64_MIN)
+            if apart:
+                index, hidden = _rows_of(visible, i, j, a, b, q.device)
+                scores = torch.relu(torch.bmm(queries, keys[index].float().transpose(1, 2)))
+            else:
+                index, hidden = torch.arange(a, b, device=q.device), visible.hidden(i, j, a, b, q.device)
+                scores = torch.relu(queries.flatten(0, 1) @ keys[a:b].float().T).view(j - i, heads, b - a)
+            order = order_keys(torch.bmm(w, scores)[:, 0], index).masked_fill_(hidden, _INT64_MIN)
             order = order if best is None else torch.cat([best, order], dim=1)
             best = torch.topk(order, min(k, order.shape[1]), dim=1).values
         assert best is not None
@@ -122,12 +130,14 @@ class _Plan:
         self.window, self.visible, self.chosen = window, visible, chosen
         self.dtype = torch.promote_types(q.dtype, window_kv.dtype)  # fp32 queries may read a bf16 memory
         num_entries, heads = 0 if entries is None else len(entries), q.shape[1]
-        width = window.longest + (num_entries if chosen is None else min(num_entries, 4 * chosen.shape[1]))
+        if chosen is not None:
+            width = window.longest + min(num_entries, 4 * chosen.shape[1])
+        else:
+            width = window.longest + (0 if visible is None else min(num_entries, max(_FEW, 4 * visible.longest)))
         self.rows = max(1, min(64, _BLOCK_NUMBERS // (heads * max(width, 1))))
 
     def pieces(self, i: int, j: int, kv: Tensor, entries: Tensor | PackedRows | None) -> list[_Piece]:
-        lo, hi = self.window.union(i, j)
-        pieces = [_Piece(kv[lo:hi].to(self.dtype), self.window.hidden(i, j, lo, hi, kv.device), slice(lo, hi))]
+        pieces = [self.interval(i, j, self.window, kv)]
         if entries is None:
             return pieces
         lo, hi = (0, len(entries)) if self.visible is None else self.visible.union(i, j)
@@ -135,8 +145,7 @@ class _Plan:
             return pieces
         if self.chosen is None:
             assert self.visible is not None, "entries are read by interval or as chosen rows"
-            hidden = self.visible.hidden(i, j, lo, hi, kv.device)
-            return [*pieces, _Piece(entries[lo:hi].to(self.dtype), hidden, slice(lo, hi))]
+            return [*pieces, self.interval(i, j, self.visible, entries)]
         rows = self.chosen[i:j]
         # few entries and several queries: one dense product is cheaper than gathering for each
         if j - i > 1 and hi - lo <= 4 * rows.shape[1]:
@@ -144,6 +153,28 @@ class _Plan:
             hidden.scatter_(1, torch.where(rows < 0, 0, rows - lo + 1), False)
             return [*pieces, _Piece(entries[lo:hi].to(self.dtype), hidden[:, 1:], slice(lo, hi))]
         return [*pieces, _Piece(entries[rows.clamp_min(0)].to(self.dtype), rows < 0, rows)]
+
+    def interval(self, i: int, j: int, spans: Spans, pool: Tensor | PackedRows) -> _Piece:
+        """What queries i..j-1 read of a pool in which each has its interval."""
+        lo, hi = spans.union(i, j)
+        if not _apart(spans, i, j):
+            return _Piece(pool[lo:hi].to(self.dtype), spans.hidden(i, j, lo, hi, pool.device), slice(lo, hi))
+        rows, hidden = _rows_of(spans, i, j, 0, spans.longest_of(i, j), pool.device)
+        return _Piece(pool[rows].to(self.dtype), hidden, rows)
+
+
+def _apart(spans: Spans, i: int, j: int) -> bool:
+    """Whether the intervals of queries i..j-1, those of different sequences, are better gathered than read as one."""
+    lo, hi = spans.union(i, j)
+    return j - i > 1 and hi - lo > max(_FEW, 4 * spans.longest_of(i, j))
+
+
+def _rows_of(spans: Spans, i: int, j: int, a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows a..b-1 of each interval of queries i..j-1, int64 [j-i, b-a], and where the interval has no such row."""
+    start, stop = spans.on(device)
+    rows = start[i:j, None] + torch.arange(a, b, device=device)
+    hidden = rows >= stop[i:j, None]
+    return rows.masked_fill_(hidden, 0), hidden
 
 
 def _attend(

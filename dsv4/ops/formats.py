@@ -8,6 +8,7 @@ Sources: the released kernels' rounding rules, and the 584- and 68-byte rows of 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,6 +104,8 @@ RowFormat = Plain | Packed
 class PackedRows:
     """Packed rows [n, width] that are unpacked where they are read: rows[a:b] or rows[indices]."""
 
+    format: RowFormat
+
     def __init__(self, data: Tensor, format: Packed):
         self.data, self.format = data, format
         self.dtype, self.device = format.numbers, data.device
@@ -112,10 +115,56 @@ class PackedRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.data), self.format.width
+        return len(self), self.format.width if isinstance(self.format, Packed) else self.data.shape[1]
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         return self.format.unpack(self.data[rows])
+
+
+class PagedRows(PackedRows):
+    """Rows that lie in pages of a store: row i of them is row i % per_page of page pages[i // per_page].
+
+    data [all pages' rows, ...] in any format, not copied; table: the pages' numbers int64 on the data's device, pages:
+    the same on the host. A slice whose pages follow each other is read in place, any other one is gathered.
+    """
+
+    def __init__(
+        self,
+        data: Tensor,
+        format: RowFormat,
+        table: Tensor,
+        pages: np.ndarray,
+        per_page: int,
+        count: int | None = None,
+    ):
+        self.data, self.format, self.table, self.pages, self.per_page = data, format, table, pages, per_page
+        self.dtype = format.numbers if isinstance(format, Packed) else format.dtype
+        self.device = data.device
+        self.count = len(pages) * per_page if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return self.format.unpack(self._kept(rows))
+
+    def kept(self) -> Tensor:
+        """A copy of all rows as they lie in the store."""
+        return self._kept(slice(None)).clone()
+
+    def _kept(self, rows: slice | Tensor) -> Tensor:
+        size = self.per_page
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.count)
+            assert step == 1, rows
+            if stop <= start:
+                return self.data[:0]
+            pages = self.pages[start // size : (stop - 1) // size + 1]
+            if (np.diff(pages) == 1).all():
+                first = int(pages[0]) * size + start % size
+                return self.data[first : first + stop - start]
+            rows = torch.arange(start, stop, device=self.device)
+        return self.data[self.table[rows // size] * size + rows % size]
 
 
 # --- packing and unpacking, in plain torch: the reference of ops.pack_rows and ops.unpack_rows -----------------------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4.model import Transformer
+from dsv4.model import LanguageModel
 from dsv4.model.head import IGNORE
 from dsv4.model.moe import Routing
 from dsv4.train.balance import learned_gates
@@ -50,7 +50,7 @@ def count_totals(parts: Iterable[tuple[Tensor, list[int]]]) -> Totals:
 
 
 def training_loss(
-    model: Transformer,
+    model: LanguageModel,
     ids: Tensor,
     targets: Tensor,
     lengths: list[int],
@@ -72,7 +72,7 @@ def training_loss(
         nll_mtp = losses.mtp_nll / max(1, totals.mtp_targets)
         total, mtp = total + mtp_weight * nll_mtp, nll_mtp.item()
     balance = torch.zeros((), device=nll.device)
-    learned = {layer: losses.routing[layer] for layer in learned_gates(model) if layer < len(losses.routing)}
+    learned = {layer: losses.routing[layer] for layer in learned_gates(model) if layer in losses.routing}
     for layer, (routing, sequences) in learned.items():
         drafting = layer == len(model.layers)
         count = totals.mtp_sequences if drafting else totals.sequences
@@ -82,7 +82,7 @@ def training_loss(
     return Loss(total, nll.item(), mtp, balance.item(), loads)
 
 
-def heldout_nll(model: Transformer, ids: Tensor, targets: Tensor, lengths: list[int]) -> float:
+def heldout_nll(model: LanguageModel, ids: Tensor, targets: Tensor, lengths: list[int]) -> float:
     """Sum of -log p(target) over a packed batch, in nats, without a graph."""
     with torch.no_grad():
         return model(ids, segments=lengths, targets=targets, mtp=False).nll.item()

@@ -10,7 +10,8 @@ because a gain pulled to zero mutes its channel, and a sink or a bias pulled to 
 
 What Muon orthogonalises are the matrices of the paper's equations, one by one, however they are stored: each
 expert's gate, up and down; the g groups of `wo_a`; W_pre, W_post and W_res inside an mHC `fn`; the two series
-a and b inside a CSA compressor's `wkv` and `wgate`. All heads of `wq_b` are one matrix there, W^UQ.
+a and b inside a CSA compressor's `wkv` and `wgate`; W^DKV and W^KR inside V3.2's `wkv_a`. All heads of `wq_b` are one
+matrix there, W^UQ.
 
 The learning-rate course belongs to `schedule.py`, losses and loops to `trainer.py`. Hyper-parameters belong
 to the run's configuration: the state is tensors only, by parameter name, so that safetensors can hold it.
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dsv4.config import ModelConfig
+from dsv4.config import AnyConfig, ModelConfig, V32Config
 from dsv4.errors import UserError
 from dsv4.ops.newton_schulz import JORDAN, newton_schulz, polar
 
@@ -46,24 +47,33 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     return "adamw_plain" if parameter.ndim < 2 or name.endswith(".ape") else "muon"
 
 
-def logical_matrices(name: str, shape: torch.Size, config: ModelConfig) -> list[Run]:
+def logical_matrices(name: str, shape: torch.Size, config: AnyConfig) -> list[Run]:
     """The paper's matrices inside one stored parameter of at least two dims, as runs in storage order."""
     *lead, rows, columns = shape
     if lead:  # experts: w13 [E, 2, I, D], w2 [E, D, I]
         return [(math.prod(lead), rows, columns)]
-    heights = [rows]
-    if name.endswith((".hc_attn_fn", ".hc_ffn_fn")):
-        n = config.hc_mult
-        heights = [n, n, n * n]  # pre, post, comb
-    elif name.endswith(".wo_a.weight"):
-        heights = [rows // config.o_groups] * config.o_groups
-    elif name.endswith((".compressor.wkv.weight", ".compressor.wgate.weight")):
-        width = config.index_head_dim if ".indexer." in name else config.head_dim
-        heights = [width] * (rows // width)  # series a and b where groups overlap, else the only series
+    heights = _heights(name, rows, config)
     assert sum(heights) == rows, f"{name}: {rows} rows do not divide into {heights}"
     if len(set(heights)) == 1:
         return [(len(heights), heights[0], columns)]
     return [(1, height, columns) for height in heights]
+
+
+def _heights(name: str, rows: int, config: AnyConfig) -> list[int]:
+    """The heights of the matrices that stand above each other in a stored one of `rows` rows."""
+    if isinstance(config, V32Config) and name.endswith(".wkv_a.weight"):
+        return [config.kv_lora_rank, config.qk_rope_head_dim]  # W^DKV and W^KR
+    if not isinstance(config, ModelConfig):
+        return [rows]
+    if name.endswith((".hc_attn_fn", ".hc_ffn_fn")):
+        n = config.hc_mult
+        return [n, n, n * n]  # pre, post, comb
+    if name.endswith(".wo_a.weight"):
+        return [rows // config.o_groups] * config.o_groups
+    if name.endswith((".compressor.wkv.weight", ".compressor.wgate.weight")):
+        width = config.index_head_dim if ".indexer." in name else config.head_dim
+        return [width] * (rows // width)  # series a and b where groups overlap, else the only series
+    return [rows]
 
 
 def logical_view(tensor: Tensor, runs: list[Run]) -> list[Tensor]:
@@ -73,7 +83,7 @@ def logical_view(tensor: Tensor, runs: list[Run]) -> list[Tensor]:
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], config: ModelConfig, *, weight_decay: float = 0.1
+    named_parameters: Iterable[tuple[str, Tensor]], config: AnyConfig, *, weight_decay: float = 0.1
 ) -> list[dict[str, Any]]:
     """The three groups `HybridOptimizer` wants, each trainable parameter in exactly one of them.
 

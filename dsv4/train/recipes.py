@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dsv4.config import ModelConfig
+from dsv4.config import AnyConfig, ModelConfig, kind_of, preset_of
 from dsv4.errors import UserError, nearest
 from dsv4.settings import merge, read_overrides, read_yaml
 from dsv4.train.optim import ORTHOGONALISERS
@@ -75,7 +75,7 @@ class SaveConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    model: ModelConfig = field(default_factory=lambda: ModelConfig.preset("small"))
+    model: AnyConfig = field(default_factory=lambda: ModelConfig.preset("small"))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -110,8 +110,14 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, ready for YAML and JSON; `resolve` reads it back unchanged."""
-        return _plain(asdict(self))
+        """Plain nested dict, ready for YAML and JSON; `resolve` reads it back unchanged.
+
+        A model of another kind than V4 says so first, as `model.kind`.
+        """
+        settings, kind = asdict(self), kind_of(self.model)
+        if kind != "v4":
+            settings["model"] = {"kind": kind, **settings["model"]}
+        return _plain(settings)
 
 
 def _plain(value: Any) -> Any:
@@ -203,13 +209,23 @@ RECIPES = {"demo": demo, "tiny": tiny, "small": small, "base": base}
 def resolve(
     recipe: str, yaml_file: Path | None = None, overrides: list[str] | None = None, *, data: str = ""
 ) -> RunConfig:
-    """A recipe by name, a YAML file's values on top, then `optim.lr=3e-4`-style overrides and a path of `data`."""
+    """A recipe by name, a YAML file's values on top, then `optim.lr=3e-4`-style overrides and a path of `data`.
+
+    `model.kind` and `model.preset` are no fields of a model but say what the others are fields of: the last one given
+    decides, and all other settings of a model are judged by its class.
+    """
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}{nearest(recipe, RECIPES)}")
     config = RECIPES[recipe]()
-    if yaml_file is not None:
-        config = _merge(config, read_yaml(yaml_file))
-    changes = _overrides(config, overrides or [])
+    settings = {} if yaml_file is None else read_yaml(yaml_file)
+    given, rest = _named(overrides or [])
+    chosen = {**_named_in(settings), **given}
+    if chosen.get("kind", "v4") != "v4":
+        config = replace(config, model=preset_of(chosen["kind"], chosen.get("preset", recipe)))
+    config = _merge(config, settings)
+    changes = read_overrides(config, rest)
+    if "preset" in given:
+        changes["model"] = {"preset": given["preset"], **changes.get("model", {})}
     if data:
         if "path" in changes.get("data", {}):
             raise UserError("data.path is given twice, as an override and as --data: give it once")
@@ -217,20 +233,35 @@ def resolve(
     return _merge(config, changes)
 
 
-def _overrides(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
-    """As `read_overrides`; `model.preset=NAME` is no field of a model but all of them at once."""
-    presets = [item for item in overrides if item.partition("=")[0].strip() == "model.preset"]
-    if len(presets) > 1:
-        raise UserError("model.preset is given twice: give it once")
-    changes = read_overrides(config, [item for item in overrides if item not in presets])
-    if presets:
-        changes["model"] = {"preset": presets[0].partition("=")[2], **changes.get("model", {})}
-    return changes
+_NAMING = ("kind", "preset")  # of a model: what the settings of it are settings of
+
+
+def _named(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
+    """What `model.kind=` and `model.preset=` say, and the other overrides."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        key = path.strip().removeprefix("model.")
+        if not equals or key not in _NAMING or path.strip() == key:
+            rest.append(item)
+        elif key in given:
+            raise UserError(f"model.{key} is given twice: give it once")
+        else:
+            given[key] = text
+    return given, rest
+
+
+def _named_in(settings: dict[str, Any]) -> dict[str, str]:
+    """The same of a file's settings."""
+    model = settings.get("model")
+    return {key: str(model[key]) for key in _NAMING if key in model} if isinstance(model, dict) else {}
 
 
 def _merge(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     model = changes.get("model")
-    if isinstance(model, dict) and "preset" in model:
-        config = replace(config, model=ModelConfig.preset(str(model["preset"])))
-        changes = {**changes, "model": {k: v for k, v in model.items() if k != "preset"}}
+    if isinstance(model, dict):
+        if "preset" in model:
+            config = replace(config, model=preset_of(kind_of(config.model), str(model["preset"])))
+        changes = {**changes, "model": {k: v for k, v in model.items() if k not in _NAMING}}
     return merge(config, changes)

@@ -39,7 +39,7 @@ from dsv4.files import (
     write_json,
     write_text,
 )
-from dsv4.model import Transformer
+from dsv4.model import LanguageModel
 from dsv4.settings import flat
 from dsv4.text import Tokenizer
 from dsv4.train.optim import HybridOptimizer
@@ -85,7 +85,7 @@ def numbered(checkpoints: Path) -> dict[int, Path]:
 
 def save_state(
     folder: Path,
-    model: Transformer,
+    model: LanguageModel,
     optimizer: HybridOptimizer,
     tokenizer: Tokenizer,
     progress: Progress,
@@ -157,7 +157,7 @@ def drop_old(checkpoints: Path, step: int, keep: int) -> None:
 
 
 def load_state(
-    path: Path, model: Transformer, optimizer: HybridOptimizer, settings: dict[str, Any], data: dict[str, Any]
+    path: Path, model: LanguageModel, optimizer: HybridOptimizer, settings: dict[str, Any], data: dict[str, Any]
 ) -> tuple[Progress, dict[str, tuple[Any, Any]]]:
     """Continue from a checkpoint: fills model and optimiser in place.
 
@@ -213,12 +213,12 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     return {n: (was.get(n), now.get(n)) for n in names if was.get(n) != now.get(n)}
 
 
-def not_finite(model: Transformer, optimizer: HybridOptimizer) -> str:
+def not_finite(model: LanguageModel, optimizer: HybridOptimizer) -> str:
     """The name of a weight or momentum that holds a NaN or an infinity, "" if all are finite."""
     return next((name for name, t in _state_tensors(model, optimizer) if not bool(torch.isfinite(t).all())), "")
 
 
-def _state_tensors(model: Transformer, optimizer: HybridOptimizer) -> Iterator[tuple[str, Tensor]]:
+def _state_tensors(model: LanguageModel, optimizer: HybridOptimizer) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*model.state_dict().items(), *optimizer.state_dict().items()):
         if tensor.is_floating_point():
             yield name, tensor

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from dsv4 import controls
 from dsv4.errors import UserError, shown
 from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
-from dsv4.model import Transformer
 from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
 from dsv4.train.balance import update_balance_bias
@@ -79,7 +79,7 @@ class Trainer:
         )
         self.config = config = _with_tokenizer(config, self.tokenizer)
         torch.manual_seed(config.seed)
-        self.model = Transformer(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
+        self.model = controls.build(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
         groups = parameter_groups(self.model.named_parameters(), config.model, weight_decay=config.optim.weight_decay)
         self.optimizer = HybridOptimizer(groups, config.optim.lr, momentum=config.optim.momentum, ns=config.optim.ns)
         self.batches = Batches(

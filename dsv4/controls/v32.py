@@ -4,6 +4,8 @@ Legend: T tokens, M model width, H heads, C latent width (kv_lora_rank), R rotar
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 
 from dsv4 import ops
 from dsv4.config import V32Config
-from dsv4.model.control_memory import Stores, remember
-from dsv4.model.dense import MLP, NO_LIMIT, attend, attend_all, in_blocks, rotate_halves
+from dsv4.controls.dense import MLP, NO_LIMIT, attend, attend_all, in_blocks, rotate_halves
+from dsv4.controls.memory import remember
+from dsv4.controls.run import Part
 from dsv4.model.layers import Linear, RMSNorm
-from dsv4.model.moe import Experts
+from dsv4.model.moe import Experts, Routing
 from dsv4.ops import rotate
 
 
@@ -41,23 +44,50 @@ class TokenIndexer(nn.Module):
         self.weights_proj = Linear(c.hidden_size, self.heads, dtype, fp32=True)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, qr: Tensor, turn: Tensor, start: int, stores: Stores | None) -> Tensor:
-        """Rows int64 [n, topk] that the last n queries read: those that see more than topk tokens, so may be none.
+    def forward(self, x: Tensor, qr: Tensor, turn: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+        """For each part int64 [n, topk]: the rows that its last n queries read, those that see more than topk tokens.
 
-        x [T, M] is the sublayer's input, qr [T, q_lora] the normed query latent, turn [T, pairs].
+        x [T, M] is the sublayer's input, qr [T, q_lora] the normed query latent, turn [T, pairs]. n may be 0, and where
+        no part chooses or has a memory, nothing is computed.
         """
-        end = start + len(x)
-        choosing = min(len(x), max(0, end - self.topk))  # the token at position p sees p + 1
-        if not choosing and stores is None:
-            return torch.empty(0, self.topk, dtype=torch.int64, device=x.device)
-        keys = remember(stores[1] if stores else None, rotate_halves(self.k_norm(self.wk(x)), turn), start)
-        x, qr, turn = (t[len(t) - choosing :] for t in (x, qr, turn))
-        q = rotate_halves(self.wq_b(qr).view(choosing, self.heads, self.width), turn)
-        if stores is not None:
-            q = stores[1].format.as_query(q)  # packed keys are rotated
-        weights = self.weights_proj(x) * (self.width * self.heads) ** -0.5  # positive, so it may stand outside of relu
-        seen = torch.arange(end - choosing, end, device="cpu") + 1
-        return ops.index_scores_topk(q, weights, keys, ops.Spans(torch.zeros_like(seen), seen), self.topk)
+        choosing = [p.beyond(self.topk) for p in parts]
+        last = [p.tokens.stop for p in parts]
+        late = torch.cat([torch.arange(j - n, j, device="cpu") for j, n in zip(last, choosing, strict=True)])
+        if not len(late) and all(p.stores is None for p in parts):
+            return [torch.empty(0, self.topk, dtype=torch.int64, device=x.device) for _ in parts]
+        keys = rotate_halves(self.k_norm(self.wk(x)), turn)
+        late = late.to(x.device)
+        q = rotate_halves(self.wq_b(qr[late]).view(len(late), self.heads, self.width), turn[late])
+        weights = self.weights_proj(x[late]) * (self.width * self.heads) ** -0.5  # positive: may stand outside of relu
+        each = zip(parts, q.split(choosing), weights.split(choosing), strict=True)
+        return [self.choose(own, weight, keys[part.tokens], part) for part, own, weight in each]
+
+    def choose(self, q: Tensor, weights: Tensor, keys: Tensor, part: Part) -> Tensor:
+        """The rows int64 [n, topk] that a part's last queries q [n, heads, width] read, of all its keys so far."""
+        store = part.stores[1] if part.stores else None
+        rows = remember(store, keys, part.start)
+        if store is not None:
+            q = store.format.as_query(q)  # packed keys are rotated
+        seen = torch.arange(part.end - len(q), part.end, device="cpu") + 1
+        return ops.index_scores_topk(q, weights, rows, ops.Spans(torch.zeros_like(seen), seen), self.topk)
+
+
+class Absorbed(nn.Module):
+    """weight [H * (nope + value), C]: each head's key half and value half of what expands a latent.
+
+    Neither is ever expanded: the key half moves into the query, the value half behind the softmax.
+    """
+
+    def __init__(self, heads: int, nope: int, value: int, latent: int, dtype: torch.dtype):
+        super().__init__()
+        self.heads, self.nope = heads, nope
+        self.weight = nn.Parameter(torch.empty(heads * (nope + value), latent, dtype=dtype))
+
+    def forward(self, x: Tensor, half: Literal["key", "value"]) -> Tensor:
+        """key: query parts x [T, H, nope] -> [T, H, C]; value: mixed latents x [T, H, C] -> [T, H, value]."""
+        by_head = self.weight.to(x.dtype).unflatten(0, (self.heads, -1))
+        matrix = by_head[:, : self.nope] if half == "key" else by_head[:, self.nope :].transpose(1, 2)
+        return torch.bmm(x.transpose(0, 1), matrix).transpose(0, 1)
 
 
 class LatentAttention(nn.Module):
@@ -70,38 +100,36 @@ class LatentAttention(nn.Module):
     def __init__(self, config: V32Config, dtype: torch.dtype):
         super().__init__()
         c = config
-        self.heads, self.latent, self.nope, self.value = (
-            c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim,
-        )  # fmt: skip
+        self.heads, self.latent, self.nope = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim
         self.wq_a = Linear(c.hidden_size, c.q_lora_rank, dtype)
         self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
         self.wq_b = Linear(c.q_lora_rank, self.heads * (self.nope + c.qk_rope_head_dim), dtype)
         self.wkv_a = Linear(c.hidden_size, self.latent + c.qk_rope_head_dim, dtype)
         self.kv_norm = RMSNorm(self.latent, c.rms_norm_eps)
-        self.wkv_b = Linear(self.latent, self.heads * (self.nope + self.value), dtype)
-        self.wo = Linear(self.heads * self.value, c.hidden_size, dtype)
+        self.wkv_b = Absorbed(self.heads, self.nope, c.v_head_dim, self.latent, dtype)
+        self.wo = Linear(self.heads * c.v_head_dim, c.hidden_size, dtype)
         self.indexer = TokenIndexer(c, dtype)
         self.scale = (self.nope + c.qk_rope_head_dim) ** -0.5
         if c.rope_scaling.type == "yarn":  # mscale = mscale_all_dim = 1: all of it here, nothing on the rotations
             self.scale *= (0.1 * math.log(c.rope_scaling.factor) + 1) ** 2
 
-    def forward(self, x: Tensor, turn: Tensor, start: int, stores: Stores | None) -> Tensor:
-        """x [T, M] at positions start.. -> [T, M]."""
+    def forward(self, x: Tensor, turn: Tensor, parts: Sequence[Part]) -> Tensor:
+        """x [T, M] -> [T, M]; each part of the run reads its own rows."""
         qr = self.q_norm(self.wq_a(x))
         q = rotate(self.wq_b(qr).view(len(x), self.heads, -1), turn)
-        by_head = self.wkv_b.weight.view(self.heads, self.nope + self.value, self.latent)
-        key_half, value_half = by_head[:, : self.nope], by_head[:, self.nope :]
-        absorbed = torch.bmm(q[..., : self.nope].transpose(0, 1), key_half).transpose(0, 1)
-        q = torch.cat([absorbed, q[..., self.nope :]], dim=-1)  # [T, H, C + R]
+        q = torch.cat([self.wkv_b(q[..., : self.nope], "key"), q[..., self.nope :]], dim=-1)  # [T, H, C + R]
         latent, key = self.wkv_a(x).tensor_split([self.latent], dim=-1)
         row = rotate(torch.cat([self.kv_norm(latent), key], dim=-1), turn)
-        rows = remember(stores[0] if stores else None, row, start)
-        chosen = self.indexer(x, qr, turn, start, stores)
-        mixed = self.mix(q, rows, start, chosen).to(x.dtype)
-        return self.wo(torch.bmm(mixed.transpose(0, 1), value_half.transpose(1, 2)).transpose(0, 1).flatten(1))
+        chosen = self.indexer(x, qr, turn, parts)
+        mixed = [self.mix(q[p.tokens], row[p.tokens], rows, p) for p, rows in zip(parts, chosen, strict=True)]
+        return self.wo(self.wkv_b(torch.cat(mixed).to(x.dtype), "value").flatten(1))
 
-    def mix(self, q: Tensor, rows: ops.Pool, start: int, chosen: Tensor) -> Tensor:
-        """Attention of q [T, H, C + R] over latent rows -> fp32 [T, H, C]: all rows, or chosen ones for the last."""
+    def mix(self, q: Tensor, new: Tensor, chosen: Tensor, part: Part) -> Tensor:
+        """A part's queries q [n, H, C + R] over its latent rows, of which `new` [n, C + R] come now -> fp32 [n, H, C].
+
+        The last queries read the rows that were chosen for them, those before them all.
+        """
+        rows, start = remember(part.stores[0] if part.stores else None, new, part.start), part.start
         early = len(q) - len(chosen)
 
         def all_rows(i: int, j: int) -> Tensor:
@@ -131,8 +159,8 @@ class GroupedGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(c.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, M] -> chosen experts int64 [T, k] and their weights fp32 [T, k], which sum to `scale`."""
+    def forward(self, x: Tensor) -> Routing:
+        """x [T, M] -> which experts a token is sent to, with weights that sum to `scale`."""
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         by_group = (scores + self.bias).detach().unflatten(1, (self.groups, -1))
         best_two = by_group.topk(min(2, by_group.shape[2]), dim=2).values.sum(dim=2)
@@ -140,7 +168,7 @@ class GroupedGate(nn.Module):
         kept.scatter_(1, ops.topk_lowest(best_two, self.topk_group), True)
         chosen = ops.topk_lowest(by_group.masked_fill(~kept[..., None], float("-inf")).flatten(1), self.topk)
         weights = scores.gather(1, chosen)
-        return chosen, weights / weights.sum(dim=1, keepdim=True) * self.scale
+        return Routing(scores, chosen, weights / weights.sum(dim=1, keepdim=True) * self.scale)
 
 
 class GroupedMoE(nn.Module):
@@ -153,7 +181,8 @@ class GroupedMoE(nn.Module):
         inner = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, inner, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        chosen, weights = self.gate(x)
-        routed = self.experts(x, chosen, weights)
-        return (routed + self.shared_experts(x).float()).to(x.dtype)
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x [T, M] -> [T, M] and what the gate decided."""
+        routing = self.gate(x)
+        routed = self.experts(x, routing.chosen, routing.weights)
+        return (routed + self.shared_experts(x).float()).to(x.dtype), routing

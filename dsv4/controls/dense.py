@@ -4,7 +4,7 @@ Queries are attended in blocks, so memory is linear in the tokens, backward too.
 Legend: T tokens, M model width, H query heads, D head width, K rows read, G query heads per key-value head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv4 import ops
 from dsv4.config import LlamaConfig
-from dsv4.model.control_memory import Stores, remember
+from dsv4.controls.memory import remember
+from dsv4.controls.run import Part
 from dsv4.model.layers import Linear
 
 NO_LIMIT = float("inf")  # none of these models clamps its SwiGLU
@@ -87,18 +88,23 @@ class GroupedQueryAttention(nn.Module):
         self.wv = Linear(c.hidden_size, self.kv_heads * c.head_dim, dtype)
         self.wo = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, dtype)
 
-    def forward(self, x: Tensor, turn: Tensor, start: int, stores: Stores | None) -> Tensor:
-        """x [T, M] at positions start.. -> [T, M]."""
+    def forward(self, x: Tensor, turn: Tensor, parts: Sequence[Part]) -> Tensor:
+        """x [T, M] -> [T, M]; each part of the run reads its own rows."""
         q = rotate_halves(self.wq(x).view(len(x), -1, self.width), turn).unflatten(1, (self.kv_heads, self.group))
         key = rotate_halves(self.wk(x).view(len(x), -1, self.width), turn).flatten(1)
+        value = self.wv(x)
+        mixed = [self.mix(q[p.tokens], key[p.tokens], value[p.tokens], p) for p in parts]
+        return self.wo(torch.cat(mixed).to(x.dtype).flatten(1))
+
+    def mix(self, q: Tensor, key: Tensor, value: Tensor, part: Part) -> Tensor:
+        """Attention of a part's queries [n, heads, G, D] over all its rows so far -> fp32 [n, H, D]."""
         keys, values = (
-            remember(stores[part] if stores else None, rows, start)[:].unflatten(1, (self.kv_heads, self.width))
-            for part, rows in enumerate((key, self.wv(x)))
+            remember(store, rows, part.start)[:].unflatten(1, (self.kv_heads, self.width))
+            for store, rows in zip(part.stores or (None, None), (key, value), strict=True)
         )
 
         def block(i: int, j: int) -> Tensor:
-            end = start + j
-            return attend_all(q[i:j], keys[:end], values[:end], start + i, self.width**-0.5)
+            end = part.start + j
+            return attend_all(q[i:j], keys[:end], values[:end], part.start + i, self.width**-0.5)
 
-        mixed = torch.cat(list(in_blocks(block, len(x), self.kv_heads * self.group * len(keys))))
-        return self.wo(mixed.to(x.dtype).flatten(1))
+        return torch.cat(list(in_blocks(block, len(q), self.kv_heads * self.group * len(keys))))

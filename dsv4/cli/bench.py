@@ -1,0 +1,115 @@
+"""`dsv4 bench`: the reports of dsv4/bench. What is measured, and how, is said there."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(
+    no_args_is_help=True,
+    help="""Measure: is it right, and how fast? One subcommand a report.
+
+    Example: dsv4 bench decode --format packed
+    """,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; what is shown meanwhile goes to stderr.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Preset = Annotated[str, typer.Argument(help="Of the model: tiny, small, bench or base; default: as the device bears.")]
+Minutes = Annotated[float, typer.Option(help="Budget; what does not fit is skipped, and said.")]
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@bench.command()
+def decode(
+    format: Annotated[str, typer.Option(help="Of the memory, such as packed,float32; default: all.")] = "",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """What a decode step costs beside its arithmetic, batch 1 to 64: torch operations, planning, time.
+
+    Example: dsv4 bench decode --format packed --json
+    """
+    from dsv4.bench.decode import TINY, lines, measure
+    from dsv4.cli.common import resolve_device
+
+    rows = measure(TINY(), [f.strip() for f in format.split(",")] if format else None, resolve_device(device), _note)
+    if as_json:
+        print(json.dumps({"rows": rows}))
+    else:
+        print("\n".join(lines(rows)))
+
+
+@bench.command()
+def speed(
+    preset: Preset = "",
+    device: Device = "auto",
+    minutes: Minutes = 9.0,
+    out: Annotated[Path, typer.Option(help="The report.")] = Path("reports/speed.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Prefill, decode and training beside what the device can do at best; on a CPU at small sizes.
+
+    Example: dsv4 bench speed base --minutes 5
+    """
+    _stages(("ceilings", "speed"), preset, device, minutes, out, as_json)
+
+
+@bench.command()
+def peers(
+    preset: Preset = "",
+    device: Device = "auto",
+    minutes: Minutes = 9.0,
+    out: Annotated[Path, typer.Option(help="The report.")] = Path("reports/peers.json"),
+    as_json: AsJson = False,
+) -> None:
+    """The same beside transformers with the same weights; without a transformers that has V4 it says so.
+
+    Example: dsv4 bench peers tiny --device cpu
+    """
+    _stages(("ceilings", "speed", "peers"), preset, device, minutes, out, as_json)
+
+
+def _stages(stages: tuple[str, ...], preset: str, device: str, minutes: float, out: Path, as_json: bool) -> None:
+    from dsv4.bench.gpu_check import run
+    from dsv4.cli.common import resolve_device
+
+    place, presets = resolve_device(device), [preset] if preset else []
+    dry = place.type == "cpu"
+    raise typer.Exit(run(stages, place, dry=dry, minutes=minutes, out=out, as_json=as_json, presets=presets))
+
+
+@bench.command()
+def cost(as_json: AsJson = False) -> None:
+    """FLOPs executed and bytes allocated by real layers beside what `dsv4 cost` counts (minutes).
+
+    Example: dsv4 bench cost --json
+    """
+    from dsv4.bench.cost import measure_all
+    from dsv4.cost import tables
+
+    out = {"measured": measure_all(_note)}
+    if as_json:
+        print(json.dumps(out))
+    else:
+        tables.show(out, details=False)
+
+
+# Its own options, --help among them, are read there: it also has to run where typer is not installed.
+@bench.command(
+    "gpu-check",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def gpu_check(context: typer.Context) -> None:
+    """Parity and timings on a GPU in under ten minutes; runs with torch alone.
+
+    Example: dsv4 bench gpu-check --minutes 5
+    """
+    from dsv4.bench.gpu_check import main
+
+    raise typer.Exit(main(context.args))
