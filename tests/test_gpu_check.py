@@ -279,7 +279,7 @@ def test_no_gpu_is_one_sentence(tmp_path, monkeypatch, capsys):
     [
         (["--only", "speed,party"], 2, "'party'"),
         (["--minutes", "0"], 2, "--minutes 0.0 must be positive"),
-        (["--out", "file/gpu.json"], 1, "cannot write file/gpu.json"),  # the machine's refusal, not wrong use
+        (["--out", "file/gpu.json"], 1, "cannot make the folder file"),  # the machine's refusal, not wrong use
     ],
 )
 def test_wrong_use_is_one_sentence(options, code, says, tmp_path, monkeypatch, capsys):
