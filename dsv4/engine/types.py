@@ -110,7 +110,8 @@ class Request:
     """A request on its way: `ids` is the prompt, then every token drawn; `memory` has seen the first of them.
 
     Only ids count: a memory that was lost is computed again. `kept` is what a request remembers that had to make room
-    for others; `lasting`: the memory is still needed when the request has ended. `limit` is the length that ids may reach.
+    for others; `lasting`: the memory is still needed when the request has ended. `limit` is the length that ids may
+    reach.
     """
 
     number: int

@@ -109,7 +109,7 @@ class Transformer(LanguageModel):
         max_rewind: int = 128,
         mtp: bool = False,
     ) -> Pool:
-        """A pool for the memories of many sequences; `pool.new()` is one. Arguments: see `new_cache`, cache.Pool."""
+        """A pool for the memories of many sequences; `pool.new()` is one. Arguments: see `cache.Pool`."""
         return Pool(
             self.config, format=format or self.compute_dtype, device=self.device, max_rewind=max_rewind,
             numbers=self.compute_dtype, mtp=mtp, pages=pages, slots=slots,
