@@ -51,6 +51,7 @@ class Schedules(RuleBasedStateMachine):
     """Any order of add, run, fork, rewind, release, preempt and resume, of up to 40 sequences on 48 pages."""
 
     model = build()
+    steps = 0  # of all schedules so far, a beginning counted with each
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,6 +146,7 @@ class Schedules(RuleBasedStateMachine):
     @invariant()
     def every_page_has_its_holders(self) -> None:
         """No page lost, none free and held, none held by more or fewer than is counted; no slot twice."""
+        Schedules.steps += 1
         held = Counter(page for s in self.running for page in s.memory.pages)
         assert all(self.pool.holders(page) == held[page] for page in range(PAGES))
         assert self.pool.free_pages == PAGES - len(held)
@@ -167,14 +169,17 @@ class Schedules(RuleBasedStateMachine):
 
 
 class TestSchedules(Schedules.TestCase):
-    settings = settings(max_examples=6, stateful_step_count=60)
+    settings = settings(max_examples=6, stateful_step_count=80)
 
 
 @pytest.mark.slow
 class TestLongSchedules(Schedules.TestCase):
-    """10,000 steps."""
+    settings = settings(max_examples=120, stateful_step_count=250)
 
-    settings = settings(max_examples=50, stateful_step_count=200)
+    def runTest(self) -> None:
+        before = Schedules.steps
+        super().runTest()
+        assert Schedules.steps - before >= 10_000
 
 
 # --- prefixes --------------------------------------------------------------------------------------------------------
