@@ -517,6 +517,7 @@ def test_who_finds_no_pages_waits_or_gives_way_and_gets_the_same(model) -> None:
     params = [replace(SEEDED if i % 2 else GREEDY, max_tokens=20, logprobs=0) for i in range(len(prompts))]
     want = Engine(model, TOKENIZER).generate(prompts, params)
     engine, preempted, together = Engine(model, TOKENIZER, pages=5, tokens_per_step=200), [], 0
+    computed = 0
     preempt, schedule = engine.scheduler._preempt, engine.scheduler.schedule
 
     def noted(request: Request) -> None:
@@ -524,9 +525,10 @@ def test_who_finds_no_pages_waits_or_gives_way_and_gets_the_same(model) -> None:
         preempt(request)
 
     def checked():
-        nonlocal together
+        nonlocal together, computed
         work = schedule()
         together = max(together, len(work))
+        computed += sum(w.count for w in work)
         numbers = [r.number for r in engine.scheduler]
         assert numbers == sorted(numbers), "the line is in order of arrival, who gave way included"
         return work
@@ -536,6 +538,7 @@ def test_who_finds_no_pages_waits_or_gives_way_and_gets_the_same(model) -> None:
     assert [c.ids for c in got] == [c.ids for c in want] and together > 2
     for a, b in zip(got, want, strict=True):
         assert all(abs(x.logprob - y.logprob) < 1e-4 for x, y in zip(a.logprobs, b.logprobs, strict=True))
+    assert computed == sum(len(c.prompt_ids) + len(c.ids) - 1 for c in got), "nothing is computed twice"
     assert len(preempted) > 3 and not all(preempted), "some gave way while they were decoding"
     assert engine.pool.free_pages == 5 and engine.pool.free_slots == engine.pool.num_slots  # type: ignore[attr-defined]
 
