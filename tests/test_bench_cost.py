@@ -22,6 +22,8 @@ assert isinstance(SMALL_V4, ModelConfig)
 OTHERS = {f"small V4, {residual} residual": SMALL_V4.with_(residual=residual) for residual in ("plain", "hc")}
 RATES = dict(compress_rate_csa=8, compress_rate_hca=32, compress_ratios=(0, 0, 8, 32, 8, 32, 0), index_topk=32)
 OTHERS["small V4, ratios 8 and 32"] = SMALL_V4.with_(**RATES)
+for _name, _rank in (("dense", 0), ("anchors", 0), ("lowrank", 16)):
+    OTHERS[f"small V4, {_name} attention"] = SMALL_V4.with_(attention=_name, attention_rank=_rank)
 MODELS = {**bench.SMALL, "small Llama": LLAMA, **OTHERS}
 
 

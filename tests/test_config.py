@@ -288,12 +288,6 @@ def test_another_attention_is_not_said_to_transformers(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("attention", MEMORIES)
-def test_another_attention_is_not_built_in_silence(attention):
-    """As CSA and HCA, whose weights it does not have."""
-    refused(lambda: Transformer(attending(attention)), f"attention={attention!r}", "not built yet")
-
-
 # --- what is not there ------------------------------------------------------------------------------
 
 

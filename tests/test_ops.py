@@ -484,6 +484,29 @@ def test_index_low_precision_inputs():
     assert torch.equal(reference.index_scores_topk(*args), blocked.index_scores_topk(*args))
 
 
+def best_by_hand(scores: torch.Tensor, spans: Spans, counts: list[int], k: int) -> list[list[int]]:
+    out = []
+    for lo, hi, count in zip(spans.start.tolist(), spans.stop.tolist(), counts, strict=True):
+        best = sorted(sorted(range(lo, hi), key=lambda j: (-scores[j].item(), j))[:count])
+        out.append([-1] * (k - len(best)) + best)
+    return out
+
+
+@pytest.mark.parametrize("numbers", [1 << 23, 1 << 10])
+def test_best_rows(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties to the lowest row, zeros of either sign alike; packed documents, and sequences that lie far apart."""
+    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", numbers)
+    scores = torch.randint(-2, 3, (3000,)).float() * torch.where(torch.rand(3000) < 0.5, 1.0, -0.0)
+    near = Spans(torch.tensor([0] * 150 + [150] * 90), torch.tensor([*range(1, 151), *range(151, 241)]))
+    apart = Spans(torch.arange(0, 3000, 30), torch.arange(0, 3000, 30) + torch.arange(100) % 30)
+    for spans in (near, apart):
+        counts = [math.isqrt(max(0, n - 1)) + 1 for n in (spans.stop - spans.start).tolist()]
+        want = best_by_hand(scores, spans, counts, 14)
+        args = (scores, spans, torch.tensor(counts), 14)
+        agree("best_rows", args, (), 0.0, exact=True)
+        assert ops.best_rows(*args).tolist() == want
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ of position p in place p mod rows; entries lie in pages.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,15 @@ from torch import Tensor
 
 from dsv4.config import LayerKind, ModelConfig
 from dsv4.ops.formats import PagedRows, Plain, RowFormat
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How a pool keeps rows: of the window and of entries, of the indexer's keys, and of low-rank rows."""
+
+    row: RowFormat
+    key: RowFormat
+    low: RowFormat
 
 
 class Ring:
@@ -70,9 +80,10 @@ class Compressed:
 class LayerMemory:
     """The stores of one attention layer.
 
-    window: rotated key = value rows, sliding_window + max_rewind in a slot. attention (compressed layers): entries and
-    open rows. index (indexed layers): the same for the indexer's keys. formats: of window rows and entries, and of
-    index keys.
+    window: rotated key = value rows, sliding_window + max_rewind in a slot (None in a dense layer). attention
+    (compressed layers): entries and open rows. index (indexed layers): the same for the indexer's keys. rows: one for
+    every token, in the layers that V4 is compared with: rotated (dense), scaled by its score (anchors), or its low-rank
+    part; scores [1] fp32: the anchors'.
     """
 
     def __init__(
@@ -81,22 +92,31 @@ class LayerMemory:
         layer: int,
         page_tokens: int,
         max_rewind: int,
-        formats: tuple[RowFormat, RowFormat],
+        formats: Formats,
         device: torch.device,
     ):
         self.kind = config.layer_kind(layer)
-        row, key = formats
-        self.window = Ring(config.sliding_window + max_rewind, row, device)
+        name, f = self.kind.name, formats
+        self.window: Ring | None = None
         self.attention: Compressed | None = None
         self.index: Compressed | None = None
-        if self.kind.ratio:
-            self.attention = Compressed(self.kind, config.head_dim, page_tokens, max_rewind, row, device)
+        self.rows: Entries | None = None
+        self.scores: Entries | None = None
+        if name != "dense":
+            self.window = Ring(config.sliding_window + max_rewind, f.row, device)
+        if self.kind.ratio > 1:
+            self.attention = Compressed(self.kind, config.head_dim, page_tokens, max_rewind, f.row, device)
         if self.kind.indexed:
-            self.index = Compressed(self.kind, config.index_head_dim, page_tokens, max_rewind, key, device)
+            self.index = Compressed(self.kind, config.index_head_dim, page_tokens, max_rewind, f.key, device)
+        if self.kind.ratio == 1:
+            self.rows = Entries(page_tokens, f.low if name == "lowrank" else f.row, device)
+        if name == "anchors":
+            self.scores = Entries(page_tokens, Plain((1,), torch.float32), device)
 
     def stores(self) -> Iterator[tuple[str, Ring | Entries]]:
         """Every store with a name that is unique in the layer."""
-        yield "window", self.window
+        alone = (("window", self.window), ("rows", self.rows), ("scores", self.scores))
+        yield from ((name, store) for name, store in alone if store is not None)
         for name, part in (("attention", self.attention), ("index", self.index)):
             if part is not None:
                 yield f"{name}.entries", part.entries

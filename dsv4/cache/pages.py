@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from dsv4.cache.layer import Entries, LayerMemory, Ring
+from dsv4.cache.layer import Entries, Formats, LayerMemory, Ring
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError, nearest
 from dsv4.ops.formats import NAMES, v4_rows
@@ -73,8 +73,10 @@ class Pages:
             raise UserError("mtp=True, but the model has no MTP block: leave it out (num_nextn_predict_layers is 0)")
         self.config, self.max_rewind, self.device = config, max_rewind, torch.device(device)
         self.page_tokens = math.lcm(PAGE_TOKENS, *(kind.ratio for kind in config.compressed_kinds))
-        self.paged = bool(config.compressed_kinds)  # else nothing grows, and no page is ever asked for
-        formats = v4_rows(config.head_dim, config.qk_rope_head_dim, index_width, self.format, numbers)
+        self.paged = any(kind.ratio for kind in config.trunk_kinds)  # else nothing grows, and no page is ever asked for
+        rope, rank = config.qk_rope_head_dim, config.attention_rank
+        low, _ = v4_rows(rank + rope, rope, index_width, self.format, numbers)
+        formats = Formats(*v4_rows(config.head_dim, rope, index_width, self.format, numbers), low)
         made = [
             LayerMemory(config, i, self.page_tokens, max_rewind, formats, self.device)
             for i in range(config.num_hidden_layers + mtp)

@@ -197,14 +197,16 @@ class PlainV4:
         q = q if flip == "no query norm" else q * rho(q, c.rms_norm_eps)
         q = self.rotate(q, t, q_freq, amplitude)
         kv = self.norm(x @ w[f"{prefix}wkv.weight"].T, f"{prefix}kv_norm.weight")
-        kv = self.rotate(kv, t, freq, amplitude)
+        plain, kv = kv, self.rotate(kv, t, freq, amplitude)
 
         reach = c.sliding_window + (flip == "window one wider")
         seen = (t[None] <= t[:, None]) & (t[None] > t[:, None] - reach)
         if flip == "window without the token itself":
             seen &= t[None] < t[:, None]
         keys, masks = kv, seen
-        if ratio:
+        if ratio and c.attention != "compressed":
+            keys, masks = self.other_rows(prefix, x, plain, kv, seen)
+        elif ratio:
             entries = self.compress(f"{prefix}compressor.", x, ratio, width, freq, amplitude)
             visible = self.visible(t, len(entries), ratio)
             if ratio == c.compress_rate_csa and flip != "indexer not asked":
@@ -226,6 +228,24 @@ class PlainV4:
             groups = o.view(length, -1, c.o_groups, width).transpose(1, 2).reshape(length, c.o_groups, -1)
         low = w[f"{prefix}wo_a.weight"].view(c.o_groups, c.o_lora_rank, -1)
         return torch.cat([groups[:, g] @ low[g].T for g in range(c.o_groups)], dim=1) @ w[f"{prefix}wo_b.weight"].T
+
+    def other_rows(self, prefix: str, x: Tensor, plain: Tensor, kv: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and masks of the attentions that V4 is compared with; `plain` is kv before the rotation."""
+        c, w, length = self.c, self.w, len(x)
+        past = torch.ones(length, length, dtype=torch.bool).tril()
+        if c.attention == "dense":
+            return kv, past
+        if c.attention == "anchors":
+            score = x @ w[f"{prefix}anchor_score.weight"][0]
+            anchor = torch.zeros(length, length, dtype=torch.bool)
+            for p in range(length):
+                order = sorted(range(p + 1), key=lambda j: (-score[j].item(), j))
+                anchor[p, order[: math.ceil(math.sqrt(p + 1))]] = True
+            return torch.cat([kv, kv * 2 * score.sigmoid()[:, None]]), torch.cat([seen, anchor], dim=1)
+        nope = c.head_dim - c.qk_rope_head_dim
+        low = plain[:, :nope] @ w[f"{prefix}far_down.weight"].T
+        far = torch.cat([low @ w[f"{prefix}far_up.weight"].T, kv[:, nope:]], dim=1)
+        return torch.cat([kv, far]), torch.cat([seen, past & ~seen], dim=1)
 
     def visible(self, t: Tensor, entries: int, ratio: int) -> Tensor:
         """bool [T, entries]: entry w is there from the token on that closes its group."""

@@ -118,9 +118,12 @@ def _choices() -> list[Case]:
     weights = _integers(-2, 3, len(q), 8, seed=11).float()
     keys = _integers(-2, 3, count, 16, seed=12).float()
     scores = _integers(-3, 4, 200, 24, seed=13).float()
+    seen, one = _entry_spans([300, 40], 1)[0], _integers(-3, 4, 340, seed=14).float()
+    roots = torch.cat([torch.arange(1, n + 1) for n in (300, 40)]).sqrt().ceil().long()
     return [
         Case("index_scores_topk", "many ties", (q, weights, keys, visible, 8), low=(0, 1, 2), exact=True),
         Case("index_scores_topk", "fewer than k", (q, weights, keys, visible, 100), low=(0, 1, 2), exact=True),
+        Case("best_rows", "many ties", (one, seen, roots, 18), low=(0,), exact=True),
         Case("topk_lowest", "many ties", (scores, 4), low=(0,), exact=True),
     ]
 

@@ -14,7 +14,7 @@ from dsv4.model import Transformer
 from dsv4.model.indexer import Indexer
 
 Choices = dict[str, list[tuple[int, ...]]]  # CSA layer -> the entries that each token reads, in order of the tokens
-_CHOOSING = ("topk_lowest", "index_scores_topk", "gate")  # a gate gives (scores, chosen, weights)
+_CHOOSING = ("topk_lowest", "index_scores_topk", "best_rows", "gate")  # a gate gives (scores, chosen, weights)
 
 
 @contextmanager

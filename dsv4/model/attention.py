@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from dsv4 import ops
 from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
-from dsv4.errors import UserError
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer
 from dsv4.model.layers import GroupedLinear, Linear, RMSNorm, rms_normalise
-from dsv4.model.segments import Run
+from dsv4.model.segments import Part, Run
 from dsv4.ops import rotate
+
+# window rows and their intervals, entries and theirs, chosen rows: what ops.sparse_attention reads
+Read = tuple[ops.Pool, ops.Spans, ops.Pool | None, ops.Spans | None, Tensor | None]
 
 
 class Attention(nn.Module):
@@ -25,8 +27,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         c = config
-        if c.attention != "compressed":
-            raise UserError(f"attention={c.attention!r} is not built yet: it can be counted (dsv4 cost), not run")
         self.heads, self.width, self.groups, self.eps = c.num_attention_heads, c.head_dim, c.o_groups, c.rms_norm_eps
         self.kind = c.layer_kind(layer)
         self.wq_a = Linear(c.hidden_size, c.q_lora_rank, dtype)
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
         self.wo_a = GroupedLinear(self.groups, self.heads * self.width // self.groups, c.o_lora_rank, dtype)
         self.wo_b = Linear(self.groups * c.o_lora_rank, c.hidden_size, dtype)
-        self.compressor = Compressor(c, self.kind, self.width, dtype) if self.kind.ratio else None
+        self.compressor = Compressor(c, self.kind, self.width, dtype) if self.kind.ratio > 1 else None
         self.indexer = Indexer(c, self.kind, dtype) if self.kind.indexed else None
 
     def forward(self, x_TM: Tensor, run: Run, views: list[LayerMemory | None]) -> Tensor:
@@ -46,22 +46,35 @@ class Attention(nn.Module):
         qr = self.q_norm(self.wq_a(x_TM))
         q_THD = rms_normalise(self.wq_b(qr).view(-1, self.heads, self.width), self.eps)
         q_THD = rotate(q_THD, turn)
-        kv_TD = rotate(self.kv_norm(self.wkv(x_TM)), turn)
-        out = []
-        for part, view, (pool, chosen) in zip(run.parts, views, self.compressed(x_TM, qr, run, views), strict=True):
-            window = part.of(kv_TD)
-            if view is not None:
-                assert part.ring is not None
-                kept = view.window.format.pack(window)
-                # a query reads its own tokens as later ones will: rounded to the memory's format
-                window = part.ring.join(view.window, view.window.format.unpack(kept))
-                part.ring.store(view.window, kept)
-            visible = part.groups[self.kind.name].visible if self.kind.ratio else None
-            o, _ = ops.sparse_attention(
-                part.of(q_THD), window, part.window, pool, visible, chosen, self.attn_sink, self.width**-0.5
-            )
-            out.append(o)
+        kv_TD = self.kv_norm(self.wkv(x_TM))
+        read = self.read(x_TM, qr, kv_TD, rotate(kv_TD, turn), run, views)
+        out = [
+            ops.sparse_attention(part.of(q_THD), *rows, self.attn_sink, self.width**-0.5)[0]
+            for part, rows in zip(run.parts, read, strict=True)
+        ]
         return self.project_out(rotate(run.merge(out), turn.conj()))
+
+    def read(
+        self, x: Tensor, qr: Tensor, kv: Tensor, row: Tensor, run: Run, views: list[LayerMemory | None]
+    ) -> list[Read]:
+        """What the tokens of each part read. kv [T, D]: their key = value rows, row: these rotated."""
+        read = []
+        for part, view, (pool, chosen) in zip(run.parts, views, self.compressed(x, qr, run, views), strict=True):
+            visible = part.groups[self.kind.name].visible if self.kind.ratio else None
+            read.append((self.window(row, part, view), part.window, pool, visible, chosen))
+        return read
+
+    def window(self, row: Tensor, part: Part, view: LayerMemory | None) -> Tensor:
+        """The part's window rows: those of its memories, and its own, which are remembered."""
+        own = part.of(row)
+        if view is None:
+            return own
+        assert part.ring is not None and view.window is not None
+        kept = view.window.format.pack(own)
+        # a query reads its own tokens as later ones will: rounded to the memory's format
+        joined = part.ring.join(view.window, view.window.format.unpack(kept))
+        part.ring.store(view.window, kept)
+        return joined
 
     def compressed(
         self, x: Tensor, qr: Tensor, run: Run, views: list[LayerMemory | None]

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
 from dsv4.model import hyper
-from dsv4.model.attention import Attention
 from dsv4.model.moe import MoE, Routing
 from dsv4.model.segments import Run
+from dsv4.model.variants import attention
 
 
 class Block(nn.Module):
@@ -16,7 +16,7 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.attn_norm = hyper.Enter(config)
-        self.attn = Attention(config, layer, dtype)
+        self.attn = attention(config, layer, dtype)
         self.ffn_norm = hyper.Enter(config)
         self.ffn = MoE(config, layer, dtype)
         hyper.add_parameters(self, "hc_attn", config)

@@ -79,12 +79,25 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Where the rows lie of layers that keep one for every token, in their store or, without memory, as they come.
+
+    entry: where the part's own rows go, int64 [n]. visible: what each token sees, of all rows of the part's pages, or
+    of the rows `read` (lowrank: those that have left a window, int64 on the device).
+    """
+
+    entry: Tensor | None
+    visible: Spans
+    read: Tensor | None
+
+
+@dataclass(frozen=True)
 class Part:
     """The segments of a run whose memories lie in one pool, or those without memory.
 
     tokens: their rows of the run, int64 on the device; None if they are all of it. window: what each token sees of the
     part's window rows, which are those of `ring` before its own, and its own. table, pages: the numbers of the pages
-    that the part's sequences have, on the device and on the host.
+    that the part's sequences have, on the device and on the host. every: for layers that keep a row of every token.
     """
 
     pool: Pages | None
@@ -95,6 +108,7 @@ class Part:
     table: Tensor | None
     pages: np.ndarray
     groups: dict[str, Groups]
+    every: TokenRows | None
 
     def of(self, rows: Tensor) -> Tensor:
         """The part's rows of what has one for each token of the run."""
@@ -209,7 +223,10 @@ def _part(
         held = -(-(start + count) // pool.page_tokens)
         pages = np.concatenate([m.table[:n] for m, n in zip(memories, held.tolist(), strict=True)])
         page_base = _before(held)
-    part = Part(pool, tokens, memories, window, ring, None if pool is None else to_device(pages), pages, {})
+    every = None
+    if any(kind.ratio == 1 for kind in config.trunk_kinds):
+        every = _token_rows(config, pool, pages, start, count, page_base, to_device)
+    part = Part(pool, tokens, memories, window, ring, None if pool is None else to_device(pages), pages, {}, every)
     for kind in config.compressed_kinds:
         part.groups[kind.name] = _groups(kind, part, slot, start, count, page_base, freq, to_device)
     return part
@@ -252,6 +269,30 @@ def _groups(
         rows=rows,
         entry=entry,
     )
+
+
+def _token_rows(
+    config: ModelConfig,
+    pool: Pages | None,
+    pages: np.ndarray,
+    start: np.ndarray,
+    count: np.ndarray,
+    page_base: np.ndarray,
+    to_device: ToDevice,
+) -> TokenRows:
+    base = _before(count) if pool is None else page_base * pool.page_tokens  # each sequence's first row
+    seen = _ragged(start, count) + 1
+
+    def place(rows: np.ndarray) -> np.ndarray:
+        """Rows of the part's sequences -> rows of the store."""
+        return rows if pool is None else pages[rows // pool.page_tokens] * pool.page_tokens + rows % pool.page_tokens
+
+    entry = None if pool is None else to_device(place(_ragged(base + start, count)))
+    if config.attention != "lowrank":
+        return TokenRows(entry, _spans(np.repeat(base, count), np.repeat(base, count) + seen), None)
+    left = np.maximum(start + count - config.sliding_window, 0)  # have left the window of the last token
+    read, base = to_device(place(_ragged(base, left))), np.repeat(_before(left), count)
+    return TokenRows(entry, _spans(base, base + np.maximum(seen - config.sliding_window, 0)), read)
 
 
 def _ring_rows(

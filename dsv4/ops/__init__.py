@@ -64,12 +64,20 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Pool, visible: Spans, k:
     return call("index_scores_topk", q, weights, keys, visible, k)
 
 
+def best_rows(scores: Tensor, visible: Spans, counts: Tensor, k: int) -> Tensor:
+    """For each of n intervals its counts_i best rows by score, in ascending order, -1 first where there are fewer.
+
+    scores [E] fp32, counts int64 [n] (at most k) -> int64 [n, k]; ties to the lowest row. No gradient.
+    """
+    return call("best_rows", scores, visible, counts, k)
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
 def sparse_attention(
     q: Tensor,
-    window_kv: Tensor,
+    window_kv: Pool,
     window: Spans,
     entries: Pool | None,
     visible: Spans | None,

@@ -72,6 +72,37 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, vis
     return chosen
 
 
+@torch.no_grad()
+def best_rows(scores: Tensor, visible: Spans, counts: Tensor, k: int) -> Tensor:
+    """Blocks of intervals x blocks of rows, merging the best k so far."""
+    chosen = torch.full((len(visible), k), -1, dtype=torch.int64, device=scores.device)
+    for i, j in visible.blocks(64):
+        lo, hi = visible.union(i, j)
+        if hi == lo:
+            continue
+        apart = _apart(visible, i, j)
+        if apart:
+            lo, hi = 0, visible.longest_of(i, j)
+        width = max(k, _BLOCK_NUMBERS // (4 * (j - i)))
+        best: Tensor | None = None
+        for a in range(lo, hi, width):
+            b = min(a + width, hi)
+            if apart:
+                index, hidden = _rows_of(visible, i, j, a, b, scores.device)
+                order = order_keys(scores[index], index)
+            else:
+                index, hidden = torch.arange(a, b, device=scores.device), visible.hidden(i, j, a, b, scores.device)
+                order = order_keys(scores[a:b], index).expand(j - i, b - a)
+            order = order.masked_fill(hidden, _INT64_MIN)
+            order = order if best is None else torch.cat([best, order], dim=1)
+            best = torch.topk(order, min(k, order.shape[1]), dim=1).values
+        assert best is not None
+        beyond = torch.arange(best.shape[1], device=scores.device) >= counts[i:j, None]
+        row = (_LOW32 - (best & _LOW32)).masked_fill_(beyond | (best == _INT64_MIN), -1)
+        chosen[i:j, k - row.shape[1] :] = row.sort(dim=1).values
+    return chosen
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +152,7 @@ class _Plan:
     def __init__(
         self,
         q: Tensor,
-        window_kv: Tensor,
+        window_kv: Tensor | PackedRows,
         window: Spans,
         entries: Tensor | PackedRows | None,
         visible: Spans | None,
@@ -136,7 +167,7 @@ class _Plan:
             width = window.longest + (0 if visible is None else min(num_entries, max(_FEW, 4 * visible.longest)))
         self.rows = max(1, min(64, _BLOCK_NUMBERS // (heads * max(width, 1))))
 
-    def pieces(self, i: int, j: int, kv: Tensor, entries: Tensor | PackedRows | None) -> list[_Piece]:
+    def pieces(self, i: int, j: int, kv: Tensor | PackedRows, entries: Tensor | PackedRows | None) -> list[_Piece]:
         pieces = [self.interval(i, j, self.window, kv)]
         if entries is None:
             return pieces
@@ -178,7 +209,12 @@ def _rows_of(spans: Spans, i: int, j: int, a: int, b: int, device: torch.device)
 
 
 def _attend(
-    q: Tensor, window_kv: Tensor, entries: Tensor | PackedRows | None, sink: Tensor, plan: _Plan, scale: float
+    q: Tensor,
+    window_kv: Tensor | PackedRows,
+    entries: Tensor | PackedRows | None,
+    sink: Tensor,
+    plan: _Plan,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Out [n, H, D] and log-sum-exp [n, H] fp32, block by block."""
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -241,7 +277,7 @@ class _SparseAttention(torch.autograd.Function):
 
 def sparse_attention(
     q: Tensor,
-    window_kv: Tensor,
+    window_kv: Tensor | PackedRows,
     window: Spans,
     entries: Tensor | PackedRows | None,
     visible: Spans | None,
@@ -253,7 +289,7 @@ def sparse_attention(
     if entries is not None and not len(entries):
         entries = None
     plan = _Plan(q, window_kv, window, entries, visible, chosen)
-    if isinstance(entries, PackedRows):  # a memory, so there is no gradient
+    if isinstance(window_kv, PackedRows) or isinstance(entries, PackedRows):  # a memory, so there is no gradient
         return _attend(q, window_kv, entries, sink, plan, scale)
     return _SparseAttention.apply(q, window_kv, entries, sink, plan, scale)  # type: ignore[return-value]
 

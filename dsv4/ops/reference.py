@@ -13,9 +13,9 @@ from dsv4.ops.spans import Spans
 from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
-    "compress", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits", "hyper_maps",
-    "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "pack_rows", "rotate", "sinkhorn",
-    "sparse_attention", "swiglu", "topk_lowest", "unpack_rows",
+    "best_rows", "compress", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits",
+    "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "pack_rows", "rotate",
+    "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "unpack_rows",
 ]  # fmt: skip
 
 NEG_INF = float("-inf")
@@ -46,12 +46,22 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, vis
         return F.pad(chosen, (0, k - chosen.shape[1]), value=-1).sort(dim=1).values
 
 
+def best_rows(scores: Tensor, visible: Spans, counts: Tensor, k: int) -> Tensor:
+    with torch.no_grad():
+        n, rows = len(visible), len(scores)
+        seen = (scores + 0.0).expand(n, rows).masked_fill(visible.hidden(0, n, 0, rows, scores.device), NEG_INF)
+        chosen = topk_lowest(seen, min(k, rows))
+        beyond = torch.arange(chosen.shape[1], device=scores.device) >= counts[:, None]
+        chosen = chosen.masked_fill(beyond | (seen.gather(1, chosen) == NEG_INF), -1)
+        return F.pad(chosen, (0, k - chosen.shape[1]), value=-1).sort(dim=1).values
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
 def sparse_attention(
     q: Tensor,
-    window_kv: Tensor,
+    window_kv: Tensor | PackedRows,
     window: Spans,
     entries: Tensor | PackedRows | None,
     visible: Spans | None,
@@ -59,7 +69,7 @@ def sparse_attention(
     sink: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    keys, masks = [window_kv], [window.hidden(0, len(q), 0, len(window_kv), q.device)]
+    keys, masks = [window_kv[:]], [window.hidden(0, len(q), 0, len(window_kv), q.device)]
     if entries is not None and len(entries):
         if chosen is not None:
             hidden = torch.ones(len(q), len(entries) + 1, dtype=torch.bool, device=q.device)

@@ -44,7 +44,9 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     """Which of the three groups a parameter belongs to, by its published name and its number of dims."""
     if name in ("embed.weight", "head.weight"):
         return "adamw_decay"
-    return "adamw_plain" if parameter.ndim < 2 or name.endswith(".ape") else "muon"
+    # anchor_score is a vector, held as a matrix of one row
+    plain = parameter.ndim < 2 or name.endswith((".ape", ".anchor_score.weight"))
+    return "adamw_plain" if plain else "muon"
 
 
 def logical_matrices(name: str, shape: torch.Size, config: AnyConfig) -> list[Run]:
