@@ -35,13 +35,12 @@ import torch
 import torch._dynamo  # what torch's first optimiser imports, for seconds: once, before all forks
 import yaml
 
-from dsv4.checkpoint import load
+from dsv4.checkpoint import RunFolder, load
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.settings import merge
 from dsv4.train.log import read_log
 from dsv4.train.recipes import RECIPES, RunConfig, resolve
-from dsv4.train.state import latest, numbered
 from dsv4.train.trainer import Trainer
 
 LIMIT_S = 60.0  # a training of this size takes about a second: longer is a hang
@@ -116,13 +115,13 @@ class Bench:
 
 def fingerprint(folder: Path) -> dict[str, Any]:
     """What a finished run has come to, without its clock."""
-    newest = latest(folder)
+    newest = RunFolder(folder).latest()
     assert newest is not None
-    records = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(folder / "log.jsonl")]
+    records = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(RunFolder(folder).log)]
     digests = {
         n: hashlib.sha256((newest / n).read_bytes()).hexdigest() for n in ("model.safetensors", "optimizer.safetensors")
     }
-    return {**digests, "log": records, "checkpoints": [p.name for p in numbered(folder / "checkpoints").values()]}
+    return {**digests, "log": records, "checkpoints": [p.name for p in RunFolder(folder).numbered().values()]}
 
 
 # --- one process, one fault ------------------------------------------------------------------------------------------
@@ -388,7 +387,7 @@ def mutations(bench: Bench, kind: str, count: int, seed: int = 0) -> Iterator[Ou
     rng = random.Random(seed * 1000 + sum(kind.encode()))
     for _ in range(count):
         folder = bench.copy()
-        newest = latest(folder)
+        newest = RunFolder(folder).latest()
         assert newest is not None
         weights = [newest / "model.safetensors", newest / "config.json"]
         files = {
@@ -433,7 +432,7 @@ def _same_state(bench: Bench, folder: Path) -> None:
 
 def _same_logits(bench: Bench, checkpoint: Path) -> None:
     ids = torch.arange(200) % 258
-    expected = latest(bench.whole)
+    expected = RunFolder(bench.whole).latest()
     assert expected is not None
     with torch.no_grad():
         assert torch.equal(load(checkpoint)(ids), load(expected)(ids)), "the logits differ"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import faults
 import pytest
 
+from dsv4.checkpoint import RunFolder
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> faults.Bench:
@@ -50,7 +52,7 @@ def test_a_race(bench: faults.Bench) -> None:
 
 def test_another_weight_is_noticed(bench: faults.Bench) -> None:
     folder = bench.copy()
-    newest = faults.latest(folder)
+    newest = RunFolder(folder).latest()
     assert newest is not None
     file = newest / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")

@@ -446,12 +446,11 @@ def test_activations_have_the_compute_dtype_and_weights_their_own():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler looks at every tensor's .grad, and torch warns of it
-@pytest.mark.parametrize(
-    ("backend", "allowed"), [("aot_eager", 1e-5), pytest.param("inductor", 1e-4, marks=pytest.mark.slow)]
-)
-def test_a_compiled_block_is_the_block(backend: str, allowed: float):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_block_is_the_block(backend: str):
     """Dynamic shapes, forward and backward; the ops, whose loops are planned on the host, stay out of the graphs.
-    inductor fuses sums in other orders: 9e-6 and 3e-5 were measured in these two cases."""
+    inductor fuses sums in other orders: 7e-6 was measured, in hc_*_scale, which is one sum over all tokens; between two
+    forms of the ops it is 8e-6."""
     from dsv4.ops import table
 
     model = small_model((4,), mtp=0)
@@ -471,7 +470,7 @@ def test_a_compiled_block_is_the_block(backend: str, allowed: float):
             got = gradients(*case)
             assert got.keys() == expected.keys()
             for name, grad in got.items():
-                assert differ(grad, expected[name]) <= allowed * expected[name].abs().max().item(), name
+                assert differ(grad, expected[name]) <= 1e-5 * expected[name].abs().max().item(), name
         assert model(tokens(model, 30), cache=model.new_cache()).isfinite().all()
     finally:
         table._gate = kept

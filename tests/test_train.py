@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv4 import ModelConfig, Segment, Transformer, UserError, files
+from dsv4.checkpoint import RunFolder
 from dsv4.config import preset_of
 from dsv4.engine import Engine, SamplingParams, Session
 from dsv4.errors import FileError
@@ -37,7 +38,6 @@ from dsv4.train.loss import (
     training_loss,
 )
 from dsv4.train.recipes import RECIPES, RunConfig, resolve
-from dsv4.train.state import last_good, latest, numbered
 from dsv4.train.trainer import NotFinite, Trainer
 
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from".split()
@@ -159,7 +159,7 @@ def test_resume_is_no_interruption(text: Path, tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert not parts.run(interrupt)
-    assert latest(tmp_path / "parts") == tmp_path / "parts" / "checkpoints" / "step-000003"
+    assert RunFolder(tmp_path / "parts").latest() == tmp_path / "parts" / "checkpoints" / "step-000003"
     resumed = Trainer(config_for(text), tmp_path / "parts", resume="auto")
     assert resumed.progress.step == 3
     assert resumed.run()
@@ -235,7 +235,7 @@ def test_only_the_newest_checkpoints_stay(text: Path, tmp_path: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    return sorted(numbered(folder / "checkpoints"))
+    return sorted(RunFolder(folder).numbered())
 
 
 def test_rotation_counts_and_does_not_spell(text: Path, tmp_path: Path) -> None:
@@ -257,9 +257,11 @@ def test_rotation_after_resuming_from_an_older_step_keeps_the_new_course(text: P
     Trainer(config_for(text), folder).run()
     assert checkpoints(folder) == [2, 4, 6]
     older = Trainer(config_for(text), folder, resume=str(folder / "checkpoints/step-000002"))
-    assert latest(folder) == folder / "checkpoints/step-000002", "a crash now must go on from where this run does"
+    assert RunFolder(folder).latest() == folder / "checkpoints/step-000002", (
+        "a crash now must go on from where this run does"
+    )
     older.step(), older.save()
-    assert checkpoints(folder) == [2, 3] and latest(folder) == folder / "checkpoints/step-000003"
+    assert checkpoints(folder) == [2, 3] and RunFolder(folder).latest() == folder / "checkpoints/step-000003"
     older.run()
     assert checkpoints(folder) == [3, 4, 6]
 
@@ -326,7 +328,7 @@ def test_a_failure_while_saving_leaves_the_last_checkpoint(
 ) -> None:
     run = Trainer(config_for(text), tmp_path / "run")
     run.step(), run.save()
-    kept = latest(tmp_path / "run")
+    kept = RunFolder(tmp_path / "run").latest()
 
     def full(*args: object, **kwargs: object) -> None:
         raise FileError("cannot write optimizer.safetensors: No space left on device")
@@ -335,7 +337,7 @@ def test_a_failure_while_saving_leaves_the_last_checkpoint(
     monkeypatch.setattr(train_state, "write_tensors", full)
     with pytest.raises(FileError, match="No space left"):
         run.save()
-    assert latest(tmp_path / "run") == kept
+    assert RunFolder(tmp_path / "run").latest() == kept
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir() if p.name.startswith(".")] == []
     monkeypatch.undo()
     run.close()
@@ -352,7 +354,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_remedy(text: Path
         run.model.head.weight.fill_(math.nan)
     with pytest.raises(NotFinite, match="step-000000: resume from it with a lower optim.lr") as error:
         run.run()
-    assert error.value.good == latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step-000000"
+    assert error.value.good == RunFolder(tmp_path / "run").latest() == tmp_path / "run" / "checkpoints" / "step-000000"
 
 
 @pytest.mark.parametrize("where", ["weight", "momentum", "bias"])
@@ -360,7 +362,7 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(text: Path, tmp_path: P
     """The last update may overflow after a finite loss: such a state must not become `latest`, nor push others out."""
     run = Trainer(merge(config_for(text), {"save": {"keep": 1}}), tmp_path / "run")
     run.step(), run.save()
-    good = latest(tmp_path / "run")
+    good = RunFolder(tmp_path / "run").latest()
     run.step()
     tensors = {**run.model.state_dict(), **run.optimizer.state_dict()}
     name = {
@@ -372,7 +374,7 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(text: Path, tmp_path: P
         tensors[name[where]].view(-1)[-1] = math.inf
     with pytest.raises(NotFinite, match=name[where].replace(".", r"\.")):
         run.save()
-    assert latest(tmp_path / "run") == good and checkpoints(tmp_path / "run") == [1]
+    assert RunFolder(tmp_path / "run").latest() == good and checkpoints(tmp_path / "run") == [1]
     run.close()
     assert Trainer(config_for(text), tmp_path / "run", resume="auto").run()
 
@@ -398,7 +400,7 @@ def test_a_loss_far_above_its_own_past_is_said_and_the_last_good_state_stays(
         run.run()
     said = [r.getMessage() for r in caplog.records if "far above its own past" in r.getMessage()]
     assert len(said) == 1 and "step-000015" in said[0]
-    assert last_good(tmp_path / "run") == tmp_path / "run/checkpoints/step-000015"
+    assert RunFolder(tmp_path / "run").last_good() == tmp_path / "run/checkpoints/step-000015"
     assert checkpoints(tmp_path / "run") == [15, 40]
     records = read_log(tmp_path / "run/log.jsonl")
     first = next(r["step"] for r in records if r.get("diverging"))
@@ -448,7 +450,7 @@ def test_however_often_one_presses_the_newest_whole_state_is_saved(
     said = capfd.readouterr().err
     assert "stopping after this step" in said, "the first request is answered at once"
     assert times == 1 or "giving up the step" in said or "saving" in said
-    assert latest(tmp_path / "run") == tmp_path / f"run/checkpoints/step-{stands:06d}"
+    assert RunFolder(tmp_path / "run").latest() == tmp_path / f"run/checkpoints/step-{stands:06d}"
     resumed = Trainer(config, tmp_path / "run", resume="auto")
     assert resumed.run()
     assert_same(trained(whole), trained(resumed))
@@ -469,7 +471,7 @@ def test_a_third_request_interrupts_and_leaves_the_checkpoint_before(
     monkeypatch.setattr(train_state, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.run()
-    assert latest(tmp_path / "run") == tmp_path / "run/checkpoints/step-000002"
+    assert RunFolder(tmp_path / "run").latest() == tmp_path / "run/checkpoints/step-000002"
     monkeypatch.undo()
     assert Trainer(config_for(text), tmp_path / "run", resume="auto").run()
 

@@ -19,8 +19,6 @@ from dsv4.cost.flops import Work, decode, weighted
 from dsv4.measure.executed import ENDS, Counts, new_memory, run_one_token
 from dsv4.measure.slices import Slice, build, slices
 
-Progress = Callable[[str], None]
-
 # Formats of live memories and what dsv4/cost calls them.
 FORMATS = {"packed": "published", "bfloat16": "bfloat16", "float32": "float32"}
 
@@ -54,7 +52,13 @@ class Size:
 
 
 def measure_model(
-    name: str, config: AnyConfig, contexts: list[int], *, whole: bool, dtype: torch.dtype, progress: Progress
+    name: str,
+    config: AnyConfig,
+    contexts: list[int],
+    *,
+    whole: bool,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
 ) -> tuple[list[Pair], list[Size]]:
     """FLOPs by component and cache bytes by format at every context; `whole`: all layers, else one of each kind."""
     parts = [Slice("", 1, config)] if whole else slices(config)
@@ -174,7 +178,7 @@ def available_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure_all(progress: Progress) -> dict[str, Any]:
+def measure_all(progress: Callable[[str], None]) -> dict[str, Any]:
     """Small models whole at five contexts; V3.2 and V4 by real-width layers up to what fits, with their ratios."""
     largest = largest_context()
     contexts = [*FITTED, *([largest] if largest > FITTED[-1] else [])]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv4 import controls, files
-from dsv4.checkpoint.find import resolve_checkpoint
+from dsv4.checkpoint.folder import resolve_checkpoint
 from dsv4.checkpoint.names import Layout, file_names, known_names, layout_of
 from dsv4.config import AnyConfig, ModelConfig, kind_of, read_any
 from dsv4.config.rules import as_ids, check_ids

@@ -59,7 +59,7 @@ def demo(
 def summarise(trainer: Trainer) -> dict[str, Any]:
     """The finished run's figures, and those of counting models that learned from exactly the same batches."""
     run = trainer.config
-    updates = [r for r in read_log(trainer.folder / "log.jsonl") if "loss" in r]
+    updates = [r for r in read_log(trainer.folder.log) if "loss" in r]
     evaluated = [r["heldout_bpb"] for r in updates if r["step"] == run.schedule.steps and "heldout_bpb" in r]
     seen = (trainer.batches.batch(i) for i in range(run.schedule.steps))
     held = heldout_batches(trainer.heldout, run.data.tokens_per_step, run.data.seq_len, run.save.eval_tokens)

@@ -15,7 +15,7 @@ import torch
 from dsv4.checkpoint import load, resolve_checkpoint
 from dsv4.engine.runner import Runner
 from dsv4.engine.sampler import BROKEN, logprobs, sample
-from dsv4.engine.scheduler import Scheduler, Work
+from dsv4.engine.scheduler import Scheduler, Share
 from dsv4.engine.types import Completion, Event, FinishReason, Logprob, Request, SamplingParams
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
@@ -117,9 +117,9 @@ class Engine:
         If it fails or is stopped (out of memory, Ctrl-C), only time is lost: the memories it was filling are
         computed again, and the next step goes on.
         """
-        work = self.scheduler.schedule()
-        with _recomputed_if_stopped(work):
-            ready, logits = self.runner.run(work)
+        shares = self.scheduler.schedule()
+        with _recomputed_if_stopped(shares):
+            ready, logits = self.runner.run(shares)
             logits, params = self._known(logits), [r.params for r in ready]
             tokens = sample(logits, params, [r.generator for r in ready])
             told = logprobs(logits, params, tokens)
@@ -258,11 +258,11 @@ class Engine:
 
 
 @contextmanager
-def _recomputed_if_stopped(work: Sequence[Work]) -> Iterator[None]:
+def _recomputed_if_stopped(shares: Sequence[Share]) -> Iterator[None]:
     """Whatever stops a step half way leaves torn memories: drop them, their tokens are still known."""
     try:
         yield
     except BaseException:
-        for w in work:
-            w.request.memory = None
+        for share in shares:
+            share.request.memory = None
         raise

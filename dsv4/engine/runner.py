@@ -1,11 +1,11 @@
-"""Scheduled work -> one call of the model: chunks of prompts and single tokens side by side, nothing padded."""
+"""Scheduled shares -> one call of the model: chunks of prompts and single tokens side by side, nothing padded."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dsv4.engine.scheduler import Work
+from dsv4.engine.scheduler import Share
 from dsv4.engine.types import Request
 from dsv4.model import LanguageModel
 
@@ -17,16 +17,16 @@ class Runner:
         self.model = model
 
     @torch.no_grad()
-    def run(self, work: Sequence[Work]) -> tuple[list[Request], Tensor]:
-        """Compute the work. Returns the n requests of which nothing is pending now, and the logits fp32 [n, vocab] of
-        their last tokens. An exception leaves all memories of the work unusable.
+    def run(self, shares: Sequence[Share]) -> tuple[list[Request], Tensor]:
+        """Compute the shares. Returns the n requests of which nothing is pending now, and the logits fp32 [n, vocab] of
+        their last tokens. An exception leaves all memories of the shares unusable.
         """
-        if not work:
+        if not shares:
             return [], torch.empty(0, self.model.config.vocab_size)
         ids, segments = [], []
-        for w in work:
-            ids += w.request.ids[w.memory.length : w.memory.length + w.count]
-            segments.append((w.count, w.memory))
+        for share in shares:
+            ids += share.request.ids[share.memory.length : share.memory.length + share.count]
+            segments.append((share.count, share.memory))
         logits = self.model(torch.tensor(ids), segments=segments, rows="last")
-        ready = [row for row, w in enumerate(work) if not w.request.pending]
-        return [work[row].request for row in ready], logits[ready]
+        ready = [row for row, share in enumerate(shares) if not share.request.pending]
+        return [shares[row].request for row in ready], logits[ready]

@@ -15,7 +15,7 @@ from dsv4.model import Memory, Pool
 
 
 @dataclass(frozen=True)
-class Work:
+class Share:
     """The next `count` pending tokens of a request, whose memory they continue."""
 
     request: Request
@@ -60,33 +60,33 @@ class Scheduler:
         """Its memory stays its own: a conversation goes on with it."""
         (self.running if request in self.running else self.waiting).remove(request)
 
-    def schedule(self) -> list[Work]:
-        """This step's work, empty if there is none.
+    def schedule(self) -> list[Share]:
+        """This step's shares, empty if there is none.
 
         Who needs a single token goes first, so that a long prompt delays no one's next token; what is left of the
         budget goes to prompts, oldest first. There is always some left: decoding takes max_batch - 1 at most then.
         """
         self._let_wait([r for r in self.running if r.memory is None])  # a step was stopped, and their memories are lost
-        work = self._work()
-        enough = not self._short(work)
-        while len(self.running) > 1 and self._short(work):
+        shares = self._shares()
+        enough = not self._short(shares)
+        while len(self.running) > 1 and self._short(shares):
             self._preempt(self.running[-1])
-            work = self._work()
+            shares = self._shares()
         while enough and self.waiting and len(self.running) < self.max_batch and self._admit(self.waiting[0]):
-            work = self._work()
-        return work
+            shares = self._shares()
+        return shares
 
-    def _work(self) -> list[Work]:
-        budget, work = self.tokens_per_step, []
+    def _shares(self) -> list[Share]:
+        budget, shares = self.tokens_per_step, []
         for request in sorted(self.running, key=lambda r: r.pending > 1):  # stable: oldest first in each half
             count = min(request.pending, budget)
             if count:
-                work.append(Work(request, count))
+                shares.append(Share(request, count))
             budget -= count
-        return work
+        return shares
 
-    def _short(self, work: list[Work]) -> bool:
-        return self.pool.shortage([(w.memory, w.count) for w in work]) > 0
+    def _short(self, shares: list[Share]) -> bool:
+        return self.pool.shortage([(share.memory, share.count) for share in shares]) > 0
 
     def _admit(self, request: Request) -> bool:
         """Let the first of the line in, if there is room for what is known of it beside what the others need now."""
@@ -98,7 +98,7 @@ class Scheduler:
             if request.kept is not None:
                 memory.restore(request.kept)
         self.running.append(self.waiting.popleft())
-        if len(self.running) > 1 and self._short(self._work()):
+        if len(self.running) > 1 and self._short(self._shares()):
             self.waiting.appendleft(self.running.pop())
             if fresh and request.memory is not None:
                 request.memory.release()

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dsv4.checkpoint import RunFolder
 from dsv4.files import explained, write_text
 
 log = logging.getLogger("dsv4")
@@ -24,8 +25,8 @@ SMOOTHED = 0.9  # weight of the past in the picture's smoothed line
 class Log:
     """Appends to log.jsonl; a resumed run first drops the lines after the step it goes on from."""
 
-    def __init__(self, folder: Path, resume_step: int):
-        self.path = folder / "log.jsonl"
+    def __init__(self, path: Path, resume_step: int):
+        self.path = path
         self.records = [r for r in read_log(self.path) if r["step"] <= resume_step]
         write_text(self.path, "".join(_line(r) for r in self.records))
 
@@ -95,7 +96,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def plot_loss(folder: Path, baselines: dict[str, float] | None = None) -> Path:
-    """Draw loss.png from log.jsonl: training loss, held-out bits per byte, and horizontal lines for `baselines`.
+    """Draw the loss.png of a run folder from its log: training loss, held-out bits per byte, lines for `baselines`.
 
     The training loss of single updates is faint, its smoothed course in front; final values stand in the legends.
     """
@@ -104,7 +105,8 @@ def plot_loss(folder: Path, baselines: dict[str, float] | None = None) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_log(folder / "log.jsonl")
+    run = RunFolder(folder)
+    records = read_log(run.log)
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
     held = [(r["step"], r["heldout_bpb"]) for r in records if "heldout_bpb" in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -124,7 +126,7 @@ def plot_loss(folder: Path, baselines: dict[str, float] | None = None) -> Path:
         right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    target = folder / "loss.png"
+    target = run.picture
     with explained(target, safe="the run itself is complete"):
         figure.savefig(target, dpi=120)
     plt.close(figure)

@@ -30,7 +30,7 @@ from dsv4.errors import UserError
 from dsv4.ops.newton_schulz import JORDAN, newton_schulz, polar
 
 Kind = Literal["muon", "adamw_decay", "adamw_plain"]
-Run = tuple[int, int, int]  # count, a, b: that many matrices [a, b], stored one after the other
+Stack = tuple[int, int, int]  # count, a, b: that many matrices [a, b], stored one after the other
 
 UPDATE_RMS = 0.18  # gamma of the paper: RMS of Muon's update per unit of learning rate, close to AdamW's
 ORTHOGONALISERS: dict[str, Callable[..., Tensor]] = {
@@ -49,8 +49,8 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     return "adamw_plain" if plain else "muon"
 
 
-def logical_matrices(name: str, shape: torch.Size, config: AnyConfig) -> list[Run]:
-    """The paper's matrices inside one stored parameter of at least two dims, as runs in storage order."""
+def logical_matrices(name: str, shape: torch.Size, config: AnyConfig) -> list[Stack]:
+    """The paper's matrices inside one stored parameter of at least two dims, as stacks in storage order."""
     *lead, rows, columns = shape
     if lead:  # experts: w13 [E, 2, I, D], w2 [E, D, I]
         return [(math.prod(lead), rows, columns)]
@@ -78,10 +78,10 @@ def _heights(name: str, rows: int, config: AnyConfig) -> list[int]:
     return [rows]
 
 
-def logical_view(tensor: Tensor, runs: list[Run]) -> list[Tensor]:
+def logical_view(tensor: Tensor, stacks: list[Stack]) -> list[Tensor]:
     """`tensor` seen as its logical matrices, one [count, a, b] per run; views if `tensor` is contiguous."""
-    pieces = tensor.reshape(-1).split([math.prod(run) for run in runs])
-    return [piece.view(run) for piece, run in zip(pieces, runs, strict=True)]
+    pieces = tensor.reshape(-1).split([math.prod(stack) for stack in stacks])
+    return [piece.view(stack) for piece, stack in zip(pieces, stacks, strict=True)]
 
 
 def parameter_groups(
@@ -170,7 +170,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     def _muon(self, group: dict[str, Any]) -> None:
         lr, mu = group["lr"], group["momentum"]
         piles: dict[tuple, list[tuple[Tensor, ...]]] = {}  # same-shaped (weight, momentum, gradient)
-        for parameter, runs in zip(group["params"], group["matrices"], strict=True):
+        for parameter, stacks in zip(group["params"], group["matrices"], strict=True):
             if parameter.grad is None:
                 continue
             assert parameter.is_contiguous(), "the views below must write into the parameter"
@@ -179,9 +179,9 @@ class HybridOptimizer(torch.optim.Optimizer):
             parameter.mul_(1 - lr * group["weight_decay"])
             if is_sharded(parameter):
                 ahead = whole(torch.add(parameter.grad, momentum, alpha=mu))
-                self._add_share(parameter, self._update(ahead, runs), -lr * UPDATE_RMS)
+                self._add_share(parameter, self._update(ahead, stacks), -lr * UPDATE_RMS)
                 continue
-            views = (logical_view(t, runs) for t in (parameter, momentum, parameter.grad))
+            views = (logical_view(t, stacks) for t in (parameter, momentum, parameter.grad))
             for weight, m, grad in zip(*views, strict=True):
                 piles.setdefault((weight.device, *weight.shape[1:]), []).append((weight, m, grad))
         for (_, a, b), pile in piles.items():
@@ -191,9 +191,9 @@ class HybridOptimizer(torch.optim.Optimizer):
                 for (weight, _, _), update in zip(chunk, updates, strict=True):
                     weight.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(a, b)))
 
-    def _update(self, ahead: Tensor, runs: list[Run]) -> Tensor:
+    def _update(self, ahead: Tensor, stacks: list[Stack]) -> Tensor:
         """The orthogonalised matrices of one whole parameter, each scaled by its size."""
-        pieces = (self._orthogonalise(m) * math.sqrt(max(m.shape[1:])) for m in logical_view(ahead, runs))
+        pieces = (self._orthogonalise(m) * math.sqrt(max(m.shape[1:])) for m in logical_view(ahead, stacks))
         return torch.cat([piece.reshape(-1) for piece in pieces]).view(ahead.shape)
 
     @staticmethod

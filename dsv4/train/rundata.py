@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsv4 import data as corpus
+from dsv4.checkpoint import RunFolder
 from dsv4.errors import UserError
 from dsv4.files import TEMPORARY, explained, make_folder, read_json, synchronise, write_json
 from dsv4.text import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -61,7 +62,7 @@ def prepare_data(
     else, and for a tokenizer that does not fit the model's vocabulary; FileError if the machine cannot write. A
     failure leaves no part of a `data` folder.
     """
-    data, vocab, target, tell = config.data, config.model.vocab_size, folder / "data", on_progress or _silent
+    data, vocab, target, tell = config.data, config.model.vocab_size, RunFolder(folder).data, on_progress or _silent
     if resuming:
         return _open(target, vocab, tell)
     given = None if data.tokenizer in OURS else load_tokenizer(data.tokenizer)

@@ -1,16 +1,11 @@
 """Checkpoints of a run: everything the next step depends on, written whole or not at all.
 
-A run folder holds `checkpoints/step-000123/` (weights in the published layout, config.json, tokenizer.json, the
-optimiser's tensors, state.json, and the digests of them all) and `checkpoints/latest`, a text file with the newest
-name. While the loss is far above its own past, `checkpoints/last_good` names the newest checkpoint from before that,
-which then stays. The batches depend on the step number only, and nothing else in a step is random, so weights, buffers,
-momenta and step are the whole state.
+The batches depend on the step number only, and nothing else in a step is random, so weights, buffers, momenta and step
+are the whole state. Where it lies is checkpoint/folder.py's.
 """
 
 import logging
 import math
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,22 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dsv4.checkpoint import load, read_config, save
-from dsv4.checkpoint.find import named_by
+from dsv4.checkpoint import RunFolder, load, read_config, save
 from dsv4.checkpoint.save import write_tensors
 from dsv4.errors import UserError, shown
 from dsv4.files import (
     DIGESTS,
+    TEMPORARY,
     check_digests,
-    discard,
-    explained,
     make_folder,
     read_json,
     reason_of,
-    synchronise,
     write_digests,
     write_json,
-    write_text,
 )
 from dsv4.model import LanguageModel
 from dsv4.settings import flat
@@ -48,7 +39,6 @@ log = logging.getLogger("dsv4")
 
 # Settings that a resumed run may change; what they were and are is logged. All others decide what was learned from.
 CHANGEABLE = ("optim.", "schedule.", "save.", "recompute", "data.micro_batches")
-_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass
@@ -60,31 +50,8 @@ class Progress:
     seconds: float = 0.0
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, None if it has none; UserError if the pointer is damaged.
-
-    A checkpoint is whole before the pointer names it: where there is no pointer, it is the one with the highest step.
-    """
-    pointer = folder / "checkpoints" / "latest"
-    if pointer.exists():
-        return named_by(pointer)
-    return max(numbered(folder / "checkpoints").items(), default=(0, None))[1]
-
-
-def last_good(folder: Path) -> Path | None:
-    """The checkpoint from before the loss left its past, if it has; else the newest one."""
-    pointer = folder / "checkpoints" / "last_good"
-    return named_by(pointer) if pointer.exists() else latest(folder)
-
-
-def numbered(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step."""
-    found = ((_STEP.fullmatch(p.name), p) for p in checkpoints.glob("step-*"))
-    return {int(match[1]): p for match, p in found if match}
-
-
 def save_state(
-    folder: Path,
+    folder: RunFolder,
     model: LanguageModel,
     optimizer: HybridOptimizer,
     tokenizer: Tokenizer,
@@ -100,12 +67,10 @@ def save_state(
     data: what identifies the training data. diverging: the loss is far above its past; the checkpoint from before
     that stays. FileError, and the older checkpoints as they were, if the machine does not let it be written.
     """
-    checkpoints = folder / "checkpoints"
-    target = checkpoints / f"step-{progress.step:06d}"
-    temporary = checkpoints / f".{target.name}.tmp"
-    before = latest(folder)
+    temporary = folder.checkpoints / f".{folder.checkpoint(progress.step).name}{TEMPORARY}"
+    before = folder.latest()
     safe = f"{before} is whole" if before else "there was no checkpoint before"
-    make_folder(checkpoints)
+    make_folder(folder.checkpoints)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         save(model, temporary)
@@ -117,43 +82,14 @@ def save_state(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with explained(target, safe=safe):
-        _remove(target)  # there is one of the same step if the run was resumed from an older one
-        os.replace(temporary, target)
-        synchronise(checkpoints)
-    good = checkpoints / "last_good"
-    if diverging and before is not None and not good.exists():
-        write_text(good, before.name)
-    set_latest(target)
+    target = folder.put(temporary, progress.step, safe=safe)
+    if diverging and before is not None:
+        folder.set_last_good(before)
+    folder.set_latest(target)
     if not diverging:
-        discard(good)
-    drop_old(checkpoints, progress.step, keep)
+        folder.all_good()
+    folder.drop_old(progress.step, keep)
     return target
-
-
-def set_latest(checkpoint: Path) -> None:
-    """Make a checkpoint the one that its run goes on from."""
-    write_text(checkpoint.parent / "latest", checkpoint.name, safe=f"{checkpoint} is whole")
-
-
-def _remove(checkpoint: Path) -> None:
-    """Take a checkpoint away, if it is there: under its name it is whole or gone at every moment."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    if checkpoint.exists():
-        os.replace(checkpoint, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def drop_old(checkpoints: Path, step: int, keep: int) -> None:
-    """Keep the newest `keep` up to this step and the last good one. Later ones are of a course that was left."""
-    good = last_good(checkpoints.parent)
-    present = numbered(checkpoints)
-    kept = sorted(n for n in present if n <= step)[-keep:]
-    for number, path in present.items():
-        if number not in kept and path != good:
-            with explained(path, "remove", safe="the newest checkpoint is whole"):
-                _remove(path)
 
 
 def load_state(
@@ -175,7 +111,7 @@ def load_state(
         if not name.startswith(CHANGEABLE):
             raise UserError(
                 f"the run was started with {name}={shown(old)}, not {shown(new)}: leave that setting as it was (with "
-                f"--config {path.parent.parent / 'config.yaml'}), or start anew with another --out"
+                f"--config {RunFolder(path.parent.parent).config}), or start anew with another --out"
             )
     for name, value in data.items():
         if name in state["data"] and state["data"][name] != value:

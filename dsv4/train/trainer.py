@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dsv4 import controls
+from dsv4.checkpoint import RunFolder
 from dsv4.errors import UserError, shown
 from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
 from dsv4.settings import write_yaml
@@ -25,11 +26,11 @@ from dsv4.train.batches import Batches, heldout_batches, split
 from dsv4.train.log import Log, LossWatch
 from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
-from dsv4.train.packed import Packed
+from dsv4.train.packed import Packed, is_prepared
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, prepare_data
 from dsv4.train.schedule import decay_steps, lr_scale, mtp_weight
-from dsv4.train.state import Progress, drop_old, last_good, latest, load_state, not_finite, save_state, set_latest
+from dsv4.train.state import Progress, load_state, not_finite, save_state
 from dsv4.train.stop import GivenUp, Stop
 
 log = logging.getLogger("dsv4")
@@ -63,17 +64,17 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         on_progress: Callable[[str, int, int | None], None] | None = None,
     ):
-        self.folder = folder
-        checkpoint = _resume_point(folder, resume)
+        self.folder = RunFolder(folder)
+        checkpoint = _resume_point(self.folder, resume)
         config = replace(config, data=absolute(config.data))
         make_folder(folder)
         self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
         remove_leftovers(folder)
-        remove_leftovers(folder / "checkpoints")
+        remove_leftovers(self.folder.checkpoints)
         self.tokenizer: Tokenizer
         self.train_data: Packed
         self.heldout: Packed
-        prepared = checkpoint is not None and (folder / "data" / "manifest.json").exists()
+        prepared = checkpoint is not None and is_prepared(self.folder.data)
         self.tokenizer, self.train_data, self.heldout = prepare_data(
             config, folder, resuming=prepared, on_progress=on_progress
         )
@@ -92,8 +93,8 @@ class Trainer:
             )
             self._go_on_from(checkpoint)
         self.saved_step = self.progress.step if checkpoint is not None else -1
-        write_text(folder / "config.yaml", write_yaml(config.to_dict()))
-        self.log = Log(folder, self.progress.step)
+        write_text(self.folder.config, write_yaml(config.to_dict()))
+        self.log = Log(self.folder.log, self.progress.step)
         self.watch = LossWatch(r["loss"] for r in self.log.records if "loss" in r)
         if changed:
             told = {name: [old, new] for name, (old, new) in changed.items()}
@@ -163,7 +164,7 @@ class Trainer:
             if not was:
                 log.warning(
                     "step %d: the loss has risen far above its own past (the mean of the last updates was %.3f); "
-                    "the last good checkpoint stays: %s", record["step"], self.watch.lowest, last_good(self.folder),
+                    "the last good checkpoint stays: %s", record["step"], self.watch.lowest, self.folder.last_good(),
                 )  # fmt: skip
 
     def step(self) -> Record:
@@ -243,7 +244,7 @@ class Trainer:
         return path
 
     def _not_finite(self, what: str) -> NotFinite:
-        return NotFinite(what, last_good(self.folder))
+        return NotFinite(what, self.folder.last_good())
 
     def _data_identity(self) -> Record:
         """What the order of batches means something for."""
@@ -251,18 +252,18 @@ class Trainer:
 
     def _go_on_from(self, checkpoint: Path) -> None:
         """Make the point of resumption the newest state of this run, if it is one of its own."""
-        newest = latest(self.folder)
+        newest = self.folder.latest()
         if newest is None or checkpoint.resolve() == newest.resolve():
             # a crash may have kept those that were to go
-            drop_old(self.folder / "checkpoints", self.progress.step, self.config.save.keep)
+            self.folder.drop_old(self.progress.step, self.config.save.keep)
         else:
             log.info("going on from %s: the checkpoints after it will be replaced", checkpoint)
-            set_latest(self.folder / "checkpoints" / checkpoint.name)
+            self.folder.set_latest(checkpoint)
 
 
-def _resume_point(folder: Path, resume: str) -> Path | None:
+def _resume_point(folder: RunFolder, resume: str) -> Path | None:
     """Which checkpoint to go on from; UserError rather than writing over a run."""
-    found = latest(folder)
+    found = folder.latest()
     if resume not in ("", "auto"):
         path = Path(resume)
         if not (path / "state.json").is_file():
