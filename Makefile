@@ -44,7 +44,7 @@ $(VENV)/.browser:
 	@touch $@
 
 # torch comes first and alone, at its pinned version: any looser request may fetch a newer and far larger build.
-$(VENV)/.core: pyproject.toml constraints.txt
+$(VENV)/.core: pyproject.toml constraints.txt setup.py dsv4/ops/build.py $(wildcard dsv4/ops/cpu/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "dsv4 needs Python 3.11 or later, this is %s: name one by  make PYTHON=python3.12 ..." % sys.version.split()[0])'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
