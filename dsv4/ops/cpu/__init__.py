@@ -3,10 +3,12 @@
 Importing raises ImportError with the reason where the library was not built or cannot run (library.py).
 """
 
+from dsv4.ops.cpu import attention as _attention
 from dsv4.ops.cpu import linear as _linear
+from dsv4.ops.cpu.attention import sparse_attention
 from dsv4.ops.cpu.linear import linear
 from dsv4.ops.limits import Limits
 
-__all__ = ["LIMITS", "linear"]
+__all__ = ["LIMITS", "linear", "sparse_attention"]
 
-LIMITS: dict[str, Limits] = {**_linear.LIMITS}
+LIMITS: dict[str, Limits] = {**_linear.LIMITS, **_attention.LIMITS}

@@ -1,0 +1,115 @@
+// Rows of a pool, read where they lie: numbers or packed bytes (ops/formats.py), one after the other or in pages.
+#pragma once
+
+#include "matmul.h"
+
+namespace {
+
+// e4m3 codes of a memory: Fp8Row's numbers, and the one code that is NaN.
+INLINE vf e4m3(const uint8_t* p) {
+    vb codes = load_as<vb>(p);
+    vf numbers = Fp8Row{nullptr, nullptr}.numbers(codes) * 256.0f;
+    vu magnitude = __builtin_convertvector(codes, vu) & 0x7f;
+    return magnitude == 0x7f ? as_float(vu{} + 0x7fc00000) : numbers;
+}
+INLINE vf e2m1(const uint8_t* p) { return Fp4Row{nullptr, nullptr}.numbers(p); }
+
+struct Pool {
+    const uint8_t* data;
+    const int64_t* table;                 // the pages' numbers, or null where rows lie one after the other
+    long rows, per_page, stride;          // stride: bytes from row to row of `data`
+    long kind, coded, tail, block;        // kind: a Dtype; packed rows: numbers in codes and in the BF16 tail, and in a block
+
+    // As pools.py lays it out.
+    explicit Pool(const int64_t* p)
+        : data(reinterpret_cast<const uint8_t*>(p[0])), table(reinterpret_cast<const int64_t*>(p[1])), rows(p[2]),
+          per_page(p[3]), stride(p[4]), kind(p[5]), coded(p[6]), tail(p[7]), block(p[8]) {}
+
+    INLINE const uint8_t* at(long row) const {
+        return data + (table ? table[row / per_page] * per_page + row % per_page : row) * stride;
+    }
+
+    // Where the rows from..from+count-1 lie.
+    void addresses(long from, long count, const uint8_t** out) const {
+        for (long i = 0; i < count;) {
+            long left = table ? std::min(count - i, per_page - (from + i) % per_page) : count;
+            const uint8_t* row = at(from + i);
+            for (long end = i + left; i < end; i++, row += stride) out[i] = row;
+        }
+    }
+
+    // The numbers of a row in FP32, and zeros up to `padded`, a multiple of LANES.
+    INLINE void widen_row(const uint8_t* row, float* out, long padded) const {
+        switch (kind) {
+            case F32: return plain(reinterpret_cast<const float*>(row), out, padded);
+            case BF16: return plain(reinterpret_cast<const bf16*>(row), out, padded);
+            case FP8: return packed<FP8>(row, out, padded);
+            default: return packed<FP4>(row, out, padded);
+        }
+    }
+
+  private:
+    template <class T> INLINE void plain(const T* row, float* out, long padded) const {
+        long k = 0;
+        for (; k + LANES <= coded; k += LANES) store(out + k, load(row + k));
+        if (k < coded) store(out + k, load_some(row + k, int(coded - k))), k += LANES;
+        for (; k < padded; k += LANES) store(out + k, vf{});
+    }
+
+    // [codes | tail in BF16 | scales, UE8M0]
+    template <int K> INLINE void packed(const uint8_t* row, float* out, long padded) const {
+        long bytes = K == FP8 ? coded : (coded + 1) / 2;
+        const uint8_t* scales = row + bytes + 2 * tail;
+        for (long first = 0; first < coded; first += block) {
+            uint32_t bits = uint32_t(*scales++) << 23;
+            float scale;
+            std::memcpy(&scale, &bits, 4);
+            long last = std::min(first + block, coded), k = first;  // a block is a multiple of LANES (LIMITS)
+            for (; k + LANES <= last; k += LANES) store(out + k, codes<K>(row, k) * scale);
+            if (k < last) {  // the row's end: what is read must not be beyond it
+                uint8_t part[LANES] = {};
+                std::memcpy(part, row + (K == FP8 ? k : k / 2), bytes - (K == FP8 ? k : k / 2));
+                store_some(out + k, codes<K>(part, 0) * scale, int(last - k));
+            }
+        }
+        const uint8_t* from = row + bytes;
+        long k = coded, width = coded + tail;
+        for (; k + LANES <= width; k += LANES) store(out + k, load(reinterpret_cast<const bf16*>(from + 2 * (k - coded))));
+        if (k < width) {
+            bf16 part[LANES] = {};
+            std::memcpy(part, from + 2 * (k - coded), 2 * (width - k));
+            store_some(out + k, load(part), int(width - k));
+        }
+        for (k = width; k < padded; k++) out[k] = 0;
+    }
+
+    template <int K> static INLINE vf codes(const uint8_t* p, long k) { return K == FP8 ? e4m3(p + k) : e2m1(p + k / 2); }
+};
+
+// Numbers that BF16 holds exactly, as BF16.
+INLINE void halve_row(const float* row, bf16* out, long padded) {
+    for (long k = 0; k < padded; k += LANES) {
+        vh top = __builtin_convertvector(as_bits(load(row + k)) >> 16, vh);
+        std::memcpy(out + k, &top, sizeof top);
+    }
+}
+
+// Room that a thread keeps from call to call; what `take` gives begins at a cache line.
+class Room {
+    std::vector<uint8_t> bytes;
+    size_t used = 0;
+
+  public:
+    // Forget what was taken; there must be room for `size` bytes and 64 for each piece.
+    void open(size_t size) {
+        if (bytes.size() < size + 64) bytes.resize(size + 64);
+        used = 64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64;
+    }
+    template <class T> T* take(long count) {
+        T* out = reinterpret_cast<T*>(bytes.data() + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return out;
+    }
+};
+
+}  // namespace
