@@ -1,6 +1,6 @@
 """Pools as the kernels take them: where rows lie and in which format, read there and not copied (src/pool.h)."""
 
-import ctypes
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -10,23 +10,22 @@ from dsv4.ops.formats import Packed, PackedRows, PagedRows
 
 PLAIN = (torch.float32, torch.bfloat16)
 _LANES = 16  # at most, in a vector
-_Longs = ctypes.c_int64 * 9
+_NUMBERS = Struct("9q").pack  # in a third of the time of a ctypes array
 
 
-def described(pool: Tensor | PackedRows) -> ctypes.Array:
+def described(pool: Tensor | PackedRows) -> bytes:
     """A pool's place and format; it holds no reference, so the pool must outlive the call."""
     if isinstance(pool, Tensor):
         rows, width = pool.shape
-        return _Longs(
-            pool.data_ptr(), 0, rows, 1, pool.stride(0) * pool.element_size(), DTYPES[pool.dtype], width, 0, width
-        )
+        kind = DTYPES[pool.dtype]
+        return _NUMBERS(pool.data_ptr(), 0, rows, 1, pool.stride(0) * (2 if kind else 4), kind, width, 0, width)
     data, format = pool.data, pool.format
     table, per_page = (pool.table.data_ptr(), pool.per_page) if isinstance(pool, PagedRows) else (0, 1)
     place = (data.data_ptr(), table, len(pool), per_page, data.stride(0) * data.element_size())
     if isinstance(format, Packed):
-        return _Longs(*place, DTYPES[format.code], format.width - format.tail, format.tail, format.block)
+        return _NUMBERS(*place, DTYPES[format.code], format.width - format.tail, format.tail, format.block)
     width = data.shape[1]
-    return _Longs(*place, DTYPES[data.dtype], width, 0, width)
+    return _NUMBERS(*place, DTYPES[data.dtype], width, 0, width)
 
 
 def refused(pool: Tensor | PackedRows, width: int) -> str:

@@ -11,6 +11,7 @@ namespace {
 
 constexpr long CHUNK = 128;
 constexpr long SLACK = 32;  // rows by which the intervals of queries that share widened rows may be apart
+constexpr long AHEAD = 4;   // rows by which memory is asked for before they are unpacked
 
 struct Call {
     const void* q;
@@ -168,10 +169,11 @@ template <class T, class X> struct Attention {
     void widen(Work<X>& work, const Pool& pool, long count) const {
         if (in_place(pool)) return;
         for (long r = 0; r < count; r++) {
+            if (r + AHEAD < count) pool.prefetch(work.found[r + AHEAD]);
             float* row = work.wide + r * width;
             pool.widen_row(work.found[r], row, width);
             if constexpr (!std::is_same<X, float>::value)
-                if (!keys_in_place(pool)) halve_row(row, work.half + r * width, width);
+                if (!keys_in_place(pool)) as_bf16(row, work.half + r * width, width);
         }
     }
 

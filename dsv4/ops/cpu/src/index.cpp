@@ -9,6 +9,7 @@
 namespace {
 
 constexpr long TILE = 128;  // keys whose scores are held
+constexpr long AHEAD = 16;  // rows by which memory is asked for before they are unpacked
 
 struct Call {
     const void* q;
@@ -147,12 +148,18 @@ template <class T, class X> struct Index {
         bool in_place = pool.kind == (as_fp32 ? F32 : BF16);
         pool.addresses(from, count, work.found);
         for (long r = 0; r < count; r++) {
+            if (in_place) {
+                work.keys[r] = reinterpret_cast<const X*>(work.found[r]);
+                continue;
+            }
+            if (r + AHEAD < count) pool.prefetch(work.found[r + AHEAD]);
             float* row = work.wide + r * width;
-            if (!in_place) pool.widen_row(work.found[r], row, width);
-            if constexpr (as_fp32) work.keys[r] = in_place ? reinterpret_cast<const X*>(work.found[r]) : row;
-            else {
-                if (!in_place) halve_row(row, work.half + r * width, width);
-                work.keys[r] = in_place ? reinterpret_cast<const X*>(work.found[r]) : work.half + r * width;
+            if constexpr (as_fp32) {
+                pool.widen_row(work.found[r], row, width);
+                work.keys[r] = row;
+            } else {
+                pool.narrow_row(work.found[r], work.half + r * width, row, width);
+                work.keys[r] = work.half + r * width;
             }
         }
         for (long r = count; r < count + KEYS; r++) work.keys[r] = work.keys[count - 1];  // tiles are whole
