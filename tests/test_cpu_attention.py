@@ -1,4 +1,4 @@
-"""Failures caught here, in the C++ forms of sparse_attention, index_scores_topk, best_rows and topk_lowest: a value or a
+"""Failures caught here, in the C++ forms of sparse_attention, index_scores_topk, best_rows and topk_lowest: a value or
 choice that is not the reference's (sizes that fill no vector, tails, empty intervals, no entries, ties, -1 rows); a row
 read that nobody sees; packed or paged rows read as other numbers than the format says; bits that change with the batch,
 the cut into chunks, the threads, or the way in which the same rows are named; a call served that should be refused.
@@ -8,13 +8,15 @@ choices are compared exactly, on small integers, whose scores are exact and tie 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4.ops import Spans, TABLE, reference
+from dsv4 import ops
+from dsv4.ops import Spans, reference
 from dsv4.ops.formats import Packed, PackedRows, PagedRows, Plain, RowFormat, v4_rows, v32_rows
 
 cpu = pytest.importorskip("dsv4.ops.cpu")
@@ -82,6 +84,15 @@ def paged(rows: Tensor, format: RowFormat, per_page: int = 4, seed: int = 0) -> 
     return PagedRows(data, format, table, pages, per_page)
 
 
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     assert got.dtype == want.dtype and got.shape == want.shape
     if got.numel():
@@ -93,8 +104,8 @@ def attention_agrees(*args) -> tuple[Tensor, Tensor]:
     q, window_kv, window, entries, *rest = args
     out, lse = cpu.sparse_attention(*args)
     # what nobody wrote is hidden, but the reference multiplies it by zero
-    numbers = [None if pool is None else pool[:].float().nan_to_num() for pool in (window_kv, entries)]
-    want, want_lse = reference.sparse_attention(q.float(), numbers[0], window, numbers[1], *rest)
+    seen = None if entries is None else entries[:].float().nan_to_num()
+    want, want_lse = reference.sparse_attention(q.float(), window_kv[:].float().nan_to_num(), window, seen, *rest)
     # a number in bf16 may fall to either side of what fp32 gives: half a step of the largest
     close(out.float(), want, 1e-5 if q.dtype == torch.float32 else 2.0**-8)
     close(lse, want_lse)
@@ -164,8 +175,8 @@ def test_attention_where_nothing_is_seen(isa):
         args = (normal(4, 3, 8), normal(9, 8), nothing, entries, visible, chosen, sink, 1.0)
         out, lse = attention_agrees(*args)
         assert not out.any() and torch.equal(lse, sink.expand(4, 3))
-    out, lse = cpu.sparse_attention(normal(0, 3, 8), normal(9, 8), sliding([0], 3) if 0 else Spans(
-        torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)), None, None, None, sink, 1.0)
+    none = Spans(nothing.start[:0], nothing.stop[:0])
+    out, lse = cpu.sparse_attention(normal(0, 3, 8), normal(9, 8), none, None, None, None, sink, 1.0)
     assert out.shape == (0, 3, 8) and lse.shape == (0, 3)
 
 
@@ -226,7 +237,7 @@ def test_attention_reads_packed_rows(isa, name, dtype):
 def test_attention_reads_plain_pages(isa, queries, kept):
     """fp32 queries read a bf16 memory too; the window may lie in pages as well, and rows may have a stride."""
     width, n = 40, 70
-    window, (visible, count) = sliding([n], 300), grouped([n], 1)
+    window, (visible, _) = sliding([n], 300), grouped([n], 1)
     wide = normal(n, width + 3, seed=2).to(kept)
     for pool in (paged(normal(n, width, seed=1), Plain((width,), kept)), wide[:, 1 : width + 1]):
         for chosen in (None, picked(visible, 4)):
@@ -260,18 +271,12 @@ def test_attention_bits_do_not_depend_on_the_batch(isa, dtype, packed, heads):
     chosen = picked(case[4], 50)
     for some in (None, chosen):
         out, lse = part(case, 0, 90, some)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            try:
-                for size in (1, 2, 7, 31, 90):
-                    for i in range(0, 90, size):
-                        j = min(i + size, 90)
-                        a, b = part(case, i, j, None if some is None else some[i:j])
-                        assert torch.equal(a, out[i:j]) and torch.equal(b, lse[i:j]), (threads, size, i)
-                        if i >= 40 and size == 1:
-                            break
-            finally:
-                torch.set_num_threads(1)
+        for threads, sizes in ((1, (1, 2, 7, 31, 90)), (2, (1, 31, 90))):
+            for size, i in ((s, i) for s in sizes for i in range(0, 90, 17 if s == 1 else s)):
+                j = min(i + size, 90)
+                with on_threads(threads):
+                    a, b = part(case, i, j, None if some is None else some[i:j])
+                assert torch.equal(a, out[i:j]) and torch.equal(b, lse[i:j]), (threads, size, i)
 
 
 def test_attention_bits_are_those_of_the_rows(isa):
@@ -281,6 +286,7 @@ def test_attention_bits_are_those_of_the_rows(isa):
     for room in (140, 200):
         chosen = picked(visible, room)
         assert torch.equal(cpu.sparse_attention(q, kv, window, entries, None, chosen, sink, scale)[0], want)
+    assert isinstance(entries, Tensor)
     pages = paged(entries, Plain((64,), torch.float32))
     assert torch.equal(cpu.sparse_attention(q, kv, window, pages, visible, None, sink, scale)[0], want)
     moved = torch.cat([normal(5, 64, seed=9), kv])
@@ -298,17 +304,13 @@ def test_attention_bits_of_far_sequences(isa):
     window = spans([(20 * i, 20 * i + 1 + i) for i in range(n)])
     args = (normal(n, heads, width), kv, window, pool, visible, None, normal(heads, seed=3), 0.2)
     want, lse = attention_agrees(*args)
-    for threads in (1, 2, 4):
-        torch.set_num_threads(threads)
-        try:
+    for threads in (1, 2):
+        with on_threads(threads):
             assert torch.equal(cpu.sparse_attention(*args)[0], want)
             for i in range(n):
-                one = (Spans(s.start[i : i + 1], s.stop[i : i + 1]) for s in (window, visible))
-                w, v = one
+                w, v = (Spans(s.start[i : i + 1], s.stop[i : i + 1]) for s in (window, visible))
                 out = cpu.sparse_attention(args[0][i : i + 1], kv, w, pool, v, None, args[6], 0.2)
                 assert torch.equal(out[0][0], want[i]) and torch.equal(out[1][0], lse[i])
-        finally:
-            torch.set_num_threads(1)
 
 
 # --- the indexer ------------------------------------------------------------------------------------
@@ -418,17 +420,13 @@ def test_index_choice_does_not_depend_on_the_batch_or_the_threads(isa, dtype):
         q, weights = normal(n, heads, 64).to(dtype), normal(n, heads, seed=1)
         visible = spans([(0, count - n + i) for i in range(n)])
         want = cpu.index_scores_topk(q, weights, keys, visible, 100)
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            try:
-                for size in (1, 3, 16, 40):
-                    for i in range(0, n, 13 if size == 1 else size):
-                        j = min(i + size, n)
-                        some = Spans(visible.start[i:j], visible.stop[i:j])
-                        got = cpu.index_scores_topk(q[i:j], weights[i:j], keys, some, 100)
-                        assert torch.equal(got, want[i:j]), (heads, threads, size)
-            finally:
-                torch.set_num_threads(1)
+        for threads in (1, 2):
+            for size, i in ((s, i) for s in (1, 3, 16, 40) for i in range(0, n, 13 if s < 4 else s)):
+                j = min(i + size, n)
+                some = Spans(visible.start[i:j], visible.stop[i:j])
+                with on_threads(threads):
+                    got = cpu.index_scores_topk(q[i:j], weights[i:j], keys, some, 100)
+                assert torch.equal(got, want[i:j]), (heads, threads, size)
 
 
 # --- scores that are given --------------------------------------------------------------------------
@@ -466,9 +464,11 @@ def test_topk_lowest_of_any_size(isa, dtype):
 
 
 def test_the_forms_stand_in_the_table():
+    """Imported by the first call of any op that has a tensor on the CPU."""
+    ops.topk_lowest(normal(3), 1)
     for name in ("sparse_attention", "index_scores_topk", "best_rows", "topk_lowest"):
-        assert "cpu" in TABLE[name] or not TABLE[name].get("cpu"), name
-        assert name in cpu.LIMITS
+        for dtype in (torch.float32, torch.bfloat16):
+            assert ops.explain(name, dtype=dtype)["cpu"] == "", name
 
 
 def test_what_is_refused():

@@ -1,4 +1,4 @@
-"""Choosing rows: by the indexer's scores of keys that are read from their pool in place, and by scores that are given."""
+"""Choosing rows: by the indexer's scores of keys, which are read from their pool in place, and by given scores."""
 
 import torch
 from torch import Tensor

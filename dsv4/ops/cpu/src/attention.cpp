@@ -28,7 +28,10 @@ struct Call {
     INLINE long first(int list, long i) const { return std::clamp<long>(start[list][i], 0, pools[list].rows); }
     // How many rows a list of query i has.
     long length(int list, long i) const {
-        if (list && chosen) return std::count_if(chosen + i * K, chosen + (i + 1) * K, [&](long row) { return there(row); });
+        if (list && chosen) {
+            const int64_t* rows = chosen + i * K;
+            return std::count_if(rows, rows + K, [&](long row) { return there(row); });
+        }
         if (!start[list]) return 0;
         return std::max<long>(0, std::min<long>(stop[list][i], pools[list].rows) - first(list, i));
     }
@@ -42,7 +45,8 @@ struct Call {
     }
 };
 
-// The reduction of some rows, for all heads: the largest score, the sum of exponentials below it, the mix [heads][width].
+// The reduction of some rows, for all heads: the largest score, the sum of exponentials below it, and the mix of rows
+// [heads][width].
 struct Mixed {
     float *top, *total, *mix;
     static long size(long heads, long width) { return heads * (width + 2) * 4 + 3 * 64; }
@@ -99,7 +103,8 @@ constexpr int MIX_HEADS = 4, MIX_WIDE = 2;
 #endif
 
 // mix[h][d] = sum over keys of p[key][h] row[key][d], for MIX_HEADS heads and N vectors of the rows.
-template <int N> INLINE void mix_tile(const float* p, long heads, const float* const* rows, long count, long d, float* mix, long width) {
+template <int N>
+INLINE void mix_tile(const float* p, long heads, const float* const* rows, long count, long d, float* mix, long width) {
     vf acc[MIX_HEADS][N] = {};
     for (long k = 0; k < count; k++) {
         vf row[N];
@@ -258,7 +263,8 @@ template <class T, class X> struct Attention {
             widen(work, pool, hi - lo);
             for (long a = i; a < j; a++)
                 if (long length = call.length(list, a); length > c) {
-                    reduce(work, pool, panels + (a - i) * panels_size(), call.first(list, a) + c - lo, std::min(CHUNK, length - c));
+                    long at = call.first(list, a) + c - lo;
+                    reduce(work, pool, panels + (a - i) * panels_size(), at, std::min(CHUNK, length - c));
                     add(states[a - i], work.part, 0, heads, width);
                 }
         }
@@ -288,7 +294,8 @@ template <class T, class X> struct Attention {
 #pragma omp parallel
         {
             static thread_local Room room;
-            room.open(Work<X>::size(heads, width) + most * (panels_size() * sizeof(X) + 64 + Mixed::size(heads, width)));
+            long for_query = panels_size() * sizeof(X) + 64 + Mixed::size(heads, width);
+            room.open(Work<X>::size(heads, width) + most * for_query);
             Work<X> work(room, heads, width);
             X* panels = room.take<X>(most * panels_size());
             std::vector<Mixed> states;
@@ -317,9 +324,12 @@ template <class T, class X> struct Attention {
     void few() const {
         long threads = omp_get_max_threads(), slots = 4 * threads, n = call.n;
         std::vector<long> chunks(n + 1, 0), windows(n), lengths(2 * n);
-        double work_done = 0;
+        double products = 0;
         for (long i = 0; i < n; i++) {
-            for (int list = 0; list < 2; list++) work_done += double(lengths[2 * i + list] = call.length(list, i)) * heads * width;
+            for (int list = 0; list < 2; list++) {
+                lengths[2 * i + list] = call.length(list, i);
+                products += double(lengths[2 * i + list]) * heads * width;
+            }
             windows[i] = (lengths[2 * i] + CHUNK - 1) / CHUNK;
             chunks[i + 1] = chunks[i] + windows[i] + (lengths[2 * i + 1] + CHUNK - 1) / CHUNK;
         }
@@ -330,7 +340,7 @@ template <class T, class X> struct Attention {
         std::vector<Mixed> states, parts;
         for (long i = 0; i < n; i++) states.push_back(Mixed::in(shared_room, heads, width));
         for (long s = 0; s < slot_count; s++) parts.push_back(Mixed::in(shared_room, heads, width));
-#pragma omp parallel if (work_done > 10000)
+#pragma omp parallel if (products > 10000)
         {
             static thread_local Room room;
             room.open(Work<X>::size(heads, width));
@@ -343,8 +353,9 @@ template <class T, class X> struct Attention {
                 for (long c = round; c < end; c++) {
                     long i = std::upper_bound(chunks.begin(), chunks.end(), c) - chunks.begin() - 1, k = c - chunks[i];
                     int list = k >= windows[i];
+                    long from = (list ? k - windows[i] : k) * CHUNK;
                     work.part = parts[c - round];
-                    chunk(work, list, i, (list ? k - windows[i] : k) * CHUNK, lengths[2 * i + list], panels + i * panels_size());
+                    chunk(work, list, i, from, lengths[2 * i + list], panels + i * panels_size());
                 }
 #pragma omp for schedule(static) collapse(2)
                 for (long i = 0; i < n; i++)
@@ -379,8 +390,8 @@ EXPORT(sparse_attention)
  const void* stop, const void* entry_start, const void* entry_stop, const void* chosen, long K, const float* sink,
  float scale, void* out, float* lse) {
     auto rows = [](const void* p) { return static_cast<const int64_t*>(p); };
-    Call call{q, n, H, D, {Pool(window), Pool(entries)}, {rows(start), rows(entry_start)}, {rows(stop), rows(entry_stop)},
-              rows(chosen), K, sink, scale, out, lse};
+    Call call{q, n, H, D, {Pool(window), Pool(entries)}, {rows(start), rows(entry_start)},
+              {rows(stop), rows(entry_stop)}, rows(chosen), K, sink, scale, out, lse};
     if (is_bf16) attend<bf16>(call);
     else attend<float>(call);
 }

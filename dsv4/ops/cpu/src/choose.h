@@ -1,7 +1,7 @@
 // The best k rows by score, ties to the lowest row, from scores that come in ascending order of rows.
 #pragma once
 
-#include "simd.h"
+#include "room.h"
 
 namespace {
 
@@ -27,6 +27,9 @@ struct Best {
     float least;
 
     static long room_for(long k) { return 2 * k + 16 * LANES; }
+    static Best in(Room& memory, long room) {
+        return {memory.take<uint32_t>(room), memory.take<int32_t>(room), 0, room, 0, 0};
+    }
 
     void clear(long wanted) { k = wanted, count = 0, least = wanted ? -INFINITY : NAN; }
 
@@ -110,8 +113,10 @@ struct Best {
             low = some < low ? some : low, high = some > high ? some : high;
         }
         uint32_t least_of = ~0u, most = 0;
-        for (int lane = 0; lane < LANES; lane++) least_of = std::min(least_of, low[lane]), most = std::max(most, high[lane]);
-        for (; i < count; i++) least_of = std::min(least_of, order[i]), most = std::max(most, order[i]);
+        for (int lane = 0; lane < LANES; lane++)
+            least_of = std::min(least_of, low[lane]), most = std::max(most, high[lane]);
+        for (; i < count; i++)
+            least_of = std::min(least_of, order[i]), most = std::max(most, order[i]);
         if (least_of == most) return most;
         int bit = 31 - __builtin_clz(least_of ^ most);
         uint32_t border = bit == 31 ? 0 : most >> (bit + 1) << (bit + 1);

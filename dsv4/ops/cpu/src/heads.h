@@ -1,5 +1,5 @@
-// Products of queries with keys where every head of a query meets the same keys: heads lie in the lanes of a vector, and
-// the numbers of a key are spread to all of them. So keys are read as they lie, and nothing is summed over lanes.
+// Products of queries with keys where every head of a query meets the same keys: heads lie in the lanes of a vector,
+// and the numbers of a key are spread to all of them. So keys are read as they lie, and nothing is summed over lanes.
 //
 // A product is the sum over ascending d in one lane (with BF16 instructions: over ascending pairs). It does not depend
 // on the tile that it is computed in.
@@ -13,12 +13,12 @@ typedef float v8 __attribute__((vector_size(32)));
 
 template <class V> constexpr int lanes() { return sizeof(V) / 4; }
 
-// Eight heads or fewer are held in half of an AVX-512 vector: there are two of these products in the time of a whole one.
 constexpr long COLUMNS = 2 * LANES;  // of a panel: two vectors of heads
+constexpr int KEYS = 8;              // of a tile
+
+// Eight heads or fewer take half of an AVX-512 vector, in which a product takes half the time where it matters.
 INLINE long padded_heads(long heads) { return heads <= 8 ? 8 : (heads + LANES - 1) / LANES * LANES; }
 INLINE long panel_columns(long left) { return left >= COLUMNS ? COLUMNS : std::min<long>(left, LANES); }
-
-template <class V> INLINE V widest(V a, V b) { return a > b ? a : b; }
 
 // acc + a * b, rounded once: said, where the compiler might choose otherwise from place to place.
 INLINE vf fused(vf a, vf b, vf acc) {
@@ -51,7 +51,7 @@ template <> struct Spread<bf16> {
 };
 #endif
 
-// --- queries in panels: [D / STEP][columns][STEP], a panel of COLUMNS heads after the other, the last may be narrower ---
+// --- queries in panels, one after the other, the last may be narrower: each [D / STEP][COLUMNS heads][STEP] ---
 
 // Eight units of a row, 32 bits each: numbers, or with BF16 instructions pairs of them.
 template <class X> INLINE v8 units(const float* row) { return load_as<v8>(row); }
@@ -106,21 +106,25 @@ template <class X, class T> void lay_panels(const T* const* rows, long columns, 
 }
 
 // acc[m][n]: the products of M keys with N vectors of heads, a panel that is N vectors wide.
-template <int M, int N, class V, class X> INLINE void spread(const X* panel, const X* const* keys, long D, V (&acc)[M][N]) {
+template <int M, int N, class V, class X>
+INLINE void spread(const X* panel, const X* const* keys, long D, V (*acc)[N]) {
     constexpr int STEP = Spread<X>::STEP, L = lanes<V>();
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) acc[m][n] = V{};
-    for (long d = 0; d < D; d += STEP) {
-        V heads[N];
-        for (int n = 0; n < N; n++) heads[n] = load_as<V>(panel + d * N * L + n * L * STEP);
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) acc[m][n] = Spread<X>::add(acc[m][n], heads[n], keys[m] + d);
+    if constexpr (LANES == 8 && M * N > 8) {  // more sums than there are registers
+        spread<M / 2, N>(panel, keys, D, acc);
+        spread<M / 2, N>(panel, keys + M / 2, D, acc + M / 2);
+    } else {
+        V sums[M][N] = {};
+        for (long d = 0; d < D; d += STEP) {
+            V heads[N];
+            for (int n = 0; n < N; n++) heads[n] = load_as<V>(panel + d * N * L + n * L * STEP);
+            for (int m = 0; m < M; m++)
+                for (int n = 0; n < N; n++) sums[m][n] = Spread<X>::add(sums[m][n], heads[n], keys[m] + d);
+        }
+        std::memcpy(acc, sums, sizeof sums);
     }
 }
 
-constexpr int KEYS = 8;  // of a tile
-
-// Calls f.tile<V, N>(first column, its panel) for every panel.
+// Calls f.panel<V, N>(its first column, where it lies) for every panel.
 template <class X, class F> INLINE void for_panels(const X* panels, long columns, long D, F f) {
     for (long c = 0; c < columns;) {
         long wide = panel_columns(columns - c);

@@ -172,7 +172,8 @@ template <class T, class X> struct Index {
             find_keys(work, from, count);
             Score<X> score{work.keys, count, D, heads, work.weights, work.partial, work.scores};
             for_panels(work.panels, (j - i) * heads, D, score);
-            for (long a = i; a < j; a++) best[a - i].offer(work.scores + (a - i) * TILE, from, std::min(count, call.last(a) - from));
+            for (long a = i; a < j; a++)
+                best[a - i].offer(work.scores + (a - i) * TILE, from, std::min(count, call.last(a) - from));
         }
     }
 
@@ -185,21 +186,20 @@ template <class T, class X> struct Index {
         for (long i = 0; i < call.n; i++) longest = std::max(longest, call.last(i) - call.first(i));
         long held = Best::room_for(std::min(call.k, longest));
         // few blocks: the keys of each are shared out
-        long parts = blocks >= 2 * threads ? 1 : std::clamp<long>((2 * threads + blocks - 1) / blocks, 1, std::max<long>(1, longest / (4 * TILE)));
-        if (threads == 1) parts = 1;
+        long parts = 1;
+        if (threads > 1 && blocks < 2 * threads)
+            parts = std::clamp<long>(longest / (4 * TILE), 1, (2 * threads + blocks - 1) / blocks);
         static thread_local Room shared;
         std::vector<Best> bests;
         shared.open(parts == 1 ? 0 : blocks * parts * most * (held * 8 + 128));
-        if (parts > 1)
-            for (long b = 0; b < blocks * parts * most; b++) bests.push_back({shared.take<uint32_t>(held), shared.take<int32_t>(held), 0, held, 0, 0});
+        for (long b = 0; parts > 1 && b < blocks * parts * most; b++) bests.push_back(Best::in(shared, held));
 #pragma omp parallel if (double(longest) * call.n * heads * D > 50000)
         {
             static thread_local Room room;
             room.open(work_size() + most * (held * 8 + 128));
             Work work = work_in(room);
             std::vector<Best> own;
-            if (parts == 1)
-                for (long a = 0; a < most; a++) own.push_back({room.take<uint32_t>(held), room.take<int32_t>(held), 0, held, 0, 0});
+            for (long a = 0; parts == 1 && a < most; a++) own.push_back(Best::in(room, held));
 #pragma omp for schedule(dynamic, 1)
             for (long item = 0; item < blocks * parts; item++) {
                 long i = begin_of[item / parts], j = begin_of[item / parts + 1], part = item % parts;
@@ -259,13 +259,14 @@ EXPORT(index_scores_topk)
 
 // The best counts[i] (at most k) of scores [rows] in each interval int64 [n] -> rows int64 [n, k].
 EXPORT(best_rows)
-(const float* scores, long rows, const int64_t* start, const int64_t* stop, const int64_t* counts, long n, long k, int64_t* out) {
+(const float* scores, long rows, const int64_t* start, const int64_t* stop, const int64_t* counts, long n, long k,
+ int64_t* out) {
 #pragma omp parallel if (n > 1 && double(n) * rows > 20000)
     {
         static thread_local Room room;
         long held = Best::room_for(std::min(k, rows));
         room.open(held * 8 + 192);
-        Best best{room.take<uint32_t>(held), room.take<int32_t>(held), 0, held, 0, 0};
+        Best best = Best::in(room, held);
 #pragma omp for schedule(dynamic, 8)
         for (long i = 0; i < n; i++) {
             long lo = std::clamp<long>(start[i], 0, rows), hi = std::max(lo, std::min<long>(stop[i], rows));
@@ -292,7 +293,8 @@ EXPORT(topk_lowest)(const void* scores, int is_bf16, long rows, long n, long k, 
                 vf some = is_bf16 ? load_some(static_cast<const bf16*>(scores) + r * n + i, count)
                                   : load_some(static_cast<const float*>(scores) + r * n + i, count);
                 vu order = ordered(some);
-                for (int lane = 0; lane < LANES; lane++) keys[i + lane] = uint64_t(order[lane]) << 32 | uint32_t(~(i + lane));
+                for (int lane = 0; lane < LANES; lane++)
+                    keys[i + lane] = uint64_t(order[lane]) << 32 | uint32_t(~(i + lane));
             }
             std::partial_sort(keys.begin(), keys.begin() + k, keys.begin() + n, std::greater<uint64_t>());
             for (long i = 0; i < k; i++) out[r * k + i] = int64_t(uint32_t(~keys[i]));

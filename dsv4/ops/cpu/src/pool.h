@@ -2,6 +2,7 @@
 #pragma once
 
 #include "matmul.h"
+#include "room.h"
 
 namespace {
 
@@ -30,9 +31,9 @@ INLINE void as_bf16(const float* row, bf16* out, long padded) {
 
 struct Pool {
     const uint8_t* data;
-    const int64_t* table;                 // the pages' numbers, or null where rows lie one after the other
-    long rows, per_page, stride;          // stride: bytes from row to row of `data`
-    long kind, coded, tail, block;        // kind: a Dtype; packed rows: numbers in codes and in the BF16 tail, and in a block
+    const int64_t* table;           // the pages' numbers, or null where rows lie one after the other
+    long rows, per_page, stride;    // stride: bytes from row to row of `data`
+    long kind, coded, tail, block;  // kind: a Dtype; numbers in codes, in the BF16 tail, in a block of a scale
 
     // As pools.py lays it out.
     explicit Pool(const int64_t* p)
@@ -91,7 +92,8 @@ struct Pool {
             int scale = *scales++;
             if (scale < 2 || scale > 252) return false;
             // a power of two is added to the exponents, but for zeros
-            __m512i scaled = _mm512_mask_add_epi16(numbers, 0xfefe, numbers, _mm512_set1_epi16(short((scale - 127) * 128)));
+            __m512i exponent = _mm512_set1_epi16(short((scale - 127) * 128));
+            __m512i scaled = _mm512_mask_add_epi16(numbers, 0xfefe, numbers, exponent);
             __m128i pair = load_as<__m128i>(row + k / 2), nibble = _mm_set1_epi8(15);
             __m128i low = _mm_and_si128(pair, nibble), high = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
             __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
@@ -128,7 +130,8 @@ struct Pool {
         if (K == FP8) keep_nan(row, out);
         const uint8_t* from = row + bytes;
         long k = coded, width = coded + tail;
-        for (; k + LANES <= width; k += LANES) store(out + k, load(reinterpret_cast<const bf16*>(from + 2 * (k - coded))));
+        for (; k + LANES <= width; k += LANES)
+            store(out + k, load(reinterpret_cast<const bf16*>(from + 2 * (k - coded))));
         if (k < width) {
             bf16 part[LANES] = {};
             std::memcpy(part, from + 2 * (k - coded), 2 * (width - k));
@@ -151,24 +154,8 @@ struct Pool {
             if ((row[k] & 0x7f) == 0x7f) out[k] = NAN;
     }
 
-    template <int K> static INLINE vf codes(const uint8_t* p, long k) { return K == FP8 ? e4m3(p + k) : e2m1(p + k / 2); }
-};
-
-// Room that a thread keeps from call to call; what `take` gives begins at a cache line.
-class Room {
-    std::vector<uint8_t> bytes;
-    size_t used = 0;
-
-  public:
-    // Forget what was taken; there must be room for `size` bytes and 64 for each piece.
-    void open(size_t size) {
-        if (bytes.size() < size + 64) bytes.resize(size + 64);
-        used = 64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64;
-    }
-    template <class T> T* take(long count) {
-        T* out = reinterpret_cast<T*>(bytes.data() + used);
-        used += (count * sizeof(T) + 63) / 64 * 64;
-        return out;
+    template <int K> static INLINE vf codes(const uint8_t* p, long k) {
+        return K == FP8 ? e4m3(p + k) : e2m1(p + k / 2);
     }
 };
 
