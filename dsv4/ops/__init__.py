@@ -34,7 +34,7 @@ from dsv4.ops.weights import PackedMatrix
 __all__ = [
     "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "compress", "cross_entropy", "experts", "explain",
     "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read", "hyper_write", "index_scores",
-    "index_scores_topk", "keep_out_of_graphs", "linear", "newton_schulz", "pack_rows", "rms_norm", "rotate",
+    "index_scores_topk", "keep_out_of_graphs", "linear", "mlp", "newton_schulz", "pack_rows", "rms_norm", "rotate",
     "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "wrapped",
 ]  # fmt: skip
 
@@ -204,12 +204,25 @@ def gate(
     return call("gate", x, weight, bias, chosen, k, scale)
 
 
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
+) -> Tensor:
     """Routed experts: sum over a token's chosen experts of w2 (weight * clamped-SwiGLU(x)), fp32 [n, M].
 
-    x [n, M]; chosen int64 [n, k]; weights fp32 [n, k]; w13 [X, 2, I, M] (gate over up), w2 [X, M, I].
+    x [n, M]; chosen int64 [n, k]; weights fp32 [n, k]; w13 [X, 2, I, M] (gate over up), w2 [X, M, I], or both packed,
+    all experts one below the other: [X*2*I, M] and [X*M, I], without gradient.
     """
     return call("experts", x, chosen, weights, w13, w2, limit)
+
+
+def mlp(
+    x: Tensor, w1: Tensor | PackedMatrix, w3: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
+) -> Tensor:
+    """w2 (clamped-SwiGLU(w1 x, w3 x)) [n, M] in x's dtype: one expert for all tokens. w1, w3 [I, M], w2 [M, I].
+
+    The activation is fp32 and cast to x's dtype once.
+    """
+    return call("mlp", x, w1, w3, w2, limit)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

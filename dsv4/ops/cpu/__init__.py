@@ -3,10 +3,12 @@
 Importing raises ImportError with the reason where the library was not built or cannot run (library.py).
 """
 
+from dsv4.ops.cpu import experts as _experts
 from dsv4.ops.cpu import linear as _linear
+from dsv4.ops.cpu.experts import experts, mlp
 from dsv4.ops.cpu.linear import linear
 from dsv4.ops.limits import Limits
 
-__all__ = ["LIMITS", "linear"]
+__all__ = ["LIMITS", "experts", "linear", "mlp"]
 
-LIMITS: dict[str, Limits] = {**_linear.LIMITS}
+LIMITS: dict[str, Limits] = {**_experts.LIMITS, **_linear.LIMITS}
