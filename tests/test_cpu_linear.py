@@ -112,6 +112,46 @@ def test_mlp(form: str) -> None:
             assert torch.equal(served("mlp", args[0][:1], w1, w3, w2, 0.5), got[:1])
 
 
+def turn(n: int, pairs: int) -> Tensor:
+    return torch.polar(torch.ones(n, pairs), normal(n, pairs, seed=9))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("heads", "width", "pairs"), [(3, 10, 2), (8, 128, 16), (2, 24, 12)])
+def test_project_in_and_out(form: str, heads: int, width: int, pairs: int) -> None:
+    """Also the same bits for a token alone; nothing that was given is written to."""
+    m, low, groups, rank = 66, 34, 2 if heads % 2 == 0 else 1, 128 if form == "fp8" else 6
+    wq_a, wq_b, wkv = weight(form, low, m), weight(form, heads * width, low, 2), weight(form, width, m, 3)
+    wo_a, wo_b = weight(form, groups * rank, heads * width // groups, 4), weight(form, m, groups * rank, 5)
+    for dtype in dtypes_of(form):
+        for n in (1, 5, 40):
+            x, at = normal(n, m).to(dtype), turn(n, pairs)
+            args = (x, wq_a, normal(low, seed=6), wq_b, wkv, normal(width, seed=7), heads, 1e-6, at)
+            outs = served("project_in", *args)
+            for got, want in zip(outs, reference.project_in(*args), strict=True):
+                assert got.dtype == dtype and got.shape == want.shape
+                assert differ(got, want) <= 3 * BOUNDS[dtype] * max(1.0, want.abs().max().item())
+            alone = served("project_in", x[-1:], *args[1:-1], at[-1:])
+            assert all(torch.equal(a, b[-1:]) for a, b in zip(alone, outs, strict=True))
+            o = normal(n, heads, width, seed=8).to(dtype)
+            kept, last = o.clone(), (at, wo_a, groups, wo_b)
+            got, want = served("project_out", o, *last), reference.project_out(o, *last)
+            assert differ(got, want) <= 3 * BOUNDS[dtype] * max(1.0, want.abs().max().item())
+            assert torch.equal(o, kept)
+            assert torch.equal(served("project_out", o[-1:], at[-1:], *last[1:]), got[-1:])
+
+
+@pytest.mark.parametrize("width", [6, 64, 129])
+def test_compressor_rows(width: int) -> None:
+    wkv, wgate, ape = normal(width, 50, seed=1), normal(width, 50, seed=2), normal(4, width, seed=3)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, positions = normal(9, 50).to(dtype), torch.arange(70, 79)
+        got = served("compressor_rows", x, wkv, wgate, ape, positions)
+        want = reference.compressor_rows(x, wkv, wgate, ape, positions)
+        assert got.dtype == torch.float32 and differ(got, want) <= 1e-5 * want.abs().max().item()
+        assert torch.equal(served("compressor_rows", x[3:4], wkv, wgate, ape, positions[3:4]), got[3:4])
+
+
 def test_a_nan_stays_where_it_is() -> None:
     x, w = normal(3, 40), weight("fp32", 9, 40)
     x[1, 7] = float("nan")
@@ -123,7 +163,14 @@ def test_a_nan_stays_where_it_is() -> None:
 
 def test_the_number_of_threads_changes_no_bit() -> None:
     x, w = normal(300, 390), weight("fp32", 259, 390)
-    args = (x[:, :256].contiguous(), torch.arange(300)[:, None] % 4, torch.ones(300, 1), normal(4, 2, 64, 256), normal(4, 256, 64), 5.0)
+    args = (
+        x[:, :256].contiguous(),
+        torch.arange(300)[:, None] % 4,
+        torch.ones(300, 1),
+        normal(4, 2, 64, 256),
+        normal(4, 256, 64),
+        5.0,
+    )
     before, seen = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

@@ -13,8 +13,8 @@ from dsv4.ops.spans import Spans
 from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
-    "best_rows", "compress", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits",
-    "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "mlp", "pack_rows", "rotate",
+    "best_rows", "compress", "compressor_rows", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits",
+    "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "mlp", "pack_rows", "project_in", "project_out", "rotate",
     "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "unpack_rows",
 ]  # fmt: skip
 
@@ -197,6 +197,39 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     if isinstance(weight, PackedMatrix):
         return F.linear(x, weight.unpack(x.dtype))
     return F.linear(x, weight.to(x.dtype))
+
+
+def project_in(
+    x: Tensor,
+    wq_a: Tensor | PackedMatrix,
+    q_gain: Tensor,
+    wq_b: Tensor | PackedMatrix,
+    wkv: Tensor | PackedMatrix,
+    kv_gain: Tensor,
+    heads: int,
+    eps: float,
+    turn: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qr = rms_norm(linear(x, wq_a), q_gain, eps)
+    q = linear(qr, wq_b).unflatten(1, (heads, -1))
+    q = rotate(F.rms_norm(q.float(), q.shape[-1:], None, eps).to(x.dtype), turn)
+    kv = rms_norm(linear(x, wkv), kv_gain, eps)
+    return qr, q, kv, rotate(kv, turn)
+
+
+def project_out(
+    o: Tensor, turn: Tensor, wo_a: Tensor | PackedMatrix, groups: int, wo_b: Tensor | PackedMatrix
+) -> Tensor:
+    grouped = rotate(o, turn.conj()).reshape(len(o), groups, -1)
+    wide = wo_a.unpack(o.dtype) if isinstance(wo_a, PackedMatrix) else wo_a.to(o.dtype)
+    low = torch.einsum("tgi,gri->tgr", grouped, wide.view(groups, -1, grouped.shape[-1]))
+    return linear(low.flatten(1), wo_b)
+
+
+def compressor_rows(x: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor, positions: Tensor) -> Tensor:
+    x = x.float()
+    bias = F.embedding(positions % len(ape), ape.float())
+    return torch.stack([linear(x, wkv), linear(x, wgate) + bias], dim=1)
 
 
 # --- mixture of experts ----------------------------------------------------------------------------------------------

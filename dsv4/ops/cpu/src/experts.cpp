@@ -47,8 +47,8 @@ std::vector<Task> tasks(const std::vector<Group>& groups, long outputs, long K, 
     return out;
 }
 
-template <int D, class T>
-void run(const T* x, long n, const int64_t* chosen, const float* weights, long k, long experts, const Weights& w, float limit,
+template <class T>
+void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weights, long k, long experts, const Weights& w, float limit,
          float* out) {
     typedef typename Multiplied<T>::type X;
     long M = w.width, I = w.inner, pairs = n * k, threads = omp_get_max_threads();
@@ -69,8 +69,8 @@ void run(const T* x, long n, const int64_t* chosen, const float* weights, long k
             const Group& g = groups[job.group];
             long at = g.first + job.first, gate = g.expert * w.step, up = gate + w.offset;
             T* to = &hidden[at * 2 * I];
-            product<D>(job.count, &rows[at * M], M, w.gate, gate + job.n0, gate + job.n1, to - gate, 2 * I, panel.data());
-            product<D>(job.count, &rows[at * M], M, w.up, up + job.n0, up + job.n1, to + I - up, 2 * I, panel.data());
+            product(dtype, job.count, &rows[at * M], M, w.gate, gate + job.n0, gate + job.n1, to - gate, 2 * I, panel.data());
+            product(dtype, job.count, &rows[at * M], M, w.up, up + job.n0, up + job.n1, to + I - up, 2 * I, panel.data());
         }
 #pragma omp for
         for (long i = 0; i < pairs; i++) {
@@ -95,7 +95,7 @@ void run(const T* x, long n, const int64_t* chosen, const float* weights, long k
             const Task& job = second[t];
             const Group& g = groups[job.group];
             long at = g.first + job.first, row = g.expert * w.down_step;
-            product<D>(job.count, &act[at * I], I, w.down, row + job.n0, row + job.n1, &parts[at * M] - row, M, panel.data());
+            product(dtype, job.count, &act[at * I], I, w.down, row + job.n0, row + job.n1, &parts[at * M] - row, M, panel.data());
         }
 #pragma omp single
         {
@@ -115,17 +115,6 @@ void run(const T* x, long n, const int64_t* chosen, const float* weights, long k
     }
 }
 
-template <class T>
-void by_weight(int dtype, const T* x, long n, const int64_t* chosen, const float* weights, long k, long experts, const Weights& w,
-               float limit, float* out) {
-    switch (dtype) {
-        case F32: return run<F32>(x, n, chosen, weights, k, experts, w, limit, out);
-        case BF16: return run<BF16>(x, n, chosen, weights, k, experts, w, limit, out);
-        case FP8: return run<FP8>(x, n, chosen, weights, k, experts, w, limit, out);
-        default: return run<FP4>(x, n, chosen, weights, k, experts, w, limit, out);
-    }
-}
-
 }  // namespace
 
 // x [n, M] -> out fp32 [n, M]; chosen [n, k]; weights fp32 [n, k], or none: then they are 1. Rows of experts: see Weights.
@@ -137,6 +126,6 @@ EXPORT(experts)
         return Matrix{data, static_cast<const uint8_t*>(scales), columns, columns};
     };
     Weights w{matrix(gate, gate_scales, M), matrix(up, up_scales, M), matrix(down, down_scales, I), step, offset, down_step, I, M};
-    if (is_bf16) by_weight(dtype, static_cast<const bf16*>(x), n, chosen, weights, k, experts, w, limit, out);
-    else by_weight(dtype, static_cast<const float*>(x), n, chosen, weights, k, experts, w, limit, out);
+    if (is_bf16) run(dtype, static_cast<const bf16*>(x), n, chosen, weights, k, experts, w, limit, out);
+    else run(dtype, static_cast<const float*>(x), n, chosen, weights, k, experts, w, limit, out);
 }
