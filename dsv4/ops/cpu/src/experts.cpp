@@ -52,6 +52,7 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
          float* out) {
     typedef typename Multiplied<T>::type X;
     long M = w.width, I = w.inner, pairs = n * k, threads = omp_get_max_threads();
+    if (!n) return;
     std::vector<long> order;
     std::vector<Group> groups = sorted(chosen, pairs, experts, order);
     std::vector<Task> first = tasks(groups, I, M, threads), second = tasks(groups, M, I, threads);

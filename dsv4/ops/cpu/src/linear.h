@@ -18,6 +18,7 @@ template <class T> void linear(const T* x, long M, long ldx, const Weight& weigh
     long N = weight.rows;
     typedef typename Multiplied<T>::type X;
     long K = w.columns, ld = ldx;
+    if (!M || !N) return;
     std::vector<X> room;
     const X* rows;
     if constexpr (std::is_same<X, T>::value) rows = x;
