@@ -1,0 +1,404 @@
+// Hyper-connections: the maps of a token's N streams (eq. 3-8), and reading, writing and collapsing the streams.
+//
+// A token's streams are one row x of K = N * M numbers. Its products with the rows of fn are summed in parts that begin
+// at fixed places, so that threads may share a long row; within a part one vector belongs to one product (matmul.h).
+#include "matmul.h"
+#include "norm.h"
+
+namespace {
+
+constexpr int STREAMS = 8;             // at most
+constexpr long CHUNK = 512;            // numbers of a row that are multiplied at a time: MR tokens' stay in the first cache
+constexpr long PART = 8 * CHUNK;       // numbers of a row that are summed as one
+constexpr long TOKENS = 4 * MR;        // that a piece of fn is read for at most
+
+// --- products with fn ---
+
+// acc[m][n] += x_m . fn_n by lanes, for M tokens and NR rows of fn (of which only `there` exist) and K numbers.
+template <int M> INLINE void add_products(const float* x, long ldx, const float* fn, long ldf, int there, long K, vf* acc, long lda) {
+    const float* row[NR];
+    for (int n = 0; n < NR; n++) row[n] = fn + std::min(n, there - 1) * ldf;
+    vf sums[M][NR];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < NR; n++) sums[m][n] = acc[m * lda + n];
+    long k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        vf w[NR];
+        for (int n = 0; n < NR; n++) w[n] = load(row[n] + k);
+        for (int m = 0; m < M; m++) {
+            vf a = load(x + m * ldx + k);
+            for (int n = 0; n < NR; n++) sums[m][n] = sums[m][n] + a * w[n];
+        }
+    }
+    if (k < K) {
+        vf w[NR];
+        for (int n = 0; n < NR; n++) w[n] = load_some(row[n] + k, int(K - k));
+        for (int m = 0; m < M; m++) {
+            vf a = load_some(x + m * ldx + k, int(K - k));
+            for (int n = 0; n < NR; n++) sums[m][n] = sums[m][n] + a * w[n];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < NR; n++) acc[m * lda + n] = sums[m][n];
+}
+
+// What is asked of tokens: their products with `outputs` rows of fn, and their squares.
+template <class T> struct Projection {
+    const T* x;
+    const float* fn;
+    long K;
+    int outputs;
+
+    long wide() const { return outputs + 1; }  // numbers for a token: the products, then the sum of squares
+    long parts() const { return (K + PART - 1) / PART; }
+    long padded() const { return (outputs + NR - 1) / NR * NR + 1; }
+
+    // sums[count][wide()] over part p of the rows of `count` tokens from `first` on; acc has room for count * padded().
+    void part(long p, long first, long count, float* sums, vf* acc) const {
+        long lda = padded();
+        std::fill(acc, acc + count * lda, vf{});
+        float widened[std::is_same<T, float>::value ? 1 : MR * CHUNK];
+        for (long k = p * PART; k < std::min(K, (p + 1) * PART); k += CHUNK) {
+            long width = std::min(CHUNK, K - k);
+            for (long t = 0; t < count; t += MR) {
+                long tokens = std::min<long>(MR, count - t), ldx = K;
+                const float* from;
+                if constexpr (std::is_same<T, float>::value) from = x + (first + t) * K + k;
+                else from = widened, ldx = CHUNK;
+                for (long m = 0; m < tokens; m++) {
+                    const T* row = x + (first + t + m) * K + k;
+                    vf squares = acc[(t + m) * lda + lda - 1];
+                    for (long i = 0; i < width; i += LANES) {
+                        vf v = load_up_to(row + i, width - i);
+                        squares = squares + v * v;
+                        if constexpr (!std::is_same<T, float>::value) store(widened + m * CHUNK + i, v);
+                    }
+                    acc[(t + m) * lda + lda - 1] = squares;
+                }
+                for (int n = 0; n < outputs; n += NR) {
+                    const float* w = fn + n * K + k;
+                    int there = std::min(NR, outputs - n);
+                    long m = 0;
+                    for (; m + MR <= tokens; m += MR) add_products<MR>(from + m * ldx, ldx, w, K, there, width, acc + (t + m) * lda + n, lda);
+                    for (; m + 2 <= tokens; m += 2) add_products<2>(from + m * ldx, ldx, w, K, there, width, acc + (t + m) * lda + n, lda);
+                    for (; m < tokens; m++) add_products<1>(from + m * ldx, ldx, w, K, there, width, acc + (t + m) * lda + n, lda);
+                }
+            }
+        }
+        for (long t = 0; t < count; t++) {
+            for (int n = 0; n < outputs; n += NR) {
+                float four[NR];
+                sum4(acc + t * lda + n, four);
+                std::copy(four, four + std::min(NR, outputs - n), sums + t * wide() + n);
+            }
+            sums[t * wide() + outputs] = sum(acc[t * lda + lda - 1]);
+        }
+    }
+
+    // sums [n][wide()] += those of a further part
+    void add(const float* more, long n, float* sums) const {
+        for (long i = 0; i < n * wide(); i++) sums[i] += more[i];
+    }
+
+    // Calls finish(first, count, sums) for blocks of tokens: long calls share the blocks among the threads, and calls of
+    // few tokens with long rows share the parts of the rows.
+    template <class Finish> void run(long n, const Finish& finish) const {
+        long threads = omp_get_max_threads(), size = n >= TOKENS * threads ? TOKENS : MR;
+        long blocks = (n + size - 1) / size;
+        bool share = blocks < threads && parts() > 1;
+        std::vector<float> apart(share ? parts() * n * wide() : 0);
+#pragma omp parallel if (n * K * outputs > 100000 && (blocks > 1 || share))
+        {
+            std::vector<vf> acc(std::min(n, size) * padded());
+            if (share) {
+#pragma omp for schedule(dynamic, 1) collapse(2)
+                for (long p = 0; p < parts(); p++)
+                    for (long b = 0; b < blocks; b++)
+                        part(p, b * size, std::min(size, n - b * size), &apart[(p * n + b * size) * wide()], acc.data());
+#pragma omp for schedule(dynamic, 1)
+                for (long t = 0; t < n; t++) {
+                    for (long p = 1; p < parts(); p++) add(&apart[(p * n + t) * wide()], 1, &apart[t * wide()]);
+                    finish(t, 1, &apart[t * wide()]);
+                }
+            } else {
+                std::vector<float> sums(2 * size * wide());
+                float* more = sums.data() + size * wide();
+#pragma omp for schedule(dynamic, 1)
+                for (long b = 0; b < blocks; b++) {
+                    long count = std::min(size, n - b * size);
+                    part(0, b * size, count, sums.data(), acc.data());
+                    for (long p = 1; p < parts(); p++) {
+                        part(p, b * size, count, more, acc.data());
+                        add(more, count, sums.data());
+                    }
+                    finish(b * size, count, sums.data());
+                }
+            }
+        }
+    }
+};
+
+// --- Sinkhorn ---
+
+// A 4 x 4 matrix, row after row, in one vector or two. Sums over a row or a column of a, b, c, d are (a + c) + (b + d).
+struct Four {
+    static constexpr int PARTS = 16 / LANES;
+    vf part[PARTS];
+};
+
+#if defined(__AVX512F__)
+INLINE vf other_half(vf v) { return __builtin_shuffle(v, vi{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}); }
+INLINE vf next_row(vf v) { return __builtin_shuffle(v, vi{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}); }
+INLINE vf two_on(vf v) { return __builtin_shuffle(v, vi{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}); }
+INLINE vf neighbour(vf v) { return __builtin_shuffle(v, vi{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}); }
+#else
+INLINE vf next_row(vf v) { return __builtin_shuffle(v, vi{4, 5, 6, 7, 0, 1, 2, 3}); }
+INLINE vf two_on(vf v) { return __builtin_shuffle(v, vi{2, 3, 0, 1, 6, 7, 4, 5}); }
+INLINE vf neighbour(vf v) { return __builtin_shuffle(v, vi{1, 0, 3, 2, 5, 4, 7, 6}); }
+#endif
+
+INLINE vf row_sums(vf v) {
+    v = v + two_on(v);
+    return v + neighbour(v);
+}
+INLINE vf row_largest(vf v) {
+    v = max(v, two_on(v));
+    return max(v, neighbour(v));
+}
+INLINE vf column_sums(const Four& c) {  // those of both vectors are the same
+#if defined(__AVX512F__)
+    vf v = c.part[0] + other_half(c.part[0]);
+#else
+    vf v = c.part[0] + c.part[1];
+#endif
+    return v + next_row(v);
+}
+
+// B matrices side by side, so that the steps of one wait while those of another run
+template <int B> INLINE void sinkhorn4(const float* logits, long stride, float* out, int iters, float eps) {
+    Four c[B];
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < Four::PARTS; i++) {
+            vf v = load(logits + b * stride + i * LANES);
+            vf e = exp(v - row_largest(v));
+            c[b].part[i] = e / row_sums(e) + eps;
+        }
+    for (int step = 0;; step++) {
+        for (int b = 0; b < B; b++) {
+            vf total = column_sums(c[b]) + eps;
+            for (vf& part : c[b].part) part = part / total;
+        }
+        if (step >= iters - 1) break;
+        for (int b = 0; b < B; b++)
+            for (vf& part : c[b].part) part = part / (row_sums(part) + eps);
+    }
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < Four::PARTS; i++) store(out + 16 * b + i * LANES, c[b].part[i]);
+}
+
+INLINE void sinkhorn_any(const float* logits, float* c, int N, int iters, float eps) {
+    for (int i = 0; i < N; i++) {
+        const float* from = logits + i * N;
+        vf v = load_some(from, N);
+        vf e = exp(v - *std::max_element(from, from + N));
+        store_some(c + i * N, e, N);
+    }
+    auto divide = [&](int along, int across, float add) {
+        for (int i = 0; i < N; i++) {
+            float total = 0;
+            for (int j = 0; j < N; j++) total += c[i * across + j * along];
+            for (int j = 0; j < N; j++) c[i * across + j * along] /= total + add;
+        }
+    };
+    divide(1, N, 0);
+    for (int i = 0; i < N * N; i++) c[i] += eps;
+    divide(N, 1, eps);
+    for (int step = 1; step < iters; step++) {
+        divide(1, N, eps);
+        divide(N, 1, eps);
+    }
+}
+
+// `count` matrices from logits, `stride` numbers apart
+void sinkhorn(const float* logits, long stride, float* out, long count, int N, int iters, float eps) {
+    long t = 0;
+    if (N == 4) {
+        for (; t + 4 <= count; t += 4) sinkhorn4<4>(logits + t * stride, stride, out + t * 16, iters, eps);
+        for (; t < count; t++) sinkhorn4<1>(logits + t * stride, stride, out + t * 16, iters, eps);
+    }
+    for (; t < count; t++) sinkhorn_any(logits + t * stride, out + t * N * N, N, iters, eps);
+}
+
+// --- maps ---
+
+// How logits come from products: base + scale * product / rms.
+struct Affine {
+    const float *base, *scale;
+    float norm_eps;
+
+    // sums [wide] in place; the first `counts[0]` outputs have scale[0], and so on
+    void apply(float* sums, long K, std::initializer_list<int> counts) const {
+        int outputs = 0, i = 0, o = 0;
+        for (int count : counts) outputs += count;
+        float rho = 1.0f / std::sqrt(sums[outputs] / float(K) + norm_eps);
+        for (int count : counts) {
+            for (int end = o + count; o < end; o++) sums[o] = scale[i] * (sums[o] * rho) + base[o];
+            i++;
+        }
+    }
+};
+
+// pre, post [count, N] and comb [count, N, N] from the products of `count` tokens
+void maps(float* sums, long count, long K, int N, const Affine& affine, int iters, float eps, float* pre, float* post, float* comb) {
+    long wide = (2 + N) * N + 1;
+    for (long t = 0; t < count; t++) {
+        float* logits = sums + t * wide;
+        affine.apply(logits, K, {N, N, N * N});
+        for (int i = 0; i < 2 * N; i += LANES) store_up_to(logits + i, sigmoid(load_up_to(logits + i, 2 * N - i)), 2 * N - i);
+        for (int i = 0; i < N; i++) pre[t * N + i] = logits[i] + eps;
+        for (int i = 0; i < N; i++) post[t * N + i] = 2 * logits[N + i];
+    }
+    sinkhorn(sums + 2 * N, wide, comb, count, N, iters, eps);
+}
+
+// --- streams ---
+
+// out [M] = sum_j weight_j x_j
+template <int N, class T> void read(const T* x, long M, const float* weight, T* out) {
+    for (long i = 0; i < M; i += LANES) {
+        vf v = weight[0] * load_up_to(x + i, M - i);
+        for (int j = 1; j < N; j++) v = v + weight[j] * load_up_to(x + j * M + i, M - i);
+        store_up_to(out + i, v, M - i);
+    }
+}
+
+// out_k = post_k y + sum_j comb[j][k] x_j, of the channels from `i` to `end`
+template <int N, class T>
+void write(const T* x, const T* y, long M, const float* post, const float* comb, long i, long end, T* out) {
+    vf weight[N + 1][N];
+    for (int k = 0; k < N; k++) {
+        weight[0][k] = splat(post[k]);
+        for (int j = 0; j < N; j++) weight[j + 1][k] = splat(comb[j * N + k]);
+    }
+    for (; i < end; i += LANES) {
+        vf from[N + 1] = {load_up_to(y + i, end - i)};
+        for (int j = 0; j < N; j++) from[j + 1] = load_up_to(x + j * M + i, end - i);
+        for (int k = 0; k < N; k++) {
+            vf v = weight[0][k] * from[0];
+            for (int j = 1; j <= N; j++) v = v + weight[j][k] * from[j];
+            store_up_to(out + k * M + i, v, end - i);
+        }
+    }
+}
+
+// Calls f with N as a number that the compiler knows.
+template <class F> void for_streams(int N, const F& f) {
+    switch (N) {
+        case 1: return f(std::integral_constant<int, 1>());
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 4: return f(std::integral_constant<int, 4>());
+        case 5: return f(std::integral_constant<int, 5>());
+        case 6: return f(std::integral_constant<int, 6>());
+        case 7: return f(std::integral_constant<int, 7>());
+        case 8: return f(std::integral_constant<int, 8>());
+    }
+}
+
+template <class T> void hyper_maps(const T* x, long n, int N, long M, const float* fn, const Affine& affine, int iters, float eps, float* pre, float* post, float* comb) {
+    Projection<T> projection{x, fn, N * M, (2 + N) * N};
+    projection.run(n, [&](long first, long count, float* sums) {
+        maps(sums, count, N * M, N, affine, iters, eps, pre + first * N, post + first * N, comb + first * N * N);
+    });
+}
+
+template <int N, class T> void hyper_enter(const T* x, long n, long M, const float* fn, const Affine& affine, const float* gain, int iters, float eps, T* out, float* post, float* comb) {
+    Projection<T> projection{x, fn, N * M, (2 + N) * N};
+    projection.run(n, [&](long first, long count, float* sums) {
+        float pre[TOKENS * N];
+        maps(sums, count, N * M, N, affine, iters, eps, pre, post + first * N, comb + first * N * N);
+        for (long t = 0; t < count; t++) {
+            T* row = out + (first + t) * M;
+            read<N>(x + (first + t) * N * M, M, pre + t * N, row);
+            rms_norm(row, M, gain, affine.norm_eps);
+        }
+    });
+}
+
+template <int N, class T> void head_collapse(const T* x, long n, long M, const float* fn, const Affine& affine, float eps, T* out) {
+    Projection<T> projection{x, fn, N * M, N};
+    projection.run(n, [&](long first, long count, float* sums) {
+        for (long t = 0; t < count; t++) {
+            float* weight = sums + t * (N + 1);
+            affine.apply(weight, N * M, {N});
+            store_up_to(weight, sigmoid(load_some(weight, N)) + eps, N);
+            read<N>(x + (first + t) * N * M, M, weight, out + (first + t) * M);
+        }
+    });
+}
+
+template <int N, class T> void hyper_write(const T* x, const T* y, long n, long M, const float* post, const float* comb, T* out) {
+    constexpr long STRIP = 2048;
+    long strips = (M + STRIP - 1) / STRIP;
+#pragma omp parallel for schedule(static) collapse(2) if (n * N * M > 60000)
+    for (long t = 0; t < n; t++)
+        for (long s = 0; s < strips; s++)
+            write<N>(x + t * N * M, y + t * M, M, post + t * N, comb + t * N * N, s * STRIP, std::min(M, (s + 1) * STRIP), out + t * N * M);
+}
+
+}  // namespace
+
+// logits [n, N, N] -> out [n, N, N], FP32
+EXPORT(sinkhorn)(const float* logits, long n, int N, int iters, float eps, float* out) {
+    long blocks = (n + 15) / 16;
+#pragma omp parallel for schedule(static) if (n > 32)
+    for (long b = 0; b < blocks; b++)
+        sinkhorn(logits + b * 16 * N * N, N * N, out + b * 16 * N * N, std::min(16l, n - b * 16), N, iters, eps);
+}
+
+// x [n, N, M] FP32 or BF16, fn [(2+N)*N, N*M], base, scale [3] -> pre, post [n, N], comb [n, N, N]
+EXPORT(hyper_maps)
+(const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, int iters,
+ float eps, float norm_eps, float* pre, float* post, float* comb) {
+    Affine affine{base, scale, norm_eps};
+    if (is_bf16) hyper_maps(static_cast<const bf16*>(x), n, N, M, fn, affine, iters, eps, pre, post, comb);
+    else hyper_maps(static_cast<const float*>(x), n, N, M, fn, affine, iters, eps, pre, post, comb);
+}
+
+// The same -> out [n, M] of x's numbers, and post, comb
+EXPORT(hyper_enter)
+(const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale,
+ const float* gain, int iters, float eps, float norm_eps, void* out, float* post, float* comb) {
+    Affine affine{base, scale, norm_eps};
+    for_streams(N, [&](auto streams) {
+        constexpr int S = decltype(streams)::value;
+        if (is_bf16)
+            hyper_enter<S>(static_cast<const bf16*>(x), n, M, fn, affine, gain, iters, eps, static_cast<bf16*>(out), post, comb);
+        else
+            hyper_enter<S>(static_cast<const float*>(x), n, M, fn, affine, gain, iters, eps, static_cast<float*>(out), post, comb);
+    });
+}
+
+// x [n, N, M], fn [N, N*M], base [N], scale [1] -> out [n, M]
+EXPORT(head_collapse)
+(const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, float eps,
+ float norm_eps, void* out) {
+    Affine affine{base, scale, norm_eps};
+    for_streams(N, [&](auto streams) {
+        constexpr int S = decltype(streams)::value;
+        if (is_bf16) head_collapse<S>(static_cast<const bf16*>(x), n, M, fn, affine, eps, static_cast<bf16*>(out));
+        else head_collapse<S>(static_cast<const float*>(x), n, M, fn, affine, eps, static_cast<float*>(out));
+    });
+}
+
+// x [n, N, M], y [n, M], post [n, N], comb [n, N, N] -> out [n, N, M]; x, y and out are of one kind
+EXPORT(hyper_write)
+(const void* x, const void* y, int is_bf16, long n, int N, long M, const float* post, const float* comb, void* out) {
+    for_streams(N, [&](auto streams) {
+        constexpr int S = decltype(streams)::value;
+        if (is_bf16)
+            hyper_write<S>(static_cast<const bf16*>(x), static_cast<const bf16*>(y), n, M, post, comb, static_cast<bf16*>(out));
+        else
+            hyper_write<S>(static_cast<const float*>(x), static_cast<const float*>(y), n, M, post, comb, static_cast<float*>(out));
+    });
+}
