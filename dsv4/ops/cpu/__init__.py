@@ -3,12 +3,19 @@
 Importing raises ImportError with the reason where the library was not built or cannot run (library.py).
 """
 
+from dsv4.ops.cpu import gate as _gate
 from dsv4.ops.cpu import hyper as _hyper
 from dsv4.ops.cpu import linear as _linear
+from dsv4.ops.cpu import rows as _rows
+from dsv4.ops.cpu.gate import gate
 from dsv4.ops.cpu.hyper import head_collapse, hyper_enter, hyper_maps, hyper_write, sinkhorn
 from dsv4.ops.cpu.linear import linear
+from dsv4.ops.cpu.rows import compress, pack_rows, rotate, unpack_rows
 from dsv4.ops.limits import Limits
 
-__all__ = ["LIMITS", "head_collapse", "hyper_enter", "hyper_maps", "hyper_write", "linear", "sinkhorn"]
+__all__ = [
+    "LIMITS", "compress", "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_write", "linear", "pack_rows",
+    "rotate", "sinkhorn", "unpack_rows",
+]  # fmt: skip
 
-LIMITS: dict[str, Limits] = {**_linear.LIMITS, **_hyper.LIMITS}
+LIMITS: dict[str, Limits] = {**_linear.LIMITS, **_hyper.LIMITS, **_rows.LIMITS, **_gate.LIMITS}

@@ -2,6 +2,8 @@
 //
 // A token's streams are one row x of K = N * M numbers. Its products with the rows of fn are summed in parts that begin
 // at fixed places, so that threads may share a long row; within a part one vector belongs to one product (matmul.h).
+#include <functional>
+
 #include "matmul.h"
 #include "norm.h"
 
@@ -263,8 +265,12 @@ void maps(float* sums, long count, long K, int N, const Affine& affine, int iter
 
 // --- streams ---
 
+// The number of streams where the compiler knows it (S), as it does of the four that models have, or else `num`.
+template <int S> INLINE int streams(int num) { return S ? S : num; }
+
 // out [M] = sum_j weight_j x_j
-template <int N, class T> void read(const T* x, long M, const float* weight, T* out) {
+template <int S, class T> void read(const T* x, int num, long M, const float* weight, T* out) {
+    const int N = streams<S>(num);
     for (long i = 0; i < M; i += LANES) {
         vf v = weight[0] * load_up_to(x + i, M - i);
         for (int j = 1; j < N; j++) v = v + weight[j] * load_up_to(x + j * M + i, M - i);
@@ -273,15 +279,17 @@ template <int N, class T> void read(const T* x, long M, const float* weight, T* 
 }
 
 // out_k = post_k y + sum_j comb[j][k] x_j, of the channels from `i` to `end`
-template <int N, class T>
-void write(const T* x, const T* y, long M, const float* post, const float* comb, long i, long end, T* out) {
-    vf weight[N + 1][N];
+template <int S, class T>
+void write(const T* x, const T* y, int num, long M, const float* post, const float* comb, long i, long end, T* out) {
+    const int N = streams<S>(num);
+    constexpr int MOST = S ? S : STREAMS;
+    vf weight[MOST + 1][MOST];
     for (int k = 0; k < N; k++) {
         weight[0][k] = splat(post[k]);
         for (int j = 0; j < N; j++) weight[j + 1][k] = splat(comb[j * N + k]);
     }
     for (; i < end; i += LANES) {
-        vf from[N + 1] = {load_up_to(y + i, end - i)};
+        vf from[MOST + 1] = {load_up_to(y + i, end - i)};
         for (int j = 0; j < N; j++) from[j + 1] = load_up_to(x + j * M + i, end - i);
         for (int k = 0; k < N; k++) {
             vf v = weight[0][k] * from[0];
@@ -291,59 +299,74 @@ void write(const T* x, const T* y, long M, const float* post, const float* comb,
     }
 }
 
-// Calls f with N as a number that the compiler knows.
-template <class F> void for_streams(int N, const F& f) {
-    switch (N) {
-        case 1: return f(std::integral_constant<int, 1>());
-        case 2: return f(std::integral_constant<int, 2>());
-        case 3: return f(std::integral_constant<int, 3>());
-        case 4: return f(std::integral_constant<int, 4>());
-        case 5: return f(std::integral_constant<int, 5>());
-        case 6: return f(std::integral_constant<int, 6>());
-        case 7: return f(std::integral_constant<int, 7>());
-        case 8: return f(std::integral_constant<int, 8>());
-    }
-}
+// --- the ops, for streams x [n, N, M] ---
 
-template <class T> void hyper_maps(const T* x, long n, int N, long M, const float* fn, const Affine& affine, int iters, float eps, float* pre, float* post, float* comb) {
-    Projection<T> projection{x, fn, N * M, (2 + N) * N};
-    projection.run(n, [&](long first, long count, float* sums) {
-        maps(sums, count, N * M, N, affine, iters, eps, pre + first * N, post + first * N, comb + first * N * N);
+template <class T> struct Streams {
+    const T* x;
+    long n;
+    int N;
+    long M;
+
+    const T* token(long t) const { return x + t * N * M; }
+    Projection<T> onto(const float* fn, int outputs) const { return {x, fn, N * M, outputs}; }
+};
+
+template <class T>
+void hyper_maps(
+    const Streams<T>& s, const float* fn, const Affine& affine, int iters, float eps, float* pre, float* post, float* comb) {
+    int N = s.N;
+    s.onto(fn, (2 + N) * N).run(s.n, [&](long first, long count, float* sums) {
+        maps(sums, count, N * s.M, N, affine, iters, eps, pre + first * N, post + first * N, comb + first * N * N);
     });
 }
 
-template <int N, class T> void hyper_enter(const T* x, long n, long M, const float* fn, const Affine& affine, const float* gain, int iters, float eps, T* out, float* post, float* comb) {
-    Projection<T> projection{x, fn, N * M, (2 + N) * N};
-    projection.run(n, [&](long first, long count, float* sums) {
-        float pre[TOKENS * N];
-        maps(sums, count, N * M, N, affine, iters, eps, pre, post + first * N, comb + first * N * N);
+template <class T>
+void hyper_enter(
+    const Streams<T>& s, const float* fn, const Affine& affine, const float* gain, int iters, float eps, T* out,
+    float* post, float* comb) {
+    int N = s.N;
+    auto read_token = N == 4 ? read<4, T> : read<0, T>;
+    s.onto(fn, (2 + N) * N).run(s.n, [&](long first, long count, float* sums) {
+        float pre[TOKENS * STREAMS];
+        maps(sums, count, N * s.M, N, affine, iters, eps, pre, post + first * N, comb + first * N * N);
         for (long t = 0; t < count; t++) {
-            T* row = out + (first + t) * M;
-            read<N>(x + (first + t) * N * M, M, pre + t * N, row);
-            rms_norm(row, M, gain, affine.norm_eps);
+            T* row = out + (first + t) * s.M;
+            read_token(s.token(first + t), N, s.M, pre + t * N, row);
+            rms_norm(row, s.M, gain, affine.norm_eps);
         }
     });
 }
 
-template <int N, class T> void head_collapse(const T* x, long n, long M, const float* fn, const Affine& affine, float eps, T* out) {
-    Projection<T> projection{x, fn, N * M, N};
-    projection.run(n, [&](long first, long count, float* sums) {
+template <class T>
+void head_collapse(const Streams<T>& s, const float* fn, const Affine& affine, float eps, T* out) {
+    int N = s.N;
+    auto read_token = N == 4 ? read<4, T> : read<0, T>;
+    s.onto(fn, N).run(s.n, [&](long first, long count, float* sums) {
         for (long t = 0; t < count; t++) {
             float* weight = sums + t * (N + 1);
-            affine.apply(weight, N * M, {N});
-            store_up_to(weight, sigmoid(load_some(weight, N)) + eps, N);
-            read<N>(x + (first + t) * N * M, M, weight, out + (first + t) * M);
+            affine.apply(weight, N * s.M, {N});
+            store_some(weight, sigmoid(load_some(weight, N)) + eps, N);
+            read_token(s.token(first + t), N, s.M, weight, out + (first + t) * s.M);
         }
     });
 }
 
-template <int N, class T> void hyper_write(const T* x, const T* y, long n, long M, const float* post, const float* comb, T* out) {
+template <class T> void hyper_write(const Streams<T>& s, const T* y, const float* post, const float* comb, T* out) {
     constexpr long STRIP = 2048;
-    long strips = (M + STRIP - 1) / STRIP;
-#pragma omp parallel for schedule(static) collapse(2) if (n * N * M > 60000)
-    for (long t = 0; t < n; t++)
-        for (long s = 0; s < strips; s++)
-            write<N>(x + t * N * M, y + t * M, M, post + t * N, comb + t * N * N, s * STRIP, std::min(M, (s + 1) * STRIP), out + t * N * M);
+    long N = s.N, M = s.M, strips = (M + STRIP - 1) / STRIP;
+    auto write_token = N == 4 ? write<4, T> : write<0, T>;
+#pragma omp parallel for schedule(static) collapse(2) if (s.n * N * M > 60000)
+    for (long t = 0; t < s.n; t++)
+        for (long i = 0; i < strips; i++)
+            write_token(
+                s.token(t), y + t * M, s.N, M, post + t * N, comb + t * N * N, i * STRIP, std::min(M, (i + 1) * STRIP),
+                out + t * N * M);
+}
+
+// Calls f with the streams and a number of their kind.
+template <class F> void by_kind(const void* x, int is_bf16, long n, int N, long M, const F& f) {
+    if (is_bf16) f(Streams<bf16>{static_cast<const bf16*>(x), n, N, M}, bf16());
+    else f(Streams<float>{static_cast<const float*>(x), n, N, M}, float());
 }
 
 }  // namespace
@@ -360,22 +383,18 @@ EXPORT(sinkhorn)(const float* logits, long n, int N, int iters, float eps, float
 EXPORT(hyper_maps)
 (const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, int iters,
  float eps, float norm_eps, float* pre, float* post, float* comb) {
-    Affine affine{base, scale, norm_eps};
-    if (is_bf16) hyper_maps(static_cast<const bf16*>(x), n, N, M, fn, affine, iters, eps, pre, post, comb);
-    else hyper_maps(static_cast<const float*>(x), n, N, M, fn, affine, iters, eps, pre, post, comb);
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto) {
+        hyper_maps(streams, fn, {base, scale, norm_eps}, iters, eps, pre, post, comb);
+    });
 }
 
-// The same -> out [n, M] of x's numbers, and post, comb
+// The same -> out [n, M] of x's kind, and post, comb
 EXPORT(hyper_enter)
 (const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale,
  const float* gain, int iters, float eps, float norm_eps, void* out, float* post, float* comb) {
-    Affine affine{base, scale, norm_eps};
-    for_streams(N, [&](auto streams) {
-        constexpr int S = decltype(streams)::value;
-        if (is_bf16)
-            hyper_enter<S>(static_cast<const bf16*>(x), n, M, fn, affine, gain, iters, eps, static_cast<bf16*>(out), post, comb);
-        else
-            hyper_enter<S>(static_cast<const float*>(x), n, M, fn, affine, gain, iters, eps, static_cast<float*>(out), post, comb);
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto kind) {
+        auto* to = static_cast<decltype(kind)*>(out);
+        hyper_enter(streams, fn, {base, scale, norm_eps}, gain, iters, eps, to, post, comb);
     });
 }
 
@@ -383,22 +402,16 @@ EXPORT(hyper_enter)
 EXPORT(head_collapse)
 (const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, float eps,
  float norm_eps, void* out) {
-    Affine affine{base, scale, norm_eps};
-    for_streams(N, [&](auto streams) {
-        constexpr int S = decltype(streams)::value;
-        if (is_bf16) head_collapse<S>(static_cast<const bf16*>(x), n, M, fn, affine, eps, static_cast<bf16*>(out));
-        else head_collapse<S>(static_cast<const float*>(x), n, M, fn, affine, eps, static_cast<float*>(out));
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto kind) {
+        head_collapse(streams, fn, {base, scale, norm_eps}, eps, static_cast<decltype(kind)*>(out));
     });
 }
 
 // x [n, N, M], y [n, M], post [n, N], comb [n, N, N] -> out [n, N, M]; x, y and out are of one kind
 EXPORT(hyper_write)
 (const void* x, const void* y, int is_bf16, long n, int N, long M, const float* post, const float* comb, void* out) {
-    for_streams(N, [&](auto streams) {
-        constexpr int S = decltype(streams)::value;
-        if (is_bf16)
-            hyper_write<S>(static_cast<const bf16*>(x), static_cast<const bf16*>(y), n, M, post, comb, static_cast<bf16*>(out));
-        else
-            hyper_write<S>(static_cast<const float*>(x), static_cast<const float*>(y), n, M, post, comb, static_cast<float*>(out));
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto kind) {
+        typedef decltype(kind) T;
+        hyper_write(streams, static_cast<const T*>(y), post, comb, static_cast<T*>(out));
     });
 }
