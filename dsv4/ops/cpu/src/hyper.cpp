@@ -55,6 +55,19 @@ template <class T> struct Projection {
     long parts() const { return (K + PART - 1) / PART; }
     long padded() const { return (outputs + NR - 1) / NR * NR + 1; }
 
+    // Asks the memory for a share of the numbers that come next: those of the tokens from `t` on, while the products of
+    // the tokens before them with rows n, ... of fn are summed.
+    INLINE void fetch(long first, long t, long count, long k, long width, int n) const {
+        if (t >= count) {  // the first tokens' next chunk
+            t = 0, k += CHUNK;
+            width = std::min(CHUNK, K - k);
+        }
+        int step = std::max(1, outputs / NR);
+        for (long m = t + n / NR; m < std::min(count, t + MR); m += step)
+            for (long i = 0; i < width; i += 64 / long(sizeof(T)))
+                _mm_prefetch(reinterpret_cast<const char*>(x + (first + m) * K + k + i), _MM_HINT_T0);
+    }
+
     // sums[count][wide()] over part p of the rows of `count` tokens from `first` on; acc has room for count * padded().
     void part(long p, long first, long count, float* sums, vf* acc) const {
         long lda = padded();
@@ -78,6 +91,7 @@ template <class T> struct Projection {
                     acc[(t + m) * lda + lda - 1] = squares;
                 }
                 for (int n = 0; n < outputs; n += NR) {
+                    fetch(first, t + MR, count, k, width, n);
                     const float* w = fn + n * K + k;
                     int there = std::min(NR, outputs - n);
                     long m = 0;

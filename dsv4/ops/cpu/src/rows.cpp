@@ -119,29 +119,35 @@ struct Format {
     float floor() const { return fp4 ? 6.0f * 0x1p-126f : 1e-4f; }
 };
 
-// x [n] times the Sylvester-Walsh matrix times n^-0.5: neighbouring blocks of `half` numbers become sum and difference
-void hadamard(float* x, long n) {
-    for (long half = 1; half < n; half *= 2) {
-        if (half < LANES && n >= LANES) {
-            vi other;
-            vu sign;
-            for (int i = 0; i < LANES; i++) {
-                other[i] = i ^ int(half);
-                sign[i] = i & int(half) ? 0x80000000u : 0;
-            }
-            for (long i = 0; i < n; i += LANES) {
-                vf v = load(x + i);
-                store(x + i, __builtin_shuffle(v, other) + as_float(as_bits(v) ^ sign));
-            }
-        } else {
-            for (long i = 0; i < n; i += 2 * half)
-                for (long j = i; j < i + half; j++) {
-                    float a = x[j], b = x[j + half];
-                    x[j] = a + b;
-                    x[j + half] = a - b;
-                }
-        }
+// Neighbouring blocks of HALF lanes become their sum and difference.
+template <int HALF> INLINE vf butterfly(vf v) {
+    vi other;
+    vu sign;
+    for (int i = 0; i < LANES; i++) {
+        other[i] = i ^ HALF;
+        sign[i] = i & HALF ? 0x80000000u : 0;
     }
+    return __builtin_shuffle(v, other) + as_float(as_bits(v) ^ sign);
+}
+
+// x [n] times the Sylvester-Walsh matrix times n^-0.5: neighbouring blocks of 1, 2, 4, ... become sum and difference.
+void hadamard(float* x, long n) {
+    long half = 1;
+    if (n >= LANES) {
+        for (long i = 0; i < n; i += LANES) {
+            vf v = butterfly<4>(butterfly<2>(butterfly<1>(load(x + i))));
+            if (LANES == 16) v = butterfly<8>(v);
+            store(x + i, v);
+        }
+        half = LANES;
+    }
+    for (; half < n; half *= 2)
+        for (long i = 0; i < n; i += 2 * half)
+            for (long j = i; j < i + half; j++) {
+                float a = x[j], b = x[j + half];
+                x[j] = a + b;
+                x[j + half] = a - b;
+            }
     float scale = float(1 / std::sqrt(double(n)));
     for (long i = 0; i < n; i++) x[i] *= scale;
 }
@@ -164,48 +170,64 @@ INLINE void store_codes(uint8_t* p, vu codes, long count) {
     else std::memcpy(p, &bytes, count);
 }
 
-// The least power of two, from 2^-126 up, with which `largest` is not above the code's largest number
-INLINE float power_of_two_scale(float ratio) {
+INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// The exponent, as its byte, of the least power of two from 2^-126 up that is not below `ratio`
+INLINE uint32_t exponent_above(float ratio) {
     uint32_t bits;
     ratio = std::max(ratio, 0x1p-126f);
     std::memcpy(&bits, &ratio, 4);
-    bits = (bits + 0x7fffff) & ~0x7fffffu;
-    std::memcpy(&ratio, &bits, 4);
-    return ratio;
+    return (bits + 0x7fffff) >> 23;
+}
+
+// The largest lane of numbers that are not NaN
+INLINE float top_lane(vf v) {
+#if defined(__AVX512F__)
+    __m256 half = _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    __m256 half = (__m256)v;
+#endif
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
 // x [width] -> bytes; codes: room for coded() + LANES bytes
-void pack_row(const float* x, const Format& f, uint8_t* out, uint8_t* codes) {
+template <bool FP4> void pack_row(const float* __restrict x, const Format& f, uint8_t* __restrict out, uint8_t* __restrict codes) {
     uint8_t* scales = out + f.code_bytes() + 2 * f.tail;
     vf high = splat(f.top()), low = splat(-f.top());
-    uint8_t* to = f.fp4 ? codes : out;
+    uint8_t* to = FP4 ? codes : out;
     for (long b = 0; b < f.blocks(); b++) {
         long first = b * f.block, end = std::min(f.coded(), first + f.block);
         vf most = splat(f.floor());
         for (long i = first; i < end; i += LANES)
             most = max(as_float(as_bits(load_up_to(x + i, end - i)) & 0x7fffffff), most);
-        float scale = largest(most) / f.top();
+        float scale = top_lane(most) / f.top(), inverse = 0;
         if (f.fp32_scales) std::memcpy(scales + 4 * b, &scale, 4);
         else {
-            uint32_t bits;
-            scale = power_of_two_scale(scale);
-            std::memcpy(&bits, &scale, 4);
-            scales[b] = uint8_t(bits >> 23);
+            uint32_t exponent = exponent_above(scale);
+            scales[b] = uint8_t(exponent);
+            inverse = from_bits((254 - exponent) << 23);  // a product with it is the quotient
         }
-        float inverse = 1.0f / scale;  // exact where the scale is a power of two
         for (long i = first; i < end; i += LANES) {
             vf v = load_up_to(x + i, end - i);
             v = max(min(f.fp32_scales ? v / scale : v * inverse, high), low);
-            store_codes(to + i, f.fp4 ? encode<1, 1>(v) : encode<3, 7>(v), end - i);
+            store_codes(to + i, FP4 ? encode<1, 1>(v) : encode<3, 7>(v), end - i);
         }
     }
-    if (f.fp4) {
+    if (FP4) {
         if (f.coded() % 2) codes[f.coded()] = 0;
         for (long i = 0; i < f.code_bytes(); i++) out[i] = codes[2 * i] | codes[2 * i + 1] << 4;
     }
-    for (long i = 0; i < f.tail; i++) {
-        bf16 number = narrow(x[f.coded() + i]);
-        std::memcpy(out + f.code_bytes() + 2 * i, &number, 2);
+    for (long i = 0; i < f.tail; i += LANES) {
+        bf16 part[LANES];
+        long left = f.tail - i;
+        store(part, load_up_to(x + f.coded() + i, left));
+        std::memcpy(out + f.code_bytes() + 2 * i, part, 2 * std::min<long>(LANES, left));
     }
     uint8_t* end = scales + f.scale_bytes();
     std::memset(end, 0, out + f.row_bytes - end);
@@ -222,10 +244,14 @@ template <class T> void pack(const T* rows, long n, const Format& f, uint8_t* ou
             for (long j = 0; j < f.width; j += LANES) store(x.data() + j, load_up_to(row + j, f.width - j));
             if (f.rotated) {
                 hadamard(x.data(), f.width);
-                if (!std::is_same<T, float>::value)
-                    for (long j = 0; j < f.width; j++) x[j] = widen(narrow(x[j]));
+                for (long j = 0; j < f.width; j += LANES) {  // rounded to what rows came in
+                    T part[LANES];
+                    store(part, load(x.data() + j));
+                    store(x.data() + j, load(part));
+                }
             }
-            pack_row(x.data(), f, out + i * f.row_bytes, codes.data());
+            auto pack_row_as = f.fp4 ? pack_row<true> : pack_row<false>;
+            pack_row_as(x.data(), f, out + i * f.row_bytes, codes.data());
         }
     }
 }
@@ -251,10 +277,10 @@ INLINE vf e2m1_numbers(vb codes) {
 }
 
 // bytes -> out [width]; codes: room for coded() + LANES + 1 bytes
-template <class T> void unpack_row(const uint8_t* data, const Format& f, T* out, uint8_t* codes) {
+template <bool FP4, class T> void unpack_row(const uint8_t* __restrict data, const Format& f, T* __restrict out, uint8_t* __restrict codes) {
     const uint8_t* scales = data + f.code_bytes() + 2 * f.tail;
     const uint8_t* from = data;
-    if (f.fp4) {
+    if (FP4) {
         for (long i = 0; i < f.code_bytes(); i++) {
             codes[2 * i] = data[i] & 15;
             codes[2 * i + 1] = data[i] >> 4;
@@ -263,21 +289,20 @@ template <class T> void unpack_row(const uint8_t* data, const Format& f, T* out,
     }
     for (long b = 0; b < f.blocks(); b++) {
         long first = b * f.block, end = std::min(f.coded(), first + f.block);
-        uint32_t bits = uint32_t(scales[b]) << 23;
-        if (f.fp32_scales) std::memcpy(&bits, scales + 4 * b, 4);
-        float scale;
-        std::memcpy(&scale, &bits, 4);
+        float scale = from_bits(uint32_t(scales[b]) << 23);
+        if (f.fp32_scales) std::memcpy(&scale, scales + 4 * b, 4);
         for (long i = first; i < end; i += LANES) {
             vb part = {};
             if (i + LANES <= end) std::memcpy(&part, from + i, LANES);
             else std::memcpy(&part, from + i, end - i);
-            store_up_to(out + i, (f.fp4 ? e2m1_numbers(part) : e4m3_numbers(part)) * scale, end - i);
+            store_up_to(out + i, (FP4 ? e2m1_numbers(part) : e4m3_numbers(part)) * scale, end - i);
         }
     }
-    for (long i = 0; i < f.tail; i++) {
-        bf16 number;
-        std::memcpy(&number, data + f.code_bytes() + 2 * i, 2);
-        store(out + f.coded() + i, widen(number));
+    for (long i = 0; i < f.tail; i += LANES) {
+        bf16 part[LANES] = {};
+        long left = f.tail - i;
+        std::memcpy(part, data + f.code_bytes() + 2 * i, 2 * std::min<long>(LANES, left));
+        store_up_to(out + f.coded() + i, load(part), left);
     }
 }
 
@@ -286,7 +311,10 @@ template <class T> void unpack(const uint8_t* data, long n, const Format& f, T* 
     {
         std::vector<uint8_t> codes(f.fp4 ? f.width + LANES : 0);
 #pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) unpack_row(data + i * f.row_bytes, f, out + i * f.width, codes.data());
+        for (long i = 0; i < n; i++) {
+            auto unpack_row_as = f.fp4 ? unpack_row<true, T> : unpack_row<false, T>;
+            unpack_row_as(data + i * f.row_bytes, f, out + i * f.width, codes.data());
+        }
     }
 }
 
