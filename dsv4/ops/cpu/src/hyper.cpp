@@ -2,113 +2,60 @@
 //
 // A token's streams are one row x of K = N * M numbers. Its products with the rows of fn are summed in parts that begin
 // at fixed places, so that threads may share a long row; within a part one vector belongs to one product (matmul.h).
-#include <functional>
+#include <memory>
 
 #include "matmul.h"
 #include "norm.h"
 
 namespace {
 
-constexpr int STREAMS = 8;             // at most
-constexpr long CHUNK = 512;            // numbers of a row that are multiplied at a time: MR tokens' stay in the first cache
-constexpr long PART = 8 * CHUNK;       // numbers of a row that are summed as one
-constexpr long TOKENS = 4 * MR;        // that a piece of fn is read for at most
+constexpr int STREAMS = 8;       // at most
+constexpr long PART = 4096;      // numbers of a row whose products are summed as one
+constexpr long TOKENS = 2 * MR;  // that a part of fn is read for at most: it stays in the second cache
 
 // --- products with fn ---
 
-// acc[m][n] += x_m . fn_n by lanes, for M tokens and NR rows of fn (of which only `there` exist) and K numbers.
-template <int M> INLINE void add_products(const float* x, long ldx, const float* fn, long ldf, int there, long K, vf* acc, long lda) {
-    const float* row[NR];
-    for (int n = 0; n < NR; n++) row[n] = fn + std::min(n, there - 1) * ldf;
-    vf sums[M][NR];
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < NR; n++) sums[m][n] = acc[m * lda + n];
-    long k = 0;
-    for (; k + LANES <= K; k += LANES) {
-        vf w[NR];
-        for (int n = 0; n < NR; n++) w[n] = load(row[n] + k);
-        for (int m = 0; m < M; m++) {
-            vf a = load(x + m * ldx + k);
-            for (int n = 0; n < NR; n++) sums[m][n] = sums[m][n] + a * w[n];
-        }
-    }
-    if (k < K) {
-        vf w[NR];
-        for (int n = 0; n < NR; n++) w[n] = load_some(row[n] + k, int(K - k));
-        for (int m = 0; m < M; m++) {
-            vf a = load_some(x + m * ldx + k, int(K - k));
-            for (int n = 0; n < NR; n++) sums[m][n] = sums[m][n] + a * w[n];
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < NR; n++) acc[m * lda + n] = sums[m][n];
-}
-
-// What is asked of tokens: their products with `outputs` rows of fn, and their squares.
+// What is asked of tokens, rows x of K numbers: their products with `outputs` rows of fn, and their squares.
 template <class T> struct Projection {
     const T* x;
     const float* fn;
     long K;
     int outputs;
 
+    static constexpr bool PLAIN = std::is_same<T, float>::value;
+    static constexpr long APART = PART + LANES;           // widened rows: not at places that share a line of the cache
+    static constexpr long ROOM = PLAIN ? 0 : MR * APART;  // numbers that are widened at a time
+
     long wide() const { return outputs + 1; }  // numbers for a token: the products, then the sum of squares
     long parts() const { return (K + PART - 1) / PART; }
-    long padded() const { return (outputs + NR - 1) / NR * NR + 1; }
 
-    // Asks the memory for a share of the numbers that come next: those of the tokens from `t` on, while the products of
-    // the tokens before them with rows n, ... of fn are summed.
-    INLINE void fetch(long first, long t, long count, long k, long width, int n) const {
-        if (t >= count) {  // the first tokens' next chunk
-            t = 0, k += CHUNK;
-            width = std::min(CHUNK, K - k);
+    // sums[count][wide()] over part p of the rows of `count` tokens from `first` on; `room` has ROOM numbers.
+    void part(long p, long first, long count, float* sums, float* room) const {
+        long k = p * PART, width = std::min(PART, K - k);
+        for (long t = 0; t < count; t += MR) {
+            long tokens = std::min<long>(MR, count - t);
+            const T* rows = x + (first + t) * K + k;
+            float* to = sums + t * wide();
+            for (long m = 0; m < tokens; m++)
+                to[m * wide() + outputs] = sum_of_squares(rows + m * K, width, PLAIN ? nullptr : room + m * APART);
+            const float* from;
+            if constexpr (PLAIN) from = rows;
+            else from = room;
+            for (int n = 0; n < outputs; n += NR) {
+                int wanted = std::min(NR, outputs - n);
+                PlainRow<float> w[NR];
+                for (int i = 0; i < NR; i++) w[i] = {fn + (n + std::min(i, wanted - 1)) * K + k};
+                for (long m = t + MR + n / NR; m < std::min(count, t + 2 * MR); m += (outputs + NR - 1) / NR)
+                    fetch(x + (first + m) * K + k, width);
+                tiles(tokens, from, PLAIN ? K : APART, w, width, to + n, wide(), wanted);
+            }
         }
-        int step = std::max(1, outputs / NR);
-        for (long m = t + n / NR; m < std::min(count, t + MR); m += step)
-            for (long i = 0; i < width; i += 64 / long(sizeof(T)))
-                _mm_prefetch(reinterpret_cast<const char*>(x + (first + m) * K + k + i), _MM_HINT_T0);
     }
 
-    // sums[count][wide()] over part p of the rows of `count` tokens from `first` on; acc has room for count * padded().
-    void part(long p, long first, long count, float* sums, vf* acc) const {
-        long lda = padded();
-        std::fill(acc, acc + count * lda, vf{});
-        float widened[std::is_same<T, float>::value ? 1 : MR * CHUNK];
-        for (long k = p * PART; k < std::min(K, (p + 1) * PART); k += CHUNK) {
-            long width = std::min(CHUNK, K - k);
-            for (long t = 0; t < count; t += MR) {
-                long tokens = std::min<long>(MR, count - t), ldx = K;
-                const float* from;
-                if constexpr (std::is_same<T, float>::value) from = x + (first + t) * K + k;
-                else from = widened, ldx = CHUNK;
-                for (long m = 0; m < tokens; m++) {
-                    const T* row = x + (first + t + m) * K + k;
-                    vf squares = acc[(t + m) * lda + lda - 1];
-                    for (long i = 0; i < width; i += LANES) {
-                        vf v = load_up_to(row + i, width - i);
-                        squares = squares + v * v;
-                        if constexpr (!std::is_same<T, float>::value) store(widened + m * CHUNK + i, v);
-                    }
-                    acc[(t + m) * lda + lda - 1] = squares;
-                }
-                for (int n = 0; n < outputs; n += NR) {
-                    fetch(first, t + MR, count, k, width, n);
-                    const float* w = fn + n * K + k;
-                    int there = std::min(NR, outputs - n);
-                    long m = 0;
-                    for (; m + MR <= tokens; m += MR) add_products<MR>(from + m * ldx, ldx, w, K, there, width, acc + (t + m) * lda + n, lda);
-                    for (; m + 2 <= tokens; m += 2) add_products<2>(from + m * ldx, ldx, w, K, there, width, acc + (t + m) * lda + n, lda);
-                    for (; m < tokens; m++) add_products<1>(from + m * ldx, ldx, w, K, there, width, acc + (t + m) * lda + n, lda);
-                }
-            }
-        }
-        for (long t = 0; t < count; t++) {
-            for (int n = 0; n < outputs; n += NR) {
-                float four[NR];
-                sum4(acc + t * lda + n, four);
-                std::copy(four, four + std::min(NR, outputs - n), sums + t * wide() + n);
-            }
-            sums[t * wide() + outputs] = sum(acc[t * lda + lda - 1]);
-        }
+    // Asks the memory for numbers that come next, while products of those before them are summed.
+    static INLINE void fetch(const T* from, long count) {
+        for (long i = 0; i < count; i += 64 / long(sizeof(T)))
+            _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
     }
 
     // sums [n][wide()] += those of a further part
@@ -125,12 +72,12 @@ template <class T> struct Projection {
         std::vector<float> apart(share ? parts() * n * wide() : 0);
 #pragma omp parallel if (n * K * outputs > 100000 && (blocks > 1 || share))
         {
-            std::vector<vf> acc(std::min(n, size) * padded());
+            std::unique_ptr<float[]> room(new float[ROOM]);
             if (share) {
 #pragma omp for schedule(dynamic, 1) collapse(2)
                 for (long p = 0; p < parts(); p++)
                     for (long b = 0; b < blocks; b++)
-                        part(p, b * size, std::min(size, n - b * size), &apart[(p * n + b * size) * wide()], acc.data());
+                        part(p, b * size, std::min(size, n - b * size), &apart[(p * n + b * size) * wide()], room.get());
 #pragma omp for schedule(dynamic, 1)
                 for (long t = 0; t < n; t++) {
                     for (long p = 1; p < parts(); p++) add(&apart[(p * n + t) * wide()], 1, &apart[t * wide()]);
@@ -142,9 +89,9 @@ template <class T> struct Projection {
 #pragma omp for schedule(dynamic, 1)
                 for (long b = 0; b < blocks; b++) {
                     long count = std::min(size, n - b * size);
-                    part(0, b * size, count, sums.data(), acc.data());
+                    part(0, b * size, count, sums.data(), room.get());
                     for (long p = 1; p < parts(); p++) {
-                        part(p, b * size, count, more, acc.data());
+                        part(p, b * size, count, more, room.get());
                         add(more, count, sums.data());
                     }
                     finish(b * size, count, sums.data());

@@ -36,14 +36,23 @@ template <class T> INLINE void store_up_to(T* p, vf v, long count) {
     else store_some(p, v, int(count));
 }
 
+// The sum of a row's squares in FP32; a `copy` of the row is written where one is wanted, of whole vectors.
+template <class T> INLINE float sum_of_squares(const T* row, long width, float* copy = nullptr) {
+    vf squares[4] = {};  // the sums of one would wait for each other
+    auto add = [&](vf x, long i, vf& to) {
+        to = to + x * x;
+        if (copy) store(copy + i, x);
+    };
+    long i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+        for (int a = 0; a < 4; a++) add(load_whole(row + i + a * LANES), i + a * LANES, squares[a]);
+    for (; i < width; i += LANES) add(load_up_to(row + i, width - i), i, squares[0]);
+    return sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+}
+
 // The row in place becomes x / rms(x) * gain, in FP32, cast once.
 template <class T> INLINE void rms_norm(T* row, long width, const float* gain, float eps) {
-    vf squares = {};
-    for (long i = 0; i < width; i += LANES) {
-        vf x = load_up_to(row + i, width - i);
-        squares = squares + x * x;
-    }
-    float rho = 1.0f / std::sqrt(sum(squares) / float(width) + eps);
+    float rho = 1.0f / std::sqrt(sum_of_squares(row, width) / float(width) + eps);
     for (long i = 0; i < width; i += LANES) {
         vf x = load_up_to(row + i, width - i) * rho * load_up_to(gain + i, width - i);
         store_up_to(row + i, x, width - i);
