@@ -181,7 +181,11 @@ def test_numbers_that_are_not_finite_stay_with_their_token():
 
 
 def test_other_layouts_are_read_rightly():
-    x, maps, gain = streams(6, 4, 40, FP32).transpose(0, 1).contiguous().transpose(0, 1), parameters(4, 40), torch.rand(40)
+    x, maps, gain = (
+        streams(6, 4, 40, FP32).transpose(0, 1).contiguous().transpose(0, 1),
+        parameters(4, 40),
+        torch.rand(40),
+    )
     got = cpu.hyper_enter(x, *maps, gain, ITERS, EPS, NORM_EPS)
     want = reference.hyper_enter(x, *maps, gain, ITERS, EPS, NORM_EPS)
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
@@ -304,7 +308,11 @@ def test_what_is_served_and_refused():
     assert "fp32" in refusal("hyper_write", x, x[:, 0], torch.rand(2, 4).bfloat16(), torch.rand(2, 4, 4))
     tokens, weight, bias = torch.randn(2, 8), experts(5, 8), torch.zeros(5)
     given = torch.zeros(2, 3, dtype=torch.int64)
-    assert refusal("gate", tokens, weight, bias, None, 3, 1.0) == refusal("gate", tokens, weight, None, given, 3, 1.0) == ""
+    assert (
+        refusal("gate", tokens, weight, bias, None, 3, 1.0)
+        == refusal("gate", tokens, weight, None, given, 3, 1.0)
+        == ""
+    )
     assert "bias" in refusal("gate", tokens, weight, None, None, 3, 1.0)
     assert "more choices" in refusal("gate", tokens, weight, bias, None, 6, 1.0)
     assert "given" in refusal("gate", tokens, weight, None, given, 2, 1.0)

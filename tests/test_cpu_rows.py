@@ -8,6 +8,7 @@ Every test runs with every set of instructions that the machine has.
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.ops import reference
-from dsv4.ops.formats import Packed, v4_rows, v32_rows
+from dsv4.ops.formats import Packed, RowFormat, v4_rows, v32_rows
 from dsv4.ops.reference import pool_groups
 
 library = pytest.importorskip("dsv4.ops.cpu.library")
@@ -100,8 +101,8 @@ def test_a_row_rotated_alone_has_the_same_bits(dtype, two_threads):
 # --- compression -----------------------------------------------------------------------------------------------------
 
 
-def groups(sizes: list[int], r: int, overlap: bool, d: int, pairs: int, spread: float = 1.0) -> list:
-    """Documents of so many whole groups, one after the other with odd rows between; first row, whether one is before."""
+def groups(sizes: list[int], r: int, overlap: bool, d: int, pairs: int, dtype: torch.dtype = FP32) -> list:
+    """The arguments of `compress` for documents of so many whole groups, with rows of no group between them."""
     first, before, row = [], [], 0
     for size in sizes:
         for i in range(size):
@@ -110,10 +111,9 @@ def groups(sizes: list[int], r: int, overlap: bool, d: int, pairs: int, spread: 
         row += size * r + 3
     c = 2 if overlap else 1
     pooled = torch.randn(2, max(row, 1), c * d)
-    return [
-        pooled[0], pooled[1] * spread, torch.tensor(first, dtype=torch.int64), torch.tensor(before, dtype=torch.bool), r,
-        overlap, torch.rand(d) + 0.5, 1e-6, turns(len(first), pairs),
-    ]  # fmt: skip
+    rows, previous = torch.tensor(first, dtype=torch.int64), torch.tensor(before, dtype=torch.bool)
+    gain, turn = torch.rand(d) + 0.5, turns(len(first), pairs)
+    return [pooled[0], 2 * pooled[1], rows, previous, r, overlap, gain, 1e-6, turn, dtype]
 
 
 def read_rows(args: list) -> Tensor:
@@ -132,10 +132,10 @@ def read_rows(args: list) -> Tensor:
 @pytest.mark.parametrize("r, overlap", [(4, True), (4, False), (128, False), (3, True), (1, False), (1, True)])
 @pytest.mark.parametrize("d, pairs", [(128, 16), (64, 32), (130, 5), (20, 10), (6, 2), (2, 1)])
 def test_compress(r, overlap, d, pairs, dtype):
-    args = groups([3, 1, 0, 2], r, overlap, d, pairs, spread=3.0)
+    args = groups([3, 1, 0, 2], r, overlap, d, pairs, dtype)
     for i in (0, 1):  # rows that no group reads are poisoned
         args[i] = guarded(args[i].masked_fill(~read_rows(args), float("nan")))
-    got, want = cpu.compress(*args, dtype), reference.compress(*(a for a in args), dtype)
+    got, want = cpu.compress(*args), reference.compress(*args)
     assert got.dtype == dtype and got.isfinite().all()
     assert steps_apart(got, want) <= 2  # rounded three times: a different last bit of the sum may be seen twice
 
@@ -160,67 +160,75 @@ def test_an_entry_is_the_softmax_mean_of_its_rows():
 def test_scores_of_every_size(fill):
     args = groups([3], 4, True, 48, 8)
     args[1] = {"huge": args[1] * 1e4, "low": args[1] - 1e6, "equal": torch.zeros_like(args[1])}[fill]
-    assert steps_apart(cpu.compress(*args, FP32), reference.compress(*args, FP32)) <= 1
+    assert steps_apart(cpu.compress(*args), reference.compress(*args)) <= 1
 
 
 def test_numbers_that_are_not_finite_stay_in_their_entry():
     args = groups([4], 4, True, 32, 4)
-    clean = cpu.compress(*args, FP32)
+    clean = cpu.compress(*args)
     args[0][9, 32] = float("nan")  # the third group's own half
     args[1][1, 40] = float("nan")  # the first group's own half
-    got = cpu.compress(*args, FP32)
+    got = cpu.compress(*args)
     assert got[0].isnan().all() and got[2].isnan().all() and torch.equal(got[1::2], clean[1::2])
-    assert torch.equal(got.isnan(), reference.compress(*args, FP32).isnan())
+    assert torch.equal(got.isnan(), reference.compress(*args).isnan())
 
 
 def test_rows_in_a_store_are_read_where_they_lie():
-    args = groups([3, 2], 4, True, 32, 4)
-    want = cpu.compress(*args, BF16)
+    args = groups([3, 2], 4, True, 32, 4, BF16)
+    want = cpu.compress(*args)
     rows = torch.stack(args[:2], dim=1)
-    assert torch.equal(cpu.compress(rows[:, 0], rows[:, 1], *args[2:], BF16), want)
+    args[:2] = rows[:, 0], rows[:, 1]
+    assert torch.equal(cpu.compress(*args), want)
 
 
 def test_a_group_without_its_rows_reads_none():
     args = groups([3], 4, True, 32, 4)
     args[2] = torch.tensor([0, -4, args[0].shape[0] - 3])
-    got = cpu.compress(*args, FP32)
+    got = cpu.compress(*args)
     assert got[0].isfinite().all() and got[1:].isnan().all()
 
 
 def test_no_group_closes():
-    assert cpu.compress(*groups([0], 4, True, 32, 4), FP32).shape == (0, 32)
+    assert cpu.compress(*groups([0], 4, True, 32, 4)).shape == (0, 32)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("r, overlap", [(4, True), (128, False)])
 def test_an_entry_made_alone_has_the_same_bits(r, overlap, dtype, two_threads):
-    args = groups([9, 5], r, overlap, 136, 16)
-    whole = cpu.compress(*args, dtype)
+    args = groups([9, 5], r, overlap, 136, 16, dtype)
+    whole = cpu.compress(*args)
     torch.set_num_threads(1)
-    assert torch.equal(cpu.compress(*args, dtype), whole)
-    values, scores, first, before, *rest, turn = args
+    assert torch.equal(cpu.compress(*args), whole)
+    first, before = args[2:4]
     for i in range(len(first)):
         begin = int(first[i]) - (r if before[i] else 0)
         rows = slice(begin, int(first[i]) + r)
-        alone = (values[rows], scores[rows], first[i : i + 1] - begin, before[i : i + 1], *rest, turn[i : i + 1])
-        assert torch.equal(cpu.compress(*alone, dtype)[0], whole[i])
+        alone = list(args)
+        alone[:4] = args[0][rows], args[1][rows], first[i : i + 1] - begin, before[i : i + 1]
+        alone[8] = args[8][i : i + 1]
+        assert torch.equal(cpu.compress(*alone)[0], whole[i])
 
 
 def test_pooling_is_rounded_before_the_norm():
     """In BF16 a norm of the unrounded mean would differ in many numbers."""
-    args = groups([200], 4, False, 64, 1)
+    args = groups([200], 4, False, 64, 1, BF16)
     args[8] = torch.ones_like(args[8])
     pooled = pool_groups(*args[:6])
     unrounded = reference.rms_norm(pooled, args[6], 1e-6).to(BF16)
-    got, want = cpu.compress(*args, BF16), reference.compress(*args, BF16)
+    got, want = cpu.compress(*args), reference.compress(*args)
     assert (got != want).float().mean() < 0.01 < (unrounded != want).float().mean()
 
 
 # --- packed rows -----------------------------------------------------------------------------------------------------
 
-WIDE, KEY = v4_rows(512, 64, 128, "packed", FP32)
-SMALL, SMALL_KEY = v4_rows(128, 32, 64, "packed", BF16)
-LATENT, KEY8 = v32_rows(512, 64, 128, "packed")
+
+def packed(formats: tuple[RowFormat, RowFormat]) -> list[Packed]:
+    return [format for format in formats if isinstance(format, Packed)]
+
+
+WIDE, KEY = packed(v4_rows(512, 64, 128, "packed", FP32))
+SMALL, SMALL_KEY = packed(v4_rows(128, 32, 64, "packed", BF16))
+LATENT, KEY8 = packed(v32_rows(512, 64, 128, "packed"))
 FORMATS = [
     WIDE, KEY, SMALL, SMALL_KEY, LATENT, KEY8,
     Packed(100, "fp8", 64, tail=6, align=8), Packed(37, "fp8", 16), Packed(5, "fp8", 3, tail=2),
@@ -283,11 +291,10 @@ def test_every_rounding_border(code, top, power):
 @pytest.mark.parametrize("format", FORMATS, ids=names)
 def test_unpacked_numbers_are_those_of_the_reference(format, numbers):
     """Of packed rows, and of any bytes at all (codes that no packing makes, every scale)."""
-    fields = {name: getattr(format, name) for name in format.__dataclass_fields__}
-    format = Packed(**{**fields, "numbers": numbers})
-    packed = reference.pack_rows(torch.randn(20, format.width) * 3, format)
+    format = replace(format, numbers=numbers)
+    rows = reference.pack_rows(torch.randn(20, format.width) * 3, format)
     anything = torch.randint(0, 256, (300, format.row_bytes), dtype=torch.uint8)
-    for data in (packed, anything):
+    for data in (rows, anything):
         got, want = cpu.unpack_rows(guarded(data), format), reference.unpack_rows(data, format)
         assert got.dtype == want.dtype == numbers
         assert torch.equal(got.isnan(), want.isnan())
@@ -339,11 +346,11 @@ def test_what_is_served_and_refused():
     assert "complex64" in refusal("rotate", x, turn.to(torch.complex128))
     assert refusal("rotate", x[:0], turn[:0]), "nothing to divide by"
     args = groups([2], 4, True, 32, 4)
-    assert refusal("compress", *args, FP32) == refusal("compress", *args, BF16) == ""
-    assert "float16" in refusal("compress", *args, torch.float16)
-    assert "fp32" in refusal("compress", args[0].bfloat16(), *args[1:], FP32)
-    assert "contiguous" in refusal("compress", args[0].T.contiguous().T, *args[1:], FP32)
-    assert "gradient" in refusal("compress", args[0].requires_grad_(), *args[1:], FP32)
+    assert refusal("compress", *args) == refusal("compress", *args[:9], BF16) == ""
+    assert "float16" in refusal("compress", *args[:9], torch.float16)
+    assert "fp32" in refusal("compress", args[0].bfloat16(), *args[1:])
+    assert "contiguous" in refusal("compress", args[0].T.contiguous().T, *args[1:])
+    assert "gradient" in refusal("compress", args[0].requires_grad_(), *args[1:])
     assert refusal("pack_rows", torch.randn(2, 512), WIDE) == ""
     assert "float16" in refusal("pack_rows", torch.randn(2, 512).half(), WIDE)
     data = torch.zeros(2, WIDE.row_bytes, dtype=torch.uint8)

@@ -27,9 +27,7 @@ def gate(
     return scores, picked, weights
 
 
-def _routes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
-) -> str:
+def _routes(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float) -> str:
     if weight.stride(1) != 1:
         return "a weight whose rows are not contiguous"
     if chosen is not None:

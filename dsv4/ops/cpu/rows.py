@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import I, F, Kernel, L, P
+from dsv4.ops.cpu.library import F, I, Kernel, L, P
 from dsv4.ops.formats import Packed
 from dsv4.ops.limits import Limits
 

@@ -66,8 +66,8 @@ INLINE void weigh(const float* scores, long count, const int64_t* chosen, long k
 // Tokens x [n, M] with weights [X, M] -> scores [n, X], chosen and weights [n, k]
 template <int D, class T>
 void gate(
-    const T* x, long n, const Matrix& w, long X, const float* bias, const int64_t* given, long k, float scale, float* scores,
-    int64_t* chosen, float* weights) {
+    const T* x, long n, const Matrix& w, long X, const float* bias, const int64_t* given, long k, float scale,
+    float* scores, int64_t* chosen, float* weights) {
     long M = w.columns, threads = omp_get_max_threads();
     constexpr bool plain = std::is_same<T, float>::value;
     std::vector<float> room(plain ? 0 : std::min(n, SLAB) * M);

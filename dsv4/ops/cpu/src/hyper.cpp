@@ -63,8 +63,8 @@ template <class T> struct Projection {
         for (long i = 0; i < n * wide(); i++) sums[i] += more[i];
     }
 
-    // Calls finish(first, count, sums) for blocks of tokens: long calls share the blocks among the threads, and calls of
-    // few tokens with long rows share the parts of the rows.
+    // Calls finish(first, count, sums) for blocks of tokens. Threads share the blocks, or the parts of long rows where
+    // there are few tokens.
     template <class Finish> void run(long n, const Finish& finish) const {
         long threads = omp_get_max_threads(), size = n >= TOKENS * threads ? TOKENS : MR;
         long blocks = (n + size - 1) / size;
@@ -76,8 +76,10 @@ template <class T> struct Projection {
             if (share) {
 #pragma omp for schedule(dynamic, 1) collapse(2)
                 for (long p = 0; p < parts(); p++)
-                    for (long b = 0; b < blocks; b++)
-                        part(p, b * size, std::min(size, n - b * size), &apart[(p * n + b * size) * wide()], room.get());
+                    for (long b = 0; b < blocks; b++) {
+                        long first = b * size;
+                        part(p, first, std::min(size, n - first), &apart[(p * n + first) * wide()], room.get());
+                    }
 #pragma omp for schedule(dynamic, 1)
                 for (long t = 0; t < n; t++) {
                     for (long p = 1; p < parts(); p++) add(&apart[(p * n + t) * wide()], 1, &apart[t * wide()]);
@@ -88,13 +90,13 @@ template <class T> struct Projection {
                 float* more = sums.data() + size * wide();
 #pragma omp for schedule(dynamic, 1)
                 for (long b = 0; b < blocks; b++) {
-                    long count = std::min(size, n - b * size);
-                    part(0, b * size, count, sums.data(), room.get());
+                    long first = b * size, count = std::min(size, n - first);
+                    part(0, first, count, sums.data(), room.get());
                     for (long p = 1; p < parts(); p++) {
-                        part(p, b * size, count, more, room.get());
+                        part(p, first, count, more, room.get());
                         add(more, count, sums.data());
                     }
-                    finish(b * size, count, sums.data());
+                    finish(first, count, sums.data());
                 }
             }
         }
@@ -212,12 +214,15 @@ struct Affine {
 };
 
 // pre, post [count, N] and comb [count, N, N] from the products of `count` tokens
-void maps(float* sums, long count, long K, int N, const Affine& affine, int iters, float eps, float* pre, float* post, float* comb) {
+void maps(
+    float* sums, long count, long K, int N, const Affine& affine, int iters, float eps, float* pre, float* post,
+    float* comb) {
     long wide = (2 + N) * N + 1;
     for (long t = 0; t < count; t++) {
         float* logits = sums + t * wide;
         affine.apply(logits, K, {N, N, N * N});
-        for (int i = 0; i < 2 * N; i += LANES) store_up_to(logits + i, sigmoid(load_up_to(logits + i, 2 * N - i)), 2 * N - i);
+        for (int i = 0; i < 2 * N; i += LANES)
+            store_up_to(logits + i, sigmoid(load_up_to(logits + i, 2 * N - i)), 2 * N - i);
         for (int i = 0; i < N; i++) pre[t * N + i] = logits[i] + eps;
         for (int i = 0; i < N; i++) post[t * N + i] = 2 * logits[N + i];
     }
@@ -274,7 +279,8 @@ template <class T> struct Streams {
 
 template <class T>
 void hyper_maps(
-    const Streams<T>& s, const float* fn, const Affine& affine, int iters, float eps, float* pre, float* post, float* comb) {
+    const Streams<T>& s, const float* fn, const Affine& affine, int iters, float eps, float* pre, float* post,
+    float* comb) {
     int N = s.N;
     s.onto(fn, (2 + N) * N).run(s.n, [&](long first, long count, float* sums) {
         maps(sums, count, N * s.M, N, affine, iters, eps, pre + first * N, post + first * N, comb + first * N * N);

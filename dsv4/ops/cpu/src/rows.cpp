@@ -24,7 +24,8 @@ template <class T> INLINE void turn_pairs(const T* from, T* to, const float* tur
 }
 
 // x [rows, D], `heads` rows to a turn [rows / heads, pairs]
-template <class T> void rotate(const T* x, long rows, long heads, long D, const float* turn, long pairs, float sign, T* out) {
+template <class T>
+void rotate(const T* x, long rows, long heads, long D, const float* turn, long pairs, float sign, T* out) {
     long plain = D - 2 * pairs;
 #pragma omp parallel for schedule(static) if (rows * D > 100000)
     for (long r = 0; r < rows; r++) {
@@ -59,8 +60,10 @@ template <int W> INLINE void pool(const Run* runs, const Groups& g, long i, long
     for (vf& v : top) v = splat(-INFINITY);
     for (int a = 0; a < 2; a++)
         for (long row = 0; row < runs[a].count; row++)
-            for (int w = 0; w < W; w++)
-                top[w] = max(load_up_to(runs[a].scores + row * g.score_stride + i + w * LANES, left - w * LANES), top[w]);
+            for (int w = 0; w < W; w++) {
+                long at = i + w * LANES, there = left - w * LANES;
+                top[w] = max(load_up_to(runs[a].scores + row * g.score_stride + at, there), top[w]);
+            }
     for (int a = 0; a < 2; a++)
         for (long row = 0; row < runs[a].count; row++)
             for (int w = 0; w < W; w++) {
@@ -94,7 +97,9 @@ template <class T> void pool_group(const Groups& g, long group, T* out) {
     }
 }
 
-template <class T> void compress(const Groups& g, long count, const float* gain, float eps, const float* turn, long pairs, float sign, T* out) {
+template <class T>
+void compress(
+    const Groups& g, long count, const float* gain, float eps, const float* turn, long pairs, float sign, T* out) {
     long plain = g.d - 2 * pairs;
 #pragma omp parallel for schedule(dynamic, 1) if (count * g.r * g.d > 20000)
     for (long i = 0; i < count; i++) {
@@ -197,7 +202,8 @@ INLINE float top_lane(vf v) {
 }
 
 // x [width] -> bytes; codes: room for coded() + LANES bytes
-template <bool FP4> void pack_row(const float* __restrict x, const Format& f, uint8_t* __restrict out, uint8_t* __restrict codes) {
+template <bool FP4>
+void pack_row(const float* __restrict x, const Format& f, uint8_t* __restrict out, uint8_t* __restrict codes) {
     uint8_t* scales = out + f.code_bytes() + 2 * f.tail;
     vf high = splat(f.top()), low = splat(-f.top());
     uint8_t* to = FP4 ? codes : out;
@@ -277,7 +283,8 @@ INLINE vf e2m1_numbers(vb codes) {
 }
 
 // bytes -> out [width]; codes: room for coded() + LANES + 1 bytes
-template <bool FP4, class T> void unpack_row(const uint8_t* __restrict data, const Format& f, T* __restrict out, uint8_t* __restrict codes) {
+template <bool FP4, class T>
+void unpack_row(const uint8_t* __restrict data, const Format& f, T* __restrict out, uint8_t* __restrict codes) {
     const uint8_t* scales = data + f.code_bytes() + 2 * f.tail;
     const uint8_t* from = data;
     if (FP4) {
