@@ -297,6 +297,10 @@ def test_what_is_served_and_refused():
     assert "fp32" in refusal("hyper_enter", x, *maps, gain.bfloat16(), *rest)
     assert "contiguous" in refusal("hyper_enter", x, maps[0].T.contiguous().T, *maps[1:], gain, *rest)
     assert "gradient" in refusal("hyper_enter", x, *maps, gain.requires_grad_(), *rest)
+    assert "fit" in refusal("hyper_enter", x[:, :, 1:], *maps, gain.detach(), *rest)
+    assert "fit" in refusal("hyper_enter", x, *maps, gain.detach()[1:], *rest)
+    assert "fit" in refusal("head_collapse", x, *maps, EPS, NORM_EPS)
+    assert "fit" in refusal("hyper_write", x, x[:, 0], torch.rand(2, 3), torch.rand(2, 4, 4))
     many = streams(2, 9, 8, FP32)
     assert "streams" in refusal("hyper_maps", many, *parameters(9, 8), *rest)
     assert "streams" in refusal("hyper_write", many, many[:, 0], torch.rand(2, 9), torch.rand(2, 9, 9))
@@ -313,6 +317,7 @@ def test_what_is_served_and_refused():
         == refusal("gate", tokens, weight, None, given, 3, 1.0)
         == ""
     )
+    assert "fit" in refusal("gate", tokens[:, 1:], weight, bias, None, 3, 1.0)
     assert "bias" in refusal("gate", tokens, weight, None, None, 3, 1.0)
     assert "more choices" in refusal("gate", tokens, weight, bias, None, 6, 1.0)
     assert "given" in refusal("gate", tokens, weight, None, given, 2, 1.0)

@@ -344,16 +344,22 @@ def test_what_is_served_and_refused():
     assert "gradient" in refusal("rotate", x.clone().requires_grad_(), turn)
     assert "float16" in refusal("rotate", x.half(), turn)
     assert "complex64" in refusal("rotate", x, turn.to(torch.complex128))
-    assert refusal("rotate", x[:0], turn[:0]), "nothing to divide by"
+    assert "nothing" in refusal("rotate", x[:0], turn[:0])
+    assert "fit" in refusal("rotate", x, turn[:2]) and "fit" in refusal("rotate", x[:, :2], turn)
     args = groups([2], 4, True, 32, 4)
     assert refusal("compress", *args) == refusal("compress", *args[:9], BF16) == ""
     assert "float16" in refusal("compress", *args[:9], torch.float16)
     assert "fp32" in refusal("compress", args[0].bfloat16(), *args[1:])
+    assert "fit" in refusal("compress", args[0][:, :-1], *args[1:]) and "fit" in refusal(
+        "compress", *args[:5], False, *args[6:]
+    )
     assert "contiguous" in refusal("compress", args[0].T.contiguous().T, *args[1:])
     assert "gradient" in refusal("compress", args[0].requires_grad_(), *args[1:])
     assert refusal("pack_rows", torch.randn(2, 512), WIDE) == ""
     assert "float16" in refusal("pack_rows", torch.randn(2, 512).half(), WIDE)
+    assert "fit" in refusal("pack_rows", torch.randn(2, 511), WIDE)
     data = torch.zeros(2, WIDE.row_bytes, dtype=torch.uint8)
+    assert "fit" in refusal("unpack_rows", data[:, 1:], WIDE)
     assert refusal("unpack_rows", data, WIDE) == ""
     assert refusal("unpack_rows", data, Packed(512, "fp8", 64, tail=64, align=8, numbers=torch.float16))
 

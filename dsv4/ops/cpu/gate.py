@@ -28,10 +28,12 @@ def gate(
 
 
 def _routes(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float) -> str:
+    if weight.shape[1] != x.shape[1] or (bias is not None and len(bias) != len(weight)):
+        return "shapes that do not fit"
     if weight.stride(1) != 1:
         return "a weight whose rows are not contiguous"
     if chosen is not None:
-        return "" if chosen.shape[1] == k else "another number of given experts than k"
+        return "" if chosen.shape == (len(x), k) else "another number of given experts than k"
     if bias is None or bias.dtype != torch.float32 or not bias.is_contiguous():
         return "no bias, or one that is not contiguous fp32"
     return "" if k <= weight.shape[0] else "more choices than experts"

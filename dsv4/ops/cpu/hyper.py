@@ -8,6 +8,7 @@ from dsv4.ops.limits import Limits
 
 PLAIN = (torch.float32, torch.bfloat16)
 STREAMS = 8
+MISFIT = "shapes that do not fit"  # another form says what is wrong
 _sinkhorn = Kernel("sinkhorn", P, L, I, I, F, P)
 _maps = Kernel("hyper_maps", P, I, L, I, L, P, P, P, I, F, F, P, P, P)
 _enter = Kernel("hyper_enter", P, I, L, I, L, P, P, P, P, I, F, F, P, P, P)
@@ -70,41 +71,56 @@ def hyper_write(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return out
 
 
-def _parameters(x: Tensor, *parameters: Tensor) -> str:
-    if x.shape[1] > STREAMS:
+def _parameters(num: int, *sized: tuple[Tensor, int]) -> str:
+    """For `num` streams and parameters of so many numbers."""
+    if num > STREAMS:
         return f"more than {STREAMS} streams"
-    for parameter in parameters:
+    for parameter, size in sized:
         if parameter.dtype != torch.float32:
             return "maps or gains that are not fp32"
         if not parameter.is_contiguous():
             return "maps or gains that are not contiguous"
+        if parameter.numel() != size:
+            return MISFIT
     return ""
 
 
 def _logits(logits: Tensor, iters: int, eps: float) -> str:
-    return _parameters(logits) or ("" if logits.dtype == torch.float32 else "logits that are not fp32")
+    return _parameters(logits.shape[1]) or ("" if logits.dtype == torch.float32 else "logits that are not fp32")
 
 
 def _maps_of(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *rest: float) -> str:
-    return _parameters(x, fn, base, scale)
+    _, num, width = x.shape
+    outputs = (2 + num) * num
+    return _parameters(num, (fn, outputs * num * width), (base, outputs), (scale, 3))
 
 
 def _enters(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, gain: Tensor, *rest: float) -> str:
-    return _parameters(x, fn, base, scale, gain)
+    _, num, width = x.shape
+    outputs = (2 + num) * num
+    return _parameters(num, (fn, outputs * num * width), (base, outputs), (scale, 3), (gain, width))
+
+
+def _collapses(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> str:
+    _, num, width = x.shape
+    return _parameters(num, (fn, num * num * width), (base, num), (scale, 1))
 
 
 def _writes(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> str:
-    if x.shape[1] > STREAMS:
+    n, num, width = x.shape
+    if num > STREAMS:
         return f"more than {STREAMS} streams"
     if y.dtype != x.dtype:
         return "an output in another dtype than the streams"
-    return "" if post.dtype == comb.dtype == torch.float32 else "maps that are not fp32"
+    if not post.dtype == comb.dtype == torch.float32:
+        return "maps that are not fp32"
+    return "" if (y.numel(), post.numel(), comb.numel()) == (n * width, n * num, n * num * num) else MISFIT
 
 
 LIMITS = {
     "sinkhorn": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_logits),
     "hyper_maps": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_maps_of),
     "hyper_enter": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_enters),
-    "head_collapse": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_maps_of),
+    "head_collapse": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_collapses),
     "hyper_write": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_writes),
 }

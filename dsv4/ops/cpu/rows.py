@@ -8,6 +8,7 @@ from dsv4.ops.formats import Packed
 from dsv4.ops.limits import Limits
 
 PLAIN = (torch.float32, torch.bfloat16)
+MISFIT = "shapes that do not fit"  # another form says what is wrong
 _compress = Kernel("compress", P, L, P, L, L, P, P, L, L, I, L, P, F, P, L, I, I, P)
 _rotate = Kernel("rotate", P, I, L, L, L, P, L, I, P)
 _pack = Kernel("pack_rows", P, I, L, L, L, L, L, I, I, I, P)
@@ -40,11 +41,11 @@ def compress(
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     x, turn = x.contiguous(), turn.contiguous()
     out = torch.empty_like(x)
-    count, width = len(turn), x.shape[-1]
+    width = x.shape[-1]
     rows = x.numel() // width
     _rotate(
-        x.data_ptr(), x.dtype == torch.bfloat16, rows, rows // count if count else 1, width, turn.data_ptr(),
-        turn.shape[-1], turn.is_conj(), out.data_ptr(),
+        x.data_ptr(), x.dtype == torch.bfloat16, rows, rows // len(turn), width, turn.data_ptr(),
+        turn.shape[1], turn.is_conj(), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -92,26 +93,35 @@ def _groups(
         return "rows that are not contiguous"
     if not (first_row.is_contiguous() and has_previous.is_contiguous() and gain.is_contiguous()):
         return "rows of groups or a gain that are not contiguous"
-    return _turn(turn)
+    count, d = len(first_row), gain.shape[0]
+    if not values.shape == scores.shape == (len(values), 2 * d if overlap else d):
+        return MISFIT
+    return MISFIT if len(has_previous) != count else _turn(turn, count, d)
 
 
-def _turn(turn: Tensor) -> str:
-    return "" if turn.dtype == torch.complex64 else "turns that are not complex64"
+def _turn(turn: Tensor, count: int, width: int) -> str:
+    if turn.dtype != torch.complex64:
+        return "turns that are not complex64"
+    return "" if turn.ndim == 2 and len(turn) == count and 2 * turn.shape[1] <= width else MISFIT
 
 
 def _rotates(x: Tensor, turn: Tensor) -> str:
-    if not x.is_floating_point() or turn.ndim != 2 or x.numel() == 0:
-        return "nothing to rotate, or more than one turn for a row"
-    return _turn(turn)
+    return _turn(turn, len(x), x.shape[-1]) if x.numel() else "nothing to rotate"
 
 
-def _format(rows: Tensor, format: Packed) -> str:
-    return "" if format.numbers in PLAIN else "unpacked rows that are neither fp32 nor bf16"
+def _packs(rows: Tensor, format: Packed) -> str:
+    return "" if rows.shape[-1] == format.width else MISFIT
+
+
+def _unpacks(data: Tensor, format: Packed) -> str:
+    if format.numbers not in PLAIN:
+        return "unpacked rows that are neither fp32 nor bf16"
+    return "" if data.dtype == torch.uint8 and data.shape[-1] == format.row_bytes else MISFIT
 
 
 LIMITS = {
     "compress": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_groups),
     "rotate": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_rotates),
-    "pack_rows": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_format),
-    "unpack_rows": Limits(devices=("cpu",), gradient=False, also=_format),
+    "pack_rows": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_packs),
+    "unpack_rows": Limits(devices=("cpu",), gradient=False, also=_unpacks),
 }
