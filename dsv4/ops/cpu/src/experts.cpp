@@ -59,9 +59,9 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
     std::vector<X> room, rows(pairs * M), act(pairs * I);
     std::vector<T> hidden(pairs * 2 * I), parts(pairs * M);  // rounded to the dtype of x
     const X* wide = as_multiplied<X>(x, n * M, room);
-#pragma omp parallel if (pairs * I * M > 20000)
+#pragma omp parallel if (pairs * I * M > 60000)
     {
-        std::vector<X> panel(PANEL + NR * std::max(M, I));
+        X* panel = kept_room<0, X>(PANEL + NR * std::max(M, I));
 #pragma omp for
         for (long i = 0; i < pairs; i++) std::memcpy(&rows[i * M], wide + order[i] / k * M, M * sizeof(X));
 #pragma omp for schedule(dynamic, 1)
@@ -70,8 +70,8 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
             const Group& g = groups[job.group];
             long at = g.first + job.first, gate = g.expert * w.step, up = gate + w.offset;
             T* to = &hidden[at * 2 * I];
-            product(dtype, job.count, &rows[at * M], M, w.gate, gate + job.n0, gate + job.n1, to - gate, 2 * I, panel.data());
-            product(dtype, job.count, &rows[at * M], M, w.up, up + job.n0, up + job.n1, to + I - up, 2 * I, panel.data());
+            product(dtype, job.count, &rows[at * M], M, w.gate, gate + job.n0, gate + job.n1, to - gate, 2 * I, panel);
+            product(dtype, job.count, &rows[at * M], M, w.up, up + job.n0, up + job.n1, to + I - up, 2 * I, panel);
         }
 #pragma omp for
         for (long i = 0; i < pairs; i++) {
@@ -96,7 +96,7 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
             const Task& job = second[t];
             const Group& g = groups[job.group];
             long at = g.first + job.first, row = g.expert * w.down_step;
-            product(dtype, job.count, &act[at * I], I, w.down, row + job.n0, row + job.n1, &parts[at * M] - row, M, panel.data());
+            product(dtype, job.count, &act[at * I], I, w.down, row + job.n0, row + job.n1, &parts[at * M] - row, M, panel);
         }
 #pragma omp single
         {

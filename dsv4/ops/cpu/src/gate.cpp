@@ -75,7 +75,7 @@ void gate(
     long strips = (X + strip - 1) / strip;
 #pragma omp parallel if (n * X * M > 100000)
     {
-        std::vector<float> panel(n > 4 * MR || D != F32 ? PANEL + NR * M : 0);
+        float* panel = kept_room<0, float>(PANEL + NR * M);
         std::vector<int32_t> keys(X + LANES);
         for (long t = 0; t < n; t += SLAB) {
             long count = std::min(SLAB, n - t);
@@ -92,7 +92,7 @@ void gate(
             }
 #pragma omp for schedule(dynamic, 1)
             for (long s = 0; s < strips; s++)
-                product(D, count, rows, M, w, s * strip, std::min(X, (s + 1) * strip), scores + t * X, X, panel.data());
+                product(D, count, rows, M, w, s * strip, std::min(X, (s + 1) * strip), scores + t * X, X, panel);
 #pragma omp for schedule(static)
             for (long m = t; m < t + count; m++) {
                 to_scores(scores + m * X, X);

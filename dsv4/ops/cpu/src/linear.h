@@ -34,14 +34,14 @@ template <class T> void linear(const T* x, long M, long ldx, const Weight& weigh
     long threads = omp_get_max_threads();
     long strip = std::clamp<long>((N / (threads * 4) + NR - 1) / NR * NR, NR, std::max<long>(NR, PANEL / K / NR * NR));
     long strips = (N + strip - 1) / strip, slab = M > 256 ? 24 * MR : M, slabs = (M + slab - 1) / slab;
-#pragma omp parallel if (M * N * K > 20000)
+#pragma omp parallel if (M * N * K > 60000)
     {
-        std::vector<X> panel(PANEL + NR * K);
+        X* panel = kept_room<0, X>(PANEL + NR * K);
 #pragma omp for schedule(dynamic, 1) collapse(2)
         for (long s = 0; s < strips; s++)
             for (long b = 0; b < slabs; b++) {
                 long m = b * slab, n = s * strip;
-                product(weight.dtype, std::min(slab, M - m), rows + m * ld, ld, w, n, std::min(n + strip, N), y + m * ldy, ldy, panel.data());
+                product(weight.dtype, std::min(slab, M - m), rows + m * ld, ld, w, n, std::min(n + strip, N), y + m * ldy, ldy, panel);
             }
     }
 }
