@@ -73,7 +73,7 @@ void gate(
     std::vector<float> room(plain ? 0 : std::min(n, SLAB) * M);
     long strip = std::clamp<long>((X / (threads * 4) + NR - 1) / NR * NR, NR, std::max<long>(NR, PANEL / M / NR * NR));
     long strips = (X + strip - 1) / strip;
-#pragma omp parallel if (n * X * M > 100000)
+#pragma omp parallel if (n * X * M > 300000)
     {
         float* panel = kept_room<0, float>(PANEL + NR * M);
         std::vector<int32_t> keys(X + LANES);

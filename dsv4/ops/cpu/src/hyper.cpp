@@ -70,7 +70,7 @@ template <class T> struct Projection {
         long blocks = (n + size - 1) / size;
         bool share = blocks < threads && parts() > 1;
         std::vector<float> apart(share ? parts() * n * wide() : 0);
-#pragma omp parallel if (n * K * outputs > 100000 && (blocks > 1 || share))
+#pragma omp parallel if (n * K * outputs > 300000 && (blocks > 1 || share))
         {
             std::unique_ptr<float[]> room(new float[ROOM]);
             if (share) {
@@ -322,7 +322,7 @@ template <class T> void hyper_write(const Streams<T>& s, const T* y, const float
     constexpr long STRIP = 2048;
     long N = s.N, M = s.M, strips = (M + STRIP - 1) / STRIP;
     auto write_token = N == 4 ? write<4, T> : write<0, T>;
-#pragma omp parallel for schedule(static) collapse(2) if (s.n * N * M > 60000)
+#pragma omp parallel for schedule(static) collapse(2) if (s.n * N * M > 200000)
     for (long t = 0; t < s.n; t++)
         for (long i = 0; i < strips; i++)
             write_token(
@@ -341,7 +341,7 @@ template <class F> void by_kind(const void* x, int is_bf16, long n, int N, long 
 // logits [n, N, N] -> out [n, N, N], FP32
 EXPORT(sinkhorn)(const float* logits, long n, int N, int iters, float eps, float* out) {
     long blocks = (n + 15) / 16;
-#pragma omp parallel for schedule(static) if (n > 32)
+#pragma omp parallel for schedule(static) if (n > 128)
     for (long b = 0; b < blocks; b++)
         sinkhorn(logits + b * 16 * N * N, N * N, out + b * 16 * N * N, std::min(16l, n - b * 16), N, iters, eps);
 }

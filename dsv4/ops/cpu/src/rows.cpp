@@ -27,7 +27,7 @@ template <class T> INLINE void turn_pairs(const T* from, T* to, const float* tur
 template <class T>
 void rotate(const T* x, long rows, long heads, long D, const float* turn, long pairs, float sign, T* out) {
     long plain = D - 2 * pairs;
-#pragma omp parallel for schedule(static) if (rows * D > 100000)
+#pragma omp parallel for schedule(static) if (rows * D > 200000)
     for (long r = 0; r < rows; r++) {
         std::memcpy(out + r * D, x + r * D, plain * sizeof(T));
         turn_pairs(x + r * D + plain, out + r * D + plain, turn + r / heads * 2 * pairs, pairs, sign);
