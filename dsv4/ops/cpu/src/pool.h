@@ -1,0 +1,175 @@
+// Rows of a pool, read where they lie: numbers or packed bytes (ops/formats.py), one after the other or in pages.
+#pragma once
+
+#include "matmul.h"
+
+namespace {
+
+// LANES e4m3 codes as numbers, but for the two codes that are NaN.
+INLINE vf e4m3(const uint8_t* p) {
+#if defined(__AVX512F__)
+    __m256i high = _mm256_slli_epi16(_mm256_cvtepu8_epi16(load_as<__m128i>(p)), 8);
+    // the sign stays, the rest moves down by one: the same number * 2^-8 as an IEEE half
+    __m256i half = _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16(short(0xbfff)));
+    return (vf)_mm512_cvtph_ps(half) * 256.0f;
+#else
+    __m128i high = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_cvtsi64_si128(load_as<int64_t>(p))), 8);
+    __m128i half = _mm_and_si128(_mm_srai_epi16(high, 1), _mm_set1_epi16(short(0xbfff)));
+    return (vf)_mm256_cvtph_ps(half) * 256.0f;
+#endif
+}
+INLINE vf e2m1(const uint8_t* p) { return Fp4Row{nullptr, nullptr}.numbers(p); }
+
+// Numbers that BF16 holds exactly, as BF16.
+INLINE void as_bf16(const float* row, bf16* out, long padded) {
+    for (long k = 0; k < padded; k += LANES) {
+        vh top = __builtin_convertvector(as_bits(load(row + k)) >> 16, vh);
+        std::memcpy(out + k, &top, sizeof top);
+    }
+}
+
+struct Pool {
+    const uint8_t* data;
+    const int64_t* table;                 // the pages' numbers, or null where rows lie one after the other
+    long rows, per_page, stride;          // stride: bytes from row to row of `data`
+    long kind, coded, tail, block;        // kind: a Dtype; packed rows: numbers in codes and in the BF16 tail, and in a block
+
+    // As pools.py lays it out.
+    explicit Pool(const int64_t* p)
+        : data(reinterpret_cast<const uint8_t*>(p[0])), table(reinterpret_cast<const int64_t*>(p[1])), rows(p[2]),
+          per_page(p[3]), stride(p[4]), kind(p[5]), coded(p[6]), tail(p[7]), block(p[8]) {}
+
+    INLINE const uint8_t* at(long row) const {
+        return data + (table ? table[row / per_page] * per_page + row % per_page : row) * stride;
+    }
+
+    // Where the rows from..from+count-1 lie.
+    void addresses(long from, long count, const uint8_t** out) const {
+        for (long i = 0; i < count;) {
+            long left = table ? std::min(count - i, per_page - (from + i) % per_page) : count;
+            const uint8_t* row = at(from + i);
+            for (long end = i + left; i < end; i++, row += stride) out[i] = row;
+        }
+    }
+
+    // The numbers of a row in FP32, and zeros up to `padded`, a multiple of LANES.
+    INLINE void widen_row(const uint8_t* row, float* out, long padded) const {
+        switch (kind) {
+            case F32: return plain(reinterpret_cast<const float*>(row), out, padded);
+            case BF16: return plain(reinterpret_cast<const bf16*>(row), out, padded);
+            case FP8: return packed<FP8>(row, out, padded);
+            default: return packed<FP4>(row, out, padded);
+        }
+    }
+
+    // The same in BF16, of rows that BF16 holds exactly (any but those in FP32); `wide` has room for a row.
+    INLINE void narrow_row(const uint8_t* row, bf16* out, float* wide, long padded) const {
+#if defined(__AVX512BF16__)
+        if (kind == FP4 && tail == 0 && coded % 32 == 0 && block == 32 && narrow_fp4(row, out)) {
+            for (long k = coded; k < padded; k++) out[k] = 0;
+            return;
+        }
+#endif
+        widen_row(row, wide, padded);
+        as_bf16(wide, out, padded);
+    }
+
+    // A row that will be read soon.
+    INLINE void prefetch(const uint8_t* row) const {
+        for (long b = 0; b < stride; b += 64) __builtin_prefetch(row + b);
+    }
+
+  private:
+#if defined(__AVX512BF16__)
+    // False where a scale takes a number out of BF16's normal ones.
+    INLINE bool narrow_fp4(const uint8_t* row, bf16* out) const {
+        const uint8_t* scales = row + coded / 2;
+        const __m512i numbers = _mm512_castsi256_si512(_mm256_setr_epi16(
+            0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000), short(0xbf00), short(0xbf80),
+            short(0xbfc0), short(0xc000), short(0xc040), short(0xc080), short(0xc0c0)));
+        for (long k = 0; k < coded; k += 32) {
+            int scale = *scales++;
+            if (scale < 2 || scale > 252) return false;
+            // a power of two is added to the exponents, but for zeros
+            __m512i scaled = _mm512_mask_add_epi16(numbers, 0xfefe, numbers, _mm512_set1_epi16(short((scale - 127) * 128)));
+            __m128i pair = load_as<__m128i>(row + k / 2), nibble = _mm_set1_epi8(15);
+            __m128i low = _mm_and_si128(pair, nibble), high = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
+            __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+            __m512i found = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), scaled);
+            std::memcpy(out + k, &found, sizeof found);
+        }
+        return true;
+    }
+#endif
+
+    template <class T> INLINE void plain(const T* row, float* out, long padded) const {
+        long k = 0;
+        for (; k + LANES <= coded; k += LANES) store(out + k, load(row + k));
+        if (k < coded) store(out + k, load_some(row + k, int(coded - k))), k += LANES;
+        for (; k < padded; k += LANES) store(out + k, vf{});
+    }
+
+    // [codes | tail in BF16 | scales, UE8M0]
+    template <int K> INLINE void packed(const uint8_t* row, float* out, long padded) const {
+        long bytes = K == FP8 ? coded : (coded + 1) / 2;
+        const uint8_t* scales = row + bytes + 2 * tail;
+        for (long first = 0; first < coded; first += block) {
+            uint32_t bits = uint32_t(*scales++) << 23;
+            float scale;
+            std::memcpy(&scale, &bits, 4);
+            long last = std::min(first + block, coded), k = first;  // a block is a multiple of LANES (LIMITS)
+            for (; k + LANES <= last; k += LANES) store(out + k, codes<K>(row, k) * scale);
+            if (k < last) {  // the row's end: what is read must not be beyond it
+                uint8_t part[LANES] = {};
+                std::memcpy(part, row + (K == FP8 ? k : k / 2), bytes - (K == FP8 ? k : k / 2));
+                store_some(out + k, codes<K>(part, 0) * scale, int(last - k));
+            }
+        }
+        if (K == FP8) keep_nan(row, out);
+        const uint8_t* from = row + bytes;
+        long k = coded, width = coded + tail;
+        for (; k + LANES <= width; k += LANES) store(out + k, load(reinterpret_cast<const bf16*>(from + 2 * (k - coded))));
+        if (k < width) {
+            bf16 part[LANES] = {};
+            std::memcpy(part, from + 2 * (k - coded), 2 * (width - k));
+            store_some(out + k, load(part), int(width - k));
+        }
+        for (k = width; k < padded; k++) out[k] = 0;
+    }
+
+    // A row of finite numbers has no such code (ops.pack_rows): so it is looked for once, and seldom there.
+    INLINE void keep_nan(const uint8_t* row, float* out) const {
+        vb found = {};
+        long k = 0;
+        for (; k + LANES <= coded; k += LANES) found |= (vb)((load_as<vb>(row + k) & 0x7f) == 0x7f);
+        uint8_t any[LANES], some = 0;
+        std::memcpy(any, &found, LANES);
+        for (uint8_t byte : any) some |= byte;
+        for (; k < coded; k++) some |= (row[k] & 0x7f) == 0x7f;
+        if (!some) return;
+        for (k = 0; k < coded; k++)
+            if ((row[k] & 0x7f) == 0x7f) out[k] = NAN;
+    }
+
+    template <int K> static INLINE vf codes(const uint8_t* p, long k) { return K == FP8 ? e4m3(p + k) : e2m1(p + k / 2); }
+};
+
+// Room that a thread keeps from call to call; what `take` gives begins at a cache line.
+class Room {
+    std::vector<uint8_t> bytes;
+    size_t used = 0;
+
+  public:
+    // Forget what was taken; there must be room for `size` bytes and 64 for each piece.
+    void open(size_t size) {
+        if (bytes.size() < size + 64) bytes.resize(size + 64);
+        used = 64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64;
+    }
+    template <class T> T* take(long count) {
+        T* out = reinterpret_cast<T*>(bytes.data() + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return out;
+    }
+};
+
+}  // namespace
