@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv4 import ops
 from dsv4.cache import format_name
 from dsv4.measure.clock import Budget, timed
 from dsv4.measure.rows import Row
@@ -42,10 +43,16 @@ class Operations(TorchDispatchMode):
 
 
 def count(work: Callable[[], object]) -> int:
-    """The torch operations that a call of `work` starts."""
-    with Operations() as operations:
+    """The torch operations and the calls of our own kernels that `work` starts."""
+    if ops.active("linear") != "cpu":
+        with Operations() as operations:
+            work()
+        return operations.by_name.total()
+    from dsv4.ops.cpu.library import watched
+
+    with Operations() as operations, watched() as kernels:
         work()
-    return operations.by_name.total()
+    return operations.by_name.total() + len(kernels)
 
 
 class Decoding:

@@ -46,6 +46,7 @@ class Executed(TorchDispatchMode):
             after = layer.register_forward_hook(lambda *_: self._stand(ENDS))
             self._open.callback(before.remove)
             self._open.callback(after.remove)
+        self._open.enter_context(ops.using("blocked"))  # the same products, as torch operations that can be seen
         self._open.enter_context(ops.wrapped(("index_scores_topk", "sparse_attention", "hyper_write"), self._inside))
         return super().__enter__()
 

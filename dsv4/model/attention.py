@@ -13,9 +13,8 @@ from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer
-from dsv4.model.layers import GroupedLinear, Linear, RMSNorm, rms_normalise
+from dsv4.model.layers import Linear, RMSNorm
 from dsv4.model.segments import Part, Run
-from dsv4.ops import rotate
 
 # window rows and their intervals, entries and theirs, chosen rows: what ops.sparse_attention reads
 Read = tuple[ops.Pool, ops.Spans, ops.Pool | None, ops.Spans | None, Tensor | None]
@@ -35,7 +34,9 @@ class Attention(nn.Module):
         self.wkv = Linear(c.hidden_size, self.width, dtype)
         self.kv_norm = RMSNorm(self.width, c.rms_norm_eps)
         self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
-        self.wo_a = GroupedLinear(self.groups, self.heads * self.width // self.groups, c.o_lora_rank, dtype)
+        self.wo_a = Linear(
+            self.heads * self.width // self.groups, self.groups * c.o_lora_rank, dtype
+        )  # a matrix a group
         self.wo_b = Linear(self.groups * c.o_lora_rank, c.hidden_size, dtype)
         self.compressor = Compressor(c, self.kind, self.width, dtype) if self.kind.ratio > 1 else None
         self.indexer = Indexer(c, self.kind, dtype) if self.kind.indexed else None
@@ -43,16 +44,17 @@ class Attention(nn.Module):
     def forward(self, x_TM: Tensor, run: Run, views: list[LayerMemory | None]) -> Tensor:
         """[T, M] -> [T, M]; `views` holds this layer's stores for each part of the run, None without memory."""
         turn = run.turn["compressed" if self.kind.ratio else "window"]
-        qr = self.q_norm(self.wq_a(x_TM))
-        q_THD = rms_normalise(self.wq_b(qr).view(-1, self.heads, self.width), self.eps)
-        q_THD = rotate(q_THD, turn)
-        kv_TD = self.kv_norm(self.wkv(x_TM))
-        read = self.read(x_TM, qr, kv_TD, rotate(kv_TD, turn), run, views)
+        qr, q_THD, kv_TD, row_TD = ops.project_in(
+            x_TM, self.wq_a.weight, self.q_norm.weight, self.wq_b.weight, self.wkv.weight, self.kv_norm.weight,
+            self.heads, self.eps, turn,
+        )  # fmt: skip
+        read = self.read(x_TM, qr, kv_TD, row_TD, run, views)
         out = [
             ops.sparse_attention(part.of(q_THD), *rows, self.attn_sink, self.width**-0.5)[0]
             for part, rows in zip(run.parts, read, strict=True)
         ]
-        return self.project_out(rotate(run.merge(out), turn.conj()))
+        # heads in G groups, each through its own low-rank matrix, then one projection to M (paper 2.3.1)
+        return ops.project_out(run.merge(out), turn, self.wo_a.weight, self.groups, self.wo_b.weight)
 
     def read(
         self, x: Tensor, qr: Tensor, kv: Tensor, row: Tensor, run: Run, views: list[LayerMemory | None]
@@ -86,7 +88,3 @@ class Attention(nn.Module):
         if self.indexer is None:
             return [(pool, None) for pool in pools]
         return list(zip(pools, self.indexer(x, qr, run, [v.index if v else None for v in views]), strict=True))
-
-    def project_out(self, o_THD: Tensor) -> Tensor:
-        """Heads in G groups, each through its own low-rank matrix, then one projection to M (paper 2.3.1)."""
-        return self.wo_b(self.wo_a(o_THD.reshape(len(o_THD), self.groups, -1)).flatten(1))

@@ -5,7 +5,6 @@ arithmetic is ops.compress. A tail shorter than a group emits nothing and is not
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
@@ -43,21 +42,15 @@ class Compressor(nn.Module):
 
         x [T, M] is the sublayer's input. Values and gate scores (bias added) are fp32 [T, c*d].
         """
-        values, scores = self.wkv(x), self.wgate(x) + F.embedding(run.positions % self.kind.ratio, self.ape.float())
-        return [
-            self._pool(part.of(values), part.of(scores), part, store, x.dtype)
-            for part, store in zip(run.parts, stores, strict=True)
-        ]
+        rows = ops.compressor_rows(x, self.wkv.weight, self.wgate.weight, self.ape, run.positions)
+        return [self._pool(part.of(rows), part, store, x.dtype) for part, store in zip(run.parts, stores, strict=True)]
 
-    def _pool(
-        self, values: Tensor, scores: Tensor, part: Part, store: Compressed | None, dtype: torch.dtype
-    ) -> ops.Pool:
-        """The pool of one part from its tokens' rows [n, c*d]."""
+    def _pool(self, own: Tensor, part: Part, store: Compressed | None, dtype: torch.dtype) -> ops.Pool:
+        """The pool of one part from its tokens' rows [n, 2, c*d]."""
         groups = part.groups[self.kind.name]
         if store is None:
-            return self.norm(values, scores, groups, dtype)
+            return self.norm(own[:, 0], own[:, 1], groups, dtype)
         assert groups.rows is not None and part.table is not None
-        own = torch.stack([values, scores], dim=1)
         if groups.closing:
             rows = groups.rows.join(store.rows, own)
             groups.rows.store(store.rows, own)

@@ -1,7 +1,6 @@
 """The layers that everything is made of. Weights keep their own dtype and follow that of the activations."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
@@ -22,19 +21,6 @@ class Linear(nn.Module):
         return ops.linear(x.float() if self.fp32 else x, self.weight)
 
 
-class GroupedLinear(nn.Module):
-    """G matrices [out, in], one for each group of inputs, held as one weight [G*out, in]; computed in x's dtype."""
-
-    def __init__(self, groups: int, in_features: int, out_features: int, dtype: torch.dtype):
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.empty(groups * out_features, in_features, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, G, in] -> [T, G, out]."""
-        return torch.einsum("tgi,gri->tgr", x, self.weight.to(x.dtype).view(self.groups, -1, x.shape[-1]))
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in fp32, cast back to x's dtype; weight [dim] fp32, no +1."""
 
@@ -53,8 +39,3 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
-
-
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without a gain: what each query head gets just before attention."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)

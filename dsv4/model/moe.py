@@ -109,7 +109,7 @@ class SharedExpert(nn.Module):
         self.w3 = Linear(config.hidden_size, config.moe_intermediate_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(ops.swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+        return ops.mlp(x, self.w1.weight, self.w3.weight, self.w2.weight, self.limit)
 
 
 class MoE(nn.Module):

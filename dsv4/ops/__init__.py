@@ -32,9 +32,9 @@ from dsv4.ops.table import (
 from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
-    "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "compress", "cross_entropy", "experts", "explain",
+    "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "best_rows", "compress", "compressor_rows", "cross_entropy", "experts", "explain",
     "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read", "hyper_write", "index_scores",
-    "index_scores_topk", "keep_out_of_graphs", "linear", "newton_schulz", "pack_rows", "rms_norm", "rotate",
+    "index_scores_topk", "keep_out_of_graphs", "linear", "mlp", "newton_schulz", "pack_rows", "project_in", "project_out", "rms_norm", "rotate",
     "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "wrapped",
 ]  # fmt: skip
 
@@ -189,6 +189,44 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     return call("linear", x, weight)
 
 
+def project_in(
+    x: Tensor,
+    wq_a: Tensor | PackedMatrix,
+    q_gain: Tensor,
+    wq_b: Tensor | PackedMatrix,
+    wkv: Tensor | PackedMatrix,
+    kv_gain: Tensor,
+    heads: int,
+    eps: float,
+    turn: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What attention begins with (eq. 13-15, 18): the query latent qr [n, L], queries q [n, H, D], and the key = value
+    row of each token before and after its rotation, [n, D] each; all in x's dtype.
+
+    x [n, M]; wq_a [L, M], wq_b [H*D, L], wkv [D, M] as in `linear`. qr and the row are RMS-normed with the gains, each
+    head's query without one; queries and the second row are rotated by turn complex64 [n, pairs].
+    """
+    return call("project_in", x, wq_a, q_gain, wq_b, wkv, kv_gain, heads, eps, turn)
+
+
+def project_out(
+    o: Tensor, turn: Tensor, wo_a: Tensor | PackedMatrix, groups: int, wo_b: Tensor | PackedMatrix
+) -> Tensor:
+    """What attention ends with: o [n, H, D] rotated back by turn, heads in groups through wo_a [G*rank, H*D/G], each
+    group through its own rows, then wo_b [M, G*rank] (paper 2.3.1) -> [n, M] in o's dtype.
+    """
+    return call("project_out", o, turn, wo_a, groups, wo_b)
+
+
+def compressor_rows(x: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor, positions: Tensor) -> Tensor:
+    """What a compressor keeps of tokens until their group closes: values and gate scores, fp32 [n, 2, c*d] (eq. 9-10).
+
+    x [n, M]; wkv, wgate [c*d, M] fp32; to the scores is added the row of ape [r, c*d] of the token's place in its
+    group, positions int64 [n] modulo r.
+    """
+    return call("compressor_rows", x, wkv, wgate, ape, positions)
+
+
 # --- mixture of experts ----------------------------------------------------------------------------------------------
 
 
@@ -204,12 +242,25 @@ def gate(
     return call("gate", x, weight, bias, chosen, k, scale)
 
 
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
+) -> Tensor:
     """Routed experts: sum over a token's chosen experts of w2 (weight * clamped-SwiGLU(x)), fp32 [n, M].
 
-    x [n, M]; chosen int64 [n, k]; weights fp32 [n, k]; w13 [X, 2, I, M] (gate over up), w2 [X, M, I].
+    x [n, M]; chosen int64 [n, k]; weights fp32 [n, k]; w13 [X, 2, I, M] (gate over up), w2 [X, M, I], or both packed,
+    all experts one below the other: [X*2*I, M] and [X*M, I], without gradient.
     """
     return call("experts", x, chosen, weights, w13, w2, limit)
+
+
+def mlp(
+    x: Tensor, w1: Tensor | PackedMatrix, w3: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
+) -> Tensor:
+    """w2 (clamped-SwiGLU(w1 x, w3 x)) [n, M] in x's dtype: one expert for all tokens. w1, w3 [I, M], w2 [M, I].
+
+    The activation is fp32 and cast to x's dtype once.
+    """
+    return call("mlp", x, w1, w3, w2, limit)
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------

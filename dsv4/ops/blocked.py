@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv4.ops.formats import PackedRows
-from dsv4.ops.reference import gate_scores, gate_weights, hyper_logits, hyper_read, rms_norm
+from dsv4.ops.reference import gate_scores, gate_weights, hyper_logits, hyper_read, rms_norm, unpacked_experts
 from dsv4.ops.spans import Spans
+from dsv4.ops.weights import PackedMatrix
 
 NEG_INF = float("-inf")
 _INT64_MIN = torch.iinfo(torch.int64).min
@@ -481,7 +482,10 @@ def _ranges(counts: list[int]):
         lo += count
 
 
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
+) -> Tensor:
+    w13, w2 = unpacked_experts(w13, w2, x.dtype)
     return _Experts.apply(x, chosen, weights, w13, w2, limit)  # type: ignore[return-value]
 
 

@@ -11,6 +11,9 @@ from dsv4.ops.formats import PackedRows
 from dsv4.ops.weights import PackedMatrix
 
 
+_PACKED = (PackedRows, PackedMatrix)
+
+
 @dataclass(frozen=True)
 class Limits:
     """The calls that a form serves; None allows everything.
@@ -32,15 +35,17 @@ class Limits:
 
     def refuses_kind(self, *args: Any) -> str:
         """ "" or why arguments of these devices and kinds are not served, whatever their shapes."""
-        for arg in args:
-            if isinstance(arg, PackedRows | PackedMatrix) and not self.packed:
-                return "packed rows" if isinstance(arg, PackedRows) else "a packed weight"
+        devices, dtypes = self.devices, self.dtypes
+        no_gradient = not self.gradient and torch.is_grad_enabled()
+        for arg in args:  # at every call of every op: nothing is looked up that need not be
             if not isinstance(arg, Tensor):
+                if not self.packed and isinstance(arg, _PACKED):
+                    return "packed rows" if isinstance(arg, PackedRows) else "a packed weight"
                 continue
-            if self.devices is not None and arg.device.type not in self.devices:
+            if devices is not None and arg.device.type not in devices:
                 return f"device {arg.device.type}"
-            if self.dtypes is not None and arg.is_floating_point() and arg.dtype not in self.dtypes:
+            if dtypes is not None and arg.dtype not in dtypes and arg.is_floating_point():
                 return f"dtype {str(arg.dtype).removeprefix('torch.')}"
-            if not self.gradient and arg.requires_grad and torch.is_grad_enabled():
+            if no_gradient and arg.requires_grad:
                 return "a gradient is needed"
         return ""

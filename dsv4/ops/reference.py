@@ -13,8 +13,8 @@ from dsv4.ops.spans import Spans
 from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
-    "best_rows", "compress", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits",
-    "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "pack_rows", "rotate",
+    "best_rows", "compress", "compressor_rows", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits",
+    "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "mlp", "pack_rows", "project_in", "project_out", "rotate",
     "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "unpack_rows",
 ]  # fmt: skip
 
@@ -199,6 +199,39 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
+def project_in(
+    x: Tensor,
+    wq_a: Tensor | PackedMatrix,
+    q_gain: Tensor,
+    wq_b: Tensor | PackedMatrix,
+    wkv: Tensor | PackedMatrix,
+    kv_gain: Tensor,
+    heads: int,
+    eps: float,
+    turn: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qr = rms_norm(linear(x, wq_a), q_gain, eps)
+    q = linear(qr, wq_b).unflatten(1, (heads, -1))
+    q = rotate(F.rms_norm(q.float(), q.shape[-1:], None, eps).to(x.dtype), turn)
+    kv = rms_norm(linear(x, wkv), kv_gain, eps)
+    return qr, q, kv, rotate(kv, turn)
+
+
+def project_out(
+    o: Tensor, turn: Tensor, wo_a: Tensor | PackedMatrix, groups: int, wo_b: Tensor | PackedMatrix
+) -> Tensor:
+    grouped = rotate(o, turn.conj()).reshape(len(o), groups, -1)
+    wide = wo_a.unpack(o.dtype) if isinstance(wo_a, PackedMatrix) else wo_a.to(o.dtype)
+    low = torch.einsum("tgi,gri->tgr", grouped, wide.view(groups, -1, grouped.shape[-1]))
+    return linear(low.flatten(1), wo_b)
+
+
+def compressor_rows(x: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor, positions: Tensor) -> Tensor:
+    x = x.float()
+    bias = F.embedding(positions % len(ape), ape.float())
+    return torch.stack([linear(x, wkv), linear(x, wgate) + bias], dim=1)
+
+
 # --- mixture of experts ----------------------------------------------------------------------------------------------
 
 
@@ -225,7 +258,10 @@ def gate_weights(scores: Tensor, chosen: Tensor, scale: float) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True) * scale
 
 
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+def experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
+) -> Tensor:
+    w13, w2 = unpacked_experts(w13, w2, x.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(len(w13)):
         token, slot = torch.where(chosen == expert)
@@ -234,6 +270,24 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor,
         act = act.to(x.dtype)
         out = out.index_add(0, token, F.linear(act, w2[expert].to(x.dtype)).float())
     return out
+
+
+def unpacked_experts(
+    w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Stacks of experts [X, 2, I, M] and [X, M, I] as numbers; plain ones as they are."""
+    if isinstance(w13, Tensor):
+        assert isinstance(w2, Tensor), "either both are packed or none"
+        return w13, w2
+    assert isinstance(w2, PackedMatrix), "either both are packed or none"
+    width, inner = w13.shape[1], w2.shape[1]
+    return w13.unpack(dtype).view(-1, 2, inner, width), w2.unpack(dtype).view(-1, width, inner)
+
+
+def mlp(
+    x: Tensor, w1: Tensor | PackedMatrix, w3: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
+) -> Tensor:
+    return linear(swiglu(linear(x, w1), linear(x, w3), limit).to(x.dtype), w2)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:

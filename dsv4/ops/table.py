@@ -31,7 +31,7 @@ log = logging.getLogger("dsv4")
 # Every op; each has a function of this name in dsv4/ops/__init__.py, whose first argument is a tensor.
 OPS = (
     "sparse_attention", "index_scores_topk", "best_rows", "topk_lowest", "compress", "rotate", "sinkhorn", "hyper_maps",
-    "hyper_enter", "hyper_write", "head_collapse", "linear", "gate", "experts", "cross_entropy", "pack_rows",
+    "hyper_enter", "hyper_write", "head_collapse", "linear", "project_in", "project_out", "compressor_rows", "gate", "experts", "mlp", "cross_entropy", "pack_rows",
     "unpack_rows",
 )  # fmt: skip
 ORDER = ("triton", "cpu", "blocked", "reference")  # fastest first
@@ -64,6 +64,7 @@ TABLE: dict[str, dict[str, Callable]] = {name: {} for name in OPS}  # op -> form
 _limits: dict[tuple[str, str], Condition] = {}  # (op, form); a form without an entry serves every call
 _tried: dict[str, str] = {}  # lazy backend -> "", or why there is none
 _said: set[tuple[str, str, str]] = set()  # (op, form, reason)
+_tries: dict[tuple[str, str, str], list[tuple[str, Callable, Condition | None]]] = {}  # as `_forms_for` has found them
 _wraps: dict[str, Callable] = {}
 _orders = {"auto": ORDER, **{form: ORDER[i:] for i, form in enumerate(ORDER)}}
 _wanted = os.environ.get("DSV4_OPS", "auto")
@@ -80,6 +81,7 @@ def enrol(backend: str, module: ModuleType) -> None:
             TABLE[name][backend] = getattr(module, name)
             if name in limits:
                 _limits[name, backend] = limits[name]
+    _tries.clear()
 
 
 def _try(backend: str) -> str:
@@ -134,19 +136,26 @@ def keep_out_of_graphs() -> None:
 
 
 def _serve(name: str, *args: Any) -> Any:
-    forms, device = TABLE[name], args[0].device.type
+    asked = (name, args[0].device.type, _wanted)
+    for form, function, limits in _tries.get(asked) or _forms_for(*asked):
+        reason = limits.refuses(*args) if limits is not None else ""
+        if not reason:
+            return function(*args)
+        _say(name, form, reason)
+    raise AssertionError(f"no form of {name} serves: the reference must serve every call")
+
+
+def _forms_for(name: str, device: str, wanted: str) -> list[tuple[str, Callable, Condition | None]]:
+    """The forms to try, in order, kept from call to call; a backend asked for by name that is not there is said."""
+    found = []
     for form in _order():
         absent = _absent(form, device)
         if absent and form == _wanted:
             _say("", form, absent)
-        if absent or form not in forms:
-            continue
-        limits = _limits.get((name, form))
-        reason = limits.refuses(*args) if limits is not None else ""
-        if not reason:
-            return forms[form](*args)
-        _say(name, form, reason)
-    raise AssertionError(f"no form of {name} serves: the reference must serve every call")
+        if not absent and form in TABLE[name]:
+            found.append((form, TABLE[name][form], _limits.get((name, form))))
+    _tries[name, device, wanted] = found
+    return found
 
 
 def _order() -> tuple[str, ...]:

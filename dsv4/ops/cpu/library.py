@@ -73,11 +73,25 @@ def using_isa(name: str) -> Iterator[None]:
         _isa = before
 
 
+_watchers: list[list[str]] = []
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """The names of the functions that are called inside the block, in order."""
+    names: list[str] = []
+    _watchers.append(names)
+    try:
+        yield names
+    finally:
+        _watchers.remove(names)
+
+
 class Kernel:
     """A function of the library, in the form for the instructions in use."""
 
     def __init__(self, name: str, *kinds: type):
-        self.forms = {}
+        self.name, self.forms = name, {}
         for isa in AVAILABLE:
             form = getattr(_LIB, f"{name}_{isa}")
             form.argtypes, form.restype = kinds, None
@@ -85,6 +99,8 @@ class Kernel:
 
     def __call__(self, *args: int | float | None) -> None:
         self.forms[_isa](*args)
+        for names in _watchers:
+            names.append(self.name)
 
 
 def address(x: Tensor | None) -> int | None:

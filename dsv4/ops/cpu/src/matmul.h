@@ -101,11 +101,27 @@ struct Fp4Row {
     }
 };
 
+}  // namespace
+
+namespace DSV4_ISA {
+
 // A matrix [rows, columns] in any of the formats.
 struct Matrix {
     const void* data;
     const uint8_t* scales;  // FP8, FP4
     long columns, stride;   // stride: numbers from row to row (in FP8 and FP4 the rows lie one after the other)
+
+    // The matrix from row n on (FP8: n at the edge of a block of 128).
+    Matrix from(int dtype, long n) const {
+        Matrix out = *this;
+        const char* bytes = static_cast<const char*>(data);
+        long wide = columns;
+        if (dtype == F32) out.data = bytes + n * stride * 4;
+        else if (dtype == BF16) out.data = bytes + n * stride * 2;
+        else if (dtype == FP8) out.data = bytes + n * wide, out.scales += n / 128 * ((wide + 127) / 128);
+        else out.data = bytes + n * (wide / 2), out.scales += n * ((wide + 31) / 32);
+        return out;
+    }
 
     template <int D> INLINE auto row(long n) const {
         if constexpr (D == F32) return PlainRow<float>{static_cast<const float*>(data) + n * stride};
@@ -115,6 +131,11 @@ struct Matrix {
         else return Fp4Row{static_cast<const uint8_t*>(data) + n * (columns / 2), scales + n * ((columns + 31) / 32)};
     }
 };
+
+}  // namespace DSV4_ISA
+using DSV4_ISA::Matrix;
+
+namespace {
 
 // A vector of what is multiplied, from k on: of a plain row of the same numbers, or widened from any other.
 template <class X, class Row> INLINE typename Dot<X>::reg piece(const Row& row, long k) {
@@ -207,45 +228,6 @@ INLINE void tiles(long M, const X* x, long ldx, const Row* w, long K, Out* out, 
 
 constexpr long PANEL = 1 << 15;  // numbers of weights that are widened at a time: they stay in the second cache
 
-// out[m][n] for the rows n0 <= n < n1 of the weights and all M rows of x. `panel` has room for PANEL + NR * K numbers.
-template <int D, class X, class Out>
-void product(long M, const X* x, long ldx, const Matrix& w, long n0, long n1, Out* out, long ldo, X* panel) {
-    typedef decltype(w.row<D>(0)) Row;
-    constexpr bool plain = std::is_same<Row, PlainRow<X>>::value;
-    long K = w.columns;
-    if (plain ? M <= 4 * MR : M <= 2) {  // few rows: each weight is read once, straight from where it lies
-        for (long n = n0; n < n1; n += NR) {
-            Row rows[NR];
-            int wanted = int(std::min<long>(NR, n1 - n));
-            for (int i = 0; i < NR; i++) rows[i] = w.row<D>(n + std::min(i, wanted - 1));
-            tiles(M, x, ldx, rows, K, out + n, ldo, wanted);
-        }
-        return;
-    }
-    long high = std::max<long>(NR, PANEL / K / NR * NR), even = K / Dot<X>::STEP * Dot<X>::STEP;
-    for (long first = n0; first < n1; first += high) {
-        long last = std::min(first + high, n1);
-        for (long n = first; n < last; n++) {
-            Row row = w.row<D>(n);
-            X* to = panel + (n - first) * K;
-            typename Dot<X>::reg end = last_piece<X>(row, even, K);
-            for (long k = 0; k < even; k += Dot<X>::STEP) {
-                typename Dot<X>::reg part = piece<X>(row, k);
-                std::memcpy(to + k, &part, sizeof part);
-            }
-            std::memcpy(to + even, &end, (K - even) * sizeof(X));
-        }
-        for (long m = 0; m < M; m += MR) {  // these rows of x stay in the first cache while the panel passes by
-            for (long n = first; n < last; n += NR) {
-                PlainRow<X> rows[NR];
-                int wanted = int(std::min<long>(NR, last - n));
-                for (int i = 0; i < NR; i++) rows[i] = {panel + (n - first + std::min(i, wanted - 1)) * K};
-                tiles(std::min<long>(MR, M - m), x + m * ldx, ldx, rows, K, out + m * ldo + n, ldo, wanted);
-            }
-        }
-    }
-}
-
 // Rows of x as what they are multiplied as: themselves, or widened into `room`.
 template <class X, class T> INLINE const X* as_multiplied(const T* x, long count, std::vector<X>& room) {
     if constexpr (std::is_same<X, T>::value) return x;
@@ -261,3 +243,14 @@ template <class T> struct Multiplied { typedef T type; };
 template <> struct Multiplied<bf16> { typedef Product16 type; };
 
 }  // namespace
+
+namespace DSV4_ISA {
+
+// out[m][n] for the rows n0 <= n < n1 of the weights, of format `dtype`, and all M rows of x; out has stride ldo. `panel` has
+// room for PANEL + NR * K numbers. Compiled once, in matmul.cpp.
+void product(int dtype, long M, const float* x, long ldx, const Matrix& w, long n0, long n1, float* out, long ldo, float* panel);
+void product(int dtype, long M, const Product16* x, long ldx, const Matrix& w, long n0, long n1, bf16* out, long ldo,
+             Product16* panel);
+
+}  // namespace DSV4_ISA
+using DSV4_ISA::product;

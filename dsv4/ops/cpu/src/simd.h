@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -94,6 +95,15 @@ template <class T> INLINE void store_some(T* p, vf v, int count) {
     std::memcpy(p, part, count * sizeof(T));
 }
 
+// Room for `count` numbers that a thread keeps from call to call: fresh memory costs more than what is computed in it. Two
+// rooms that are used at a time have different places.
+template <int PLACE, class T> T* kept_room(long count) {
+    static thread_local std::unique_ptr<T[]> room;
+    static thread_local long size = 0;
+    if (count > size) room.reset(new T[count]), size = count;
+    return room.get();
+}
+
 // --- sums over lanes, always in the same order: halves, quarters, ... ---
 
 INLINE float sum(vf v) {
@@ -138,5 +148,32 @@ INLINE vf exp(vf x) {
 }
 
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+INLINE vf sqrt(vf x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_sqrt_ps((__m512)x);
+#else
+    return (vf)_mm256_sqrt_ps((__m256)x);
+#endif
+}
+
+// log(1 + x) to 3 units in the last place, for finite x >= 0; NaN stays NaN.
+INLINE vf log1p(vf x) {
+    vf u = 1.0f + x, lost = x - (u - 1.0f);
+    vi exponent = (vi)(as_bits(u) - 0x3f3504f3) >> 23;  // so that the rest lies in [sqrt(1/2), sqrt(2))
+    vf m = as_float(as_bits(u) - (vu)(exponent << 23)) - 1.0f;
+    vf e = __builtin_convertvector(exponent, vf), z = m * m;
+    vf p = splat(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * z - e * 2.12194440e-4f - 0.5f * z;
+    return x != x ? x : (m + p) + e * 0.693359375f + lost / u;
+}
 
 }  // namespace

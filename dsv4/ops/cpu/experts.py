@@ -1,0 +1,94 @@
+"""Experts: the routed ones, sorted by expert, and the shared one."""
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.cpu.library import DTYPES, F, I, Kernel, L, P, address
+from dsv4.ops.cpu.linear import PLAIN
+from dsv4.ops.limits import Limits
+from dsv4.ops.weights import PackedMatrix
+
+_experts = Kernel("experts", P, I, L, L, L, P, P, L, L, P, P, P, P, P, P, I, L, L, L, F, P)
+
+Weight = Tensor | PackedMatrix
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float) -> Tensor:
+    x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
+    n, width = x.shape
+    inner = w2.shape[-1]
+    out = x.new_empty(n, width, dtype=torch.float32)
+    if isinstance(w13, PackedMatrix) and isinstance(w2, PackedMatrix):
+        gate, scales, down, down_scales, kind = w13.codes, w13.scales, w2.codes, w2.scales, DTYPES[w13.code]
+        count, step, down_step = w13.shape[0] // (2 * inner), 2 * inner, width
+    else:
+        assert isinstance(w13, Tensor) and isinstance(w2, Tensor)
+        gate, scales, down, down_scales, kind = w13, None, w2, None, DTYPES[w13.dtype]
+        count, step, down_step = len(w13), w13.stride(0) // width, w2.stride(0) // inner
+    _experts(
+        x.data_ptr(), x.dtype == torch.bfloat16, n, width, inner, chosen.data_ptr(), weights.data_ptr(),
+        chosen.shape[1], count, gate.data_ptr(), address(scales), gate.data_ptr(), address(scales), down.data_ptr(),
+        address(down_scales), kind, step, inner, down_step, limit, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def mlp(x: Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float) -> Tensor:
+    x = x.contiguous()
+    inner, width = w1.shape
+    n = x.numel() // width
+    out = torch.empty(x.shape, dtype=torch.float32)
+    parts: list[int | None] = []
+    for w in (w1, w3, w2):
+        packed = isinstance(w, PackedMatrix)
+        parts += [(w.codes if packed else w).data_ptr(), address(w.scales if packed else None)]
+    kind = DTYPES[w1.code if isinstance(w1, PackedMatrix) else w1.dtype]
+    every = _zeros(n)
+    _experts(
+        x.data_ptr(), x.dtype == torch.bfloat16, n, width, inner, every.data_ptr(), None, 1, 1, *parts, kind, 0, 0, 0,
+        limit, out.data_ptr(),
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+_chosen = torch.zeros(64, dtype=torch.int64)
+
+
+def _zeros(n: int) -> Tensor:
+    """Expert 0 for n tokens."""
+    global _chosen
+    if len(_chosen) < n:
+        _chosen = torch.zeros(n, dtype=torch.int64)
+    return _chosen
+
+
+def _experts_shape(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float) -> str:
+    if isinstance(w13, PackedMatrix):
+        alike = isinstance(w2, PackedMatrix) and w2.code == w13.code
+        aligned = w13.code == "fp4" or (w2.shape[1] % 128 == 0 and w13.shape[1] % 128 == 0)
+        return "" if alike and aligned else "packed experts of two formats, or that share a scale"
+    if not isinstance(w2, Tensor) or w2.dtype != w13.dtype:
+        return "experts of two formats"
+    if x.dtype == torch.bfloat16 != w13.dtype:
+        return "a weight in more precision than what it multiplies"
+    _, _, inner, width = w13.shape
+    laid = w13.stride()[1:] == (inner * width, width, 1) and w2.stride()[1:] == (inner, 1)
+    whole = w13.stride(0) % width == 0 and w2.stride(0) % inner == 0
+    return "" if laid and whole else "experts that are not contiguous"
+
+
+def _mlp_shape(x: Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float) -> str:
+    kinds = {w.code if isinstance(w, PackedMatrix) else w.dtype for w in (w1, w3, w2)}
+    if len(kinds) > 1:
+        return "weights of two formats"
+    if isinstance(w1, PackedMatrix):
+        return ""
+    if x.dtype == torch.bfloat16 != w1.dtype:
+        return "a weight in more precision than what it multiplies"
+    return "" if all(w.is_contiguous() for w in (w1, w3, w2)) else "weights that are not contiguous"
+
+
+LIMITS = {
+    "experts": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_experts_shape),
+    "mlp": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_mlp_shape),
+}

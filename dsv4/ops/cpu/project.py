@@ -1,0 +1,104 @@
+"""What stands before and after attention, and the rows of a compressor: one call each."""
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.cpu.library import DTYPES, F, I, Kernel, L, P, address
+from dsv4.ops.cpu.linear import PLAIN
+from dsv4.ops.limits import Limits
+from dsv4.ops.weights import PackedMatrix
+
+Weight = Tensor | PackedMatrix
+_W = (P, P, I, L, L)
+_project_in = Kernel("project_in", P, I, L, *_W, P, *_W, *_W, P, L, F, P, L, P, P, P, P)
+_project_out = Kernel("project_out", P, I, L, L, L, P, L, *_W, L, *_W, P, P)
+_compressor_rows = Kernel("compressor_rows", P, I, L, L, P, P, L, P, L, P, P)
+
+
+def _described(w: Weight) -> tuple[int, int | None, int, int, int]:
+    """A weight as the library takes it: numbers, scales, format, rows, columns."""
+    if isinstance(w, PackedMatrix):
+        return w.codes.data_ptr(), address(w.scales), DTYPES[w.code], *w.shape
+    return w.data_ptr(), None, DTYPES[w.dtype], w.shape[0], w.shape[1]
+
+
+def project_in(
+    x: Tensor,
+    wq_a: Weight,
+    q_gain: Tensor,
+    wq_b: Weight,
+    wkv: Weight,
+    kv_gain: Tensor,
+    heads: int,
+    eps: float,
+    turn: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, n, width = x.contiguous(), len(x), wkv.shape[0]
+    qr, q = x.new_empty(n, wq_a.shape[0]), x.new_empty(n, heads, width)
+    kv, row = x.new_empty(2, n, width)
+    _project_in(
+        x.data_ptr(), x.dtype == torch.bfloat16, n, *_described(wq_a), q_gain.data_ptr(), *_described(wq_b),
+        *_described(wkv), kv_gain.data_ptr(), heads, eps, turn.data_ptr(), turn.shape[1], qr.data_ptr(), q.data_ptr(),
+        kv.data_ptr(), row.data_ptr(),
+    )  # fmt: skip
+    return qr, q, kv, row
+
+
+def project_out(o: Tensor, turn: Tensor, wo_a: Weight, groups: int, wo_b: Weight) -> Tensor:
+    o = o.clone(memory_format=torch.contiguous_format)  # rotated in place
+    n, heads, width = o.shape
+    low, out = o.new_empty(n, wo_a.shape[0]), o.new_empty(n, wo_b.shape[0])
+    _project_out(
+        o.data_ptr(), o.dtype == torch.bfloat16, n, heads, width, turn.data_ptr(), turn.shape[1], *_described(wo_a),
+        groups, *_described(wo_b), low.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def compressor_rows(x: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor, positions: Tensor) -> Tensor:
+    x, n, width = x.contiguous(), len(x), wkv.shape[0]
+    out = x.new_empty(n, 2, width, dtype=torch.float32)
+    _compressor_rows(
+        x.data_ptr(), x.dtype == torch.bfloat16, n, x.shape[1], wkv.data_ptr(), wgate.data_ptr(), width, ape.data_ptr(),
+        len(ape), positions.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _unfit(x: Tensor, *weights: Weight) -> str:
+    """Why a kernel does not take these weights for x, or ""."""
+    for w in weights:
+        if isinstance(w, PackedMatrix):
+            continue
+        if x.dtype == torch.bfloat16 != w.dtype:
+            return "a weight in more precision than what it multiplies"
+        if not w.is_contiguous():
+            return "a weight that is not contiguous"
+    return ""
+
+
+def _plain(*numbers: Tensor) -> str:
+    fit = all(t.dtype in (torch.float32, torch.complex64) and t.is_contiguous() and not t.is_conj() for t in numbers)
+    return "" if fit else "gains, rotations or biases that are not contiguous fp32"
+
+
+def _in(x: Tensor, wq_a: Weight, q_gain: Tensor, wq_b: Weight, wkv: Weight, kv_gain: Tensor, *rest: object) -> str:
+    return _unfit(x, wq_a, wq_b, wkv) or _plain(q_gain, kv_gain, *(t for t in rest if isinstance(t, Tensor)))
+
+
+def _out(o: Tensor, turn: Tensor, wo_a: Weight, groups: int, wo_b: Weight) -> str:
+    if isinstance(wo_a, PackedMatrix) and wo_a.code == "fp8" and wo_a.shape[0] // groups % 128:
+        return "groups that share a scale"
+    return _unfit(o, wo_a, wo_b) or _plain(turn)
+
+
+def _rows(x: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor, positions: Tensor) -> str:
+    return _plain(wkv, wgate, ape) or ("" if positions.is_contiguous() else "positions that are not contiguous")
+
+
+_kinds = dict(devices=("cpu",), dtypes=PLAIN, gradient=False)
+LIMITS = {
+    "project_in": Limits(**_kinds, also=_in),
+    "project_out": Limits(**_kinds, also=_out),
+    "compressor_rows": Limits(**_kinds, also=_rows),
+}

@@ -1,0 +1,384 @@
+// Hyper-connections: the maps of a token's N streams (eq. 3-8), and reading, writing and collapsing the streams.
+//
+// A token's streams are one row x of K = N * M numbers. Its products with the rows of fn are summed in parts that begin
+// at fixed places, so that threads may share a long row; within a part one vector belongs to one product (matmul.h).
+#include <memory>
+
+#include "matmul.h"
+#include "norm.h"
+
+namespace {
+
+constexpr int STREAMS = 8;       // at most
+constexpr long PART = 4096;      // numbers of a row whose products are summed as one
+constexpr long TOKENS = 2 * MR;  // that a part of fn is read for at most: it stays in the second cache
+
+// --- products with fn ---
+
+// What is asked of tokens, rows x of K numbers: their products with `outputs` rows of fn, and their squares.
+template <class T> struct Projection {
+    const T* x;
+    const float* fn;
+    long K;
+    int outputs;
+
+    static constexpr bool PLAIN = std::is_same<T, float>::value;
+    static constexpr long APART = PART + LANES;           // widened rows: not at places that share a line of the cache
+    static constexpr long ROOM = PLAIN ? 0 : MR * APART;  // numbers that are widened at a time
+
+    long wide() const { return outputs + 1; }  // numbers for a token: the products, then the sum of squares
+    long parts() const { return (K + PART - 1) / PART; }
+
+    // sums[count][wide()] over part p of the rows of `count` tokens from `first` on; `room` has ROOM numbers.
+    void part(long p, long first, long count, float* sums, float* room) const {
+        long k = p * PART, width = std::min(PART, K - k);
+        for (long t = 0; t < count; t += MR) {
+            long tokens = std::min<long>(MR, count - t);
+            const T* rows = x + (first + t) * K + k;
+            float* to = sums + t * wide();
+            for (long m = 0; m < tokens; m++)
+                to[m * wide() + outputs] = sum_of_squares(rows + m * K, width, PLAIN ? nullptr : room + m * APART);
+            const float* from;
+            if constexpr (PLAIN) from = rows;
+            else from = room;
+            for (int n = 0; n < outputs; n += NR) {
+                int wanted = std::min(NR, outputs - n);
+                PlainRow<float> w[NR];
+                for (int i = 0; i < NR; i++) w[i] = {fn + (n + std::min(i, wanted - 1)) * K + k};
+                for (long m = t + MR + n / NR; m < std::min(count, t + 2 * MR); m += (outputs + NR - 1) / NR)
+                    fetch(x + (first + m) * K + k, width);
+                tiles(tokens, from, PLAIN ? K : APART, w, width, to + n, wide(), wanted);
+            }
+        }
+    }
+
+    // Asks the memory for numbers that come next, while products of those before them are summed.
+    static INLINE void fetch(const T* from, long count) {
+        for (long i = 0; i < count; i += 64 / long(sizeof(T)))
+            _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+    }
+
+    // sums [n][wide()] += those of a further part
+    void add(const float* more, long n, float* sums) const {
+        for (long i = 0; i < n * wide(); i++) sums[i] += more[i];
+    }
+
+    // Calls finish(first, count, sums) for blocks of tokens. Threads share the blocks, or the parts of long rows where
+    // there are few tokens.
+    template <class Finish> void run(long n, const Finish& finish) const {
+        long threads = omp_get_max_threads(), size = n >= TOKENS * threads ? TOKENS : MR;
+        long blocks = (n + size - 1) / size;
+        bool share = blocks < threads && parts() > 1;
+        std::vector<float> apart(share ? parts() * n * wide() : 0);
+#pragma omp parallel if (n * K * outputs > 300000 && (blocks > 1 || share))
+        {
+            std::unique_ptr<float[]> room(new float[ROOM]);
+            if (share) {
+#pragma omp for schedule(dynamic, 1) collapse(2)
+                for (long p = 0; p < parts(); p++)
+                    for (long b = 0; b < blocks; b++) {
+                        long first = b * size;
+                        part(p, first, std::min(size, n - first), &apart[(p * n + first) * wide()], room.get());
+                    }
+#pragma omp for schedule(dynamic, 1)
+                for (long t = 0; t < n; t++) {
+                    for (long p = 1; p < parts(); p++) add(&apart[(p * n + t) * wide()], 1, &apart[t * wide()]);
+                    finish(t, 1, &apart[t * wide()]);
+                }
+            } else {
+                std::vector<float> sums(2 * size * wide());
+                float* more = sums.data() + size * wide();
+#pragma omp for schedule(dynamic, 1)
+                for (long b = 0; b < blocks; b++) {
+                    long first = b * size, count = std::min(size, n - first);
+                    part(0, first, count, sums.data(), room.get());
+                    for (long p = 1; p < parts(); p++) {
+                        part(p, first, count, more, room.get());
+                        add(more, count, sums.data());
+                    }
+                    finish(first, count, sums.data());
+                }
+            }
+        }
+    }
+};
+
+// --- Sinkhorn ---
+
+// A 4 x 4 matrix, row after row, in one vector or two. Sums over a row or a column of a, b, c, d are (a + c) + (b + d).
+struct Four {
+    static constexpr int PARTS = 16 / LANES;
+    vf part[PARTS];
+};
+
+#if defined(__AVX512F__)
+INLINE vf other_half(vf v) { return __builtin_shuffle(v, vi{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}); }
+INLINE vf next_row(vf v) { return __builtin_shuffle(v, vi{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}); }
+INLINE vf two_on(vf v) { return __builtin_shuffle(v, vi{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}); }
+INLINE vf neighbour(vf v) { return __builtin_shuffle(v, vi{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}); }
+#else
+INLINE vf next_row(vf v) { return __builtin_shuffle(v, vi{4, 5, 6, 7, 0, 1, 2, 3}); }
+INLINE vf two_on(vf v) { return __builtin_shuffle(v, vi{2, 3, 0, 1, 6, 7, 4, 5}); }
+INLINE vf neighbour(vf v) { return __builtin_shuffle(v, vi{1, 0, 3, 2, 5, 4, 7, 6}); }
+#endif
+
+INLINE vf row_sums(vf v) {
+    v = v + two_on(v);
+    return v + neighbour(v);
+}
+INLINE vf row_largest(vf v) {
+    v = max(v, two_on(v));
+    return max(v, neighbour(v));
+}
+INLINE vf column_sums(const Four& c) {  // those of both vectors are the same
+#if defined(__AVX512F__)
+    vf v = c.part[0] + other_half(c.part[0]);
+#else
+    vf v = c.part[0] + c.part[1];
+#endif
+    return v + next_row(v);
+}
+
+// B matrices side by side, so that the steps of one wait while those of another run
+template <int B> INLINE void sinkhorn4(const float* logits, long stride, float* out, int iters, float eps) {
+    Four c[B];
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < Four::PARTS; i++) {
+            vf v = load(logits + b * stride + i * LANES);
+            vf e = exp(v - row_largest(v));
+            c[b].part[i] = e / row_sums(e) + eps;
+        }
+    for (int step = 0;; step++) {
+        for (int b = 0; b < B; b++) {
+            vf total = column_sums(c[b]) + eps;
+            for (vf& part : c[b].part) part = part / total;
+        }
+        if (step >= iters - 1) break;
+        for (int b = 0; b < B; b++)
+            for (vf& part : c[b].part) part = part / (row_sums(part) + eps);
+    }
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < Four::PARTS; i++) store(out + 16 * b + i * LANES, c[b].part[i]);
+}
+
+INLINE void sinkhorn_any(const float* logits, float* c, int N, int iters, float eps) {
+    for (int i = 0; i < N; i++) {
+        const float* from = logits + i * N;
+        vf v = load_some(from, N);
+        vf e = exp(v - *std::max_element(from, from + N));
+        store_some(c + i * N, e, N);
+    }
+    auto divide = [&](int along, int across, float add) {
+        for (int i = 0; i < N; i++) {
+            float total = 0;
+            for (int j = 0; j < N; j++) total += c[i * across + j * along];
+            for (int j = 0; j < N; j++) c[i * across + j * along] /= total + add;
+        }
+    };
+    divide(1, N, 0);
+    for (int i = 0; i < N * N; i++) c[i] += eps;
+    divide(N, 1, eps);
+    for (int step = 1; step < iters; step++) {
+        divide(1, N, eps);
+        divide(N, 1, eps);
+    }
+}
+
+// `count` matrices from logits, `stride` numbers apart
+void sinkhorn(const float* logits, long stride, float* out, long count, int N, int iters, float eps) {
+    long t = 0;
+    if (N == 4) {
+        for (; t + 4 <= count; t += 4) sinkhorn4<4>(logits + t * stride, stride, out + t * 16, iters, eps);
+        for (; t < count; t++) sinkhorn4<1>(logits + t * stride, stride, out + t * 16, iters, eps);
+    }
+    for (; t < count; t++) sinkhorn_any(logits + t * stride, out + t * N * N, N, iters, eps);
+}
+
+// --- maps ---
+
+// How logits come from products: base + scale * product / rms.
+struct Affine {
+    const float *base, *scale;
+    float norm_eps;
+
+    // sums [wide] in place; the first `counts[0]` outputs have scale[0], and so on
+    void apply(float* sums, long K, std::initializer_list<int> counts) const {
+        int outputs = 0, i = 0, o = 0;
+        for (int count : counts) outputs += count;
+        float rho = 1.0f / std::sqrt(sums[outputs] / float(K) + norm_eps);
+        for (int count : counts) {
+            for (int end = o + count; o < end; o++) sums[o] = scale[i] * (sums[o] * rho) + base[o];
+            i++;
+        }
+    }
+};
+
+// pre, post [count, N] and comb [count, N, N] from the products of `count` tokens
+void maps(
+    float* sums, long count, long K, int N, const Affine& affine, int iters, float eps, float* pre, float* post,
+    float* comb) {
+    long wide = (2 + N) * N + 1;
+    for (long t = 0; t < count; t++) {
+        float* logits = sums + t * wide;
+        affine.apply(logits, K, {N, N, N * N});
+        for (int i = 0; i < 2 * N; i += LANES)
+            store_up_to(logits + i, sigmoid(load_up_to(logits + i, 2 * N - i)), 2 * N - i);
+        for (int i = 0; i < N; i++) pre[t * N + i] = logits[i] + eps;
+        for (int i = 0; i < N; i++) post[t * N + i] = 2 * logits[N + i];
+    }
+    sinkhorn(sums + 2 * N, wide, comb, count, N, iters, eps);
+}
+
+// --- streams ---
+
+// The number of streams where the compiler knows it (S), as it does of the four that models have, or else `num`.
+template <int S> INLINE int streams(int num) { return S ? S : num; }
+
+// out [M] = sum_j weight_j x_j
+template <int S, class T> void read(const T* x, int num, long M, const float* weight, T* out) {
+    const int N = streams<S>(num);
+    for (long i = 0; i < M; i += LANES) {
+        vf v = weight[0] * load_up_to(x + i, M - i);
+        for (int j = 1; j < N; j++) v = v + weight[j] * load_up_to(x + j * M + i, M - i);
+        store_up_to(out + i, v, M - i);
+    }
+}
+
+// out_k = post_k y + sum_j comb[j][k] x_j, of the channels from `i` to `end`
+template <int S, class T>
+void write(const T* x, const T* y, int num, long M, const float* post, const float* comb, long i, long end, T* out) {
+    const int N = streams<S>(num);
+    constexpr int MOST = S ? S : STREAMS;
+    vf weight[MOST + 1][MOST];
+    for (int k = 0; k < N; k++) {
+        weight[0][k] = splat(post[k]);
+        for (int j = 0; j < N; j++) weight[j + 1][k] = splat(comb[j * N + k]);
+    }
+    for (; i < end; i += LANES) {
+        vf from[MOST + 1] = {load_up_to(y + i, end - i)};
+        for (int j = 0; j < N; j++) from[j + 1] = load_up_to(x + j * M + i, end - i);
+        for (int k = 0; k < N; k++) {
+            vf v = weight[0][k] * from[0];
+            for (int j = 1; j <= N; j++) v = v + weight[j][k] * from[j];
+            store_up_to(out + k * M + i, v, end - i);
+        }
+    }
+}
+
+// --- the ops, for streams x [n, N, M] ---
+
+template <class T> struct Streams {
+    const T* x;
+    long n;
+    int N;
+    long M;
+
+    const T* token(long t) const { return x + t * N * M; }
+    Projection<T> onto(const float* fn, int outputs) const { return {x, fn, N * M, outputs}; }
+};
+
+template <class T>
+void hyper_maps(
+    const Streams<T>& s, const float* fn, const Affine& affine, int iters, float eps, float* pre, float* post,
+    float* comb) {
+    int N = s.N;
+    s.onto(fn, (2 + N) * N).run(s.n, [&](long first, long count, float* sums) {
+        maps(sums, count, N * s.M, N, affine, iters, eps, pre + first * N, post + first * N, comb + first * N * N);
+    });
+}
+
+template <class T>
+void hyper_enter(
+    const Streams<T>& s, const float* fn, const Affine& affine, const float* gain, int iters, float eps, T* out,
+    float* post, float* comb) {
+    int N = s.N;
+    auto read_token = N == 4 ? read<4, T> : read<0, T>;
+    s.onto(fn, (2 + N) * N).run(s.n, [&](long first, long count, float* sums) {
+        float pre[TOKENS * STREAMS];
+        maps(sums, count, N * s.M, N, affine, iters, eps, pre, post + first * N, comb + first * N * N);
+        for (long t = 0; t < count; t++) {
+            T* row = out + (first + t) * s.M;
+            read_token(s.token(first + t), N, s.M, pre + t * N, row);
+            rms_norm(row, s.M, gain, affine.norm_eps);
+        }
+    });
+}
+
+template <class T>
+void head_collapse(const Streams<T>& s, const float* fn, const Affine& affine, float eps, T* out) {
+    int N = s.N;
+    auto read_token = N == 4 ? read<4, T> : read<0, T>;
+    s.onto(fn, N).run(s.n, [&](long first, long count, float* sums) {
+        for (long t = 0; t < count; t++) {
+            float* weight = sums + t * (N + 1);
+            affine.apply(weight, N * s.M, {N});
+            store_some(weight, sigmoid(load_some(weight, N)) + eps, N);
+            read_token(s.token(first + t), N, s.M, weight, out + (first + t) * s.M);
+        }
+    });
+}
+
+template <class T> void hyper_write(const Streams<T>& s, const T* y, const float* post, const float* comb, T* out) {
+    constexpr long STRIP = 2048;
+    long N = s.N, M = s.M, strips = (M + STRIP - 1) / STRIP;
+    auto write_token = N == 4 ? write<4, T> : write<0, T>;
+#pragma omp parallel for schedule(static) collapse(2) if (s.n * N * M > 200000)
+    for (long t = 0; t < s.n; t++)
+        for (long i = 0; i < strips; i++)
+            write_token(
+                s.token(t), y + t * M, s.N, M, post + t * N, comb + t * N * N, i * STRIP, std::min(M, (i + 1) * STRIP),
+                out + t * N * M);
+}
+
+// Calls f with the streams and a number of their kind.
+template <class F> void by_kind(const void* x, int is_bf16, long n, int N, long M, const F& f) {
+    if (is_bf16) f(Streams<bf16>{static_cast<const bf16*>(x), n, N, M}, bf16());
+    else f(Streams<float>{static_cast<const float*>(x), n, N, M}, float());
+}
+
+}  // namespace
+
+// logits [n, N, N] -> out [n, N, N], FP32
+EXPORT(sinkhorn)(const float* logits, long n, int N, int iters, float eps, float* out) {
+    long blocks = (n + 15) / 16;
+#pragma omp parallel for schedule(static) if (n > 128)
+    for (long b = 0; b < blocks; b++)
+        sinkhorn(logits + b * 16 * N * N, N * N, out + b * 16 * N * N, std::min(16l, n - b * 16), N, iters, eps);
+}
+
+// x [n, N, M] FP32 or BF16, fn [(2+N)*N, N*M], base, scale [3] -> pre, post [n, N], comb [n, N, N]
+EXPORT(hyper_maps)
+(const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, int iters,
+ float eps, float norm_eps, float* pre, float* post, float* comb) {
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto) {
+        hyper_maps(streams, fn, {base, scale, norm_eps}, iters, eps, pre, post, comb);
+    });
+}
+
+// The same -> out [n, M] of x's kind, and post, comb
+EXPORT(hyper_enter)
+(const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale,
+ const float* gain, int iters, float eps, float norm_eps, void* out, float* post, float* comb) {
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto kind) {
+        auto* to = static_cast<decltype(kind)*>(out);
+        hyper_enter(streams, fn, {base, scale, norm_eps}, gain, iters, eps, to, post, comb);
+    });
+}
+
+// x [n, N, M], fn [N, N*M], base [N], scale [1] -> out [n, M]
+EXPORT(head_collapse)
+(const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, float eps,
+ float norm_eps, void* out) {
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto kind) {
+        head_collapse(streams, fn, {base, scale, norm_eps}, eps, static_cast<decltype(kind)*>(out));
+    });
+}
+
+// x [n, N, M], y [n, M], post [n, N], comb [n, N, N] -> out [n, N, M]; x, y and out are of one kind
+EXPORT(hyper_write)
+(const void* x, const void* y, int is_bf16, long n, int N, long M, const float* post, const float* comb, void* out) {
+    by_kind(x, is_bf16, n, N, M, [&](const auto& streams, auto kind) {
+        typedef decltype(kind) T;
+        hyper_write(streams, static_cast<const T*>(y), post, comb, static_cast<T*>(out));
+    });
+}
