@@ -77,7 +77,8 @@ struct Pool {
 
     // A row that will be read soon.
     INLINE void prefetch(const uint8_t* row) const {
-        for (long b = 0; b < stride; b += 64) __builtin_prefetch(row + b);
+        long bytes = std::min(stride, 4 * (coded + tail));  // rows of a wider matrix may lie far apart
+        for (long b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
     }
 
   private:
