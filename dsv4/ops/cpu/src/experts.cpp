@@ -56,8 +56,9 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
     std::vector<long> order;
     std::vector<Group> groups = sorted(chosen, pairs, experts, order);
     std::vector<Task> first = tasks(groups, I, M, threads), second = tasks(groups, M, I, threads);
-    std::vector<X> room, rows(pairs * M), act(pairs * I);
-    std::vector<T> hidden(pairs * 2 * I), parts(pairs * M);  // rounded to the dtype of x
+    std::vector<X> room;
+    X *rows = kept_room<1, X>(pairs * M), *act = kept_room<2, X>(pairs * I);
+    T *hidden = kept_room<3, T>(pairs * 2 * I), *parts = kept_room<4, T>(pairs * M);  // rounded to the dtype of x
     const X* wide = as_multiplied<X>(x, n * M, room);
 #pragma omp parallel if (pairs * I * M > 60000)
     {

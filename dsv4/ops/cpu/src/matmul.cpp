@@ -8,19 +8,20 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
     typedef decltype(w.row<D>(0)) Row;
     constexpr bool plain = std::is_same<Row, PlainRow<X>>::value;
     long K = w.columns;
-    if (plain ? M <= 4 * MR : M <= 2) {  // few rows: each weight is read once, straight from where it lies
+    if (M <= 2 || (plain && M <= MR)) {  // few rows: each weight is read once, straight from where it lies
+        long ahead = NR * (w.row<D>(n0 + 1).bytes(0) - w.row<D>(n0).bytes(0));
         for (long n = n0; n < n1; n += NR) {
             Row rows[NR];
             int wanted = int(std::min<long>(NR, n1 - n));
             for (int i = 0; i < NR; i++) rows[i] = w.row<D>(n + std::min(i, wanted - 1));
-            tiles(M, x, ldx, rows, K, out + n, ldo, wanted);
+            tiles(M, x, ldx, rows, K, out + n, ldo, wanted, n + 2 * NR <= n1 ? ahead : 0);
         }
         return;
     }
     long high = std::max<long>(NR, PANEL / K / NR * NR), even = K / Dot<X>::STEP * Dot<X>::STEP;
     for (long first = n0; first < n1; first += high) {
         long last = std::min(first + high, n1);
-        for (long n = first; n < last; n++) {
+        for (long n = first; !plain && n < last; n++) {
             Row row = w.row<D>(n);
             X* to = panel + (n - first) * K;
             typename Dot<X>::reg end = last_piece<X>(row, even, K);
@@ -34,8 +35,12 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
             for (long n = first; n < last; n += NR) {
                 PlainRow<X> rows[NR];
                 int wanted = int(std::min<long>(NR, last - n));
-                for (int i = 0; i < NR; i++) rows[i] = {panel + (n - first + std::min(i, wanted - 1)) * K};
-                tiles(std::min<long>(MR, M - m), x + m * ldx, ldx, rows, K, out + m * ldo + n, ldo, wanted);
+                for (int i = 0; i < NR; i++) {
+                    long at = n + std::min(i, wanted - 1);
+                    if constexpr (plain) rows[i] = w.row<D>(at);
+                    else rows[i] = {panel + (at - first) * K};
+                }
+                tiles(std::min<long>(MR, M - m), x + m * ldx, ldx, rows, K, out + m * ldo + n, ldo, wanted, 0);
             }
         }
     }

@@ -41,6 +41,7 @@ typedef float Product16;
 
 template <class T> struct PlainRow {
     const T* p;
+    INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k); }
     INLINE vf at(long k) const { return load(p + k); }
     INLINE vf some(long k, int count) const { return load_some(p + k, count); }
 };
@@ -55,31 +56,34 @@ INLINE float power_of_two(uint8_t code) {  // UE8M0
 // e4m3 codes, a scale for every 128 columns
 struct Fp8Row {
     const uint8_t *p, *scales;
-    INLINE vf numbers(vb codes) const {
-        vh c = __builtin_convertvector(codes, vh);
-        vh half = ((c & 0x80) << 8) | ((c & 0x7f) << 7);  // the same number * 2^-8 as an IEEE half
+    INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k); }
+    // A code with its sign in the highest bit and the rest from bit 7 on is the same number * 2^-8, as an IEEE half.
+    INLINE vf numbers(const uint8_t* codes) const {
 #if defined(__AVX512F__)
-        return (vf)_mm512_cvtph_ps((__m256i)half);
+        __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_as<__m128i>(codes)), 7);
+        return (vf)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(short(0xbf80)))) * 256.0f;
 #else
-        return (vf)_mm256_cvtph_ps((__m128i)half);
+        __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(load_as<int64_t>(codes))), 7);
+        return (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(short(0xbf80)))) * 256.0f;
 #endif
     }
-    INLINE vf at(long k) const { return numbers(load_as<vb>(p + k)) * 256.0f * power_of_two(scales[k / 128]); }
+    INLINE vf at(long k) const { return numbers(p + k) * power_of_two(scales[k / 128]); }
     INLINE vf some(long k, int count) const {
         uint8_t part[LANES] = {};
         std::memcpy(part, p + k, count);
-        return numbers(load_as<vb>(part)) * 256.0f * power_of_two(scales[k / 128]);
+        return numbers(part) * power_of_two(scales[k / 128]);
     }
 };
 
 // e2m1 codes, two to a byte (the even column low), a scale for every 32 columns
 struct Fp4Row {
     const uint8_t *p, *scales;
-    INLINE vf numbers(const uint8_t* bytes) const {
+    INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k / 2); }
+    INLINE vf numbers(const uint8_t* packed) const {
 #if defined(__AVX512F__)
-        __m128i pair = _mm_cvtsi64_si128(load_as<int64_t>(bytes));  // 8 bytes: 16 codes
+        __m128i pair = _mm_cvtsi64_si128(load_as<int64_t>(packed));  // 8 bytes: 16 codes
 #else
-        __m128i pair = _mm_cvtsi32_si128(load_as<int32_t>(bytes));  // 4 bytes: 8 codes
+        __m128i pair = _mm_cvtsi32_si128(load_as<int32_t>(packed));  // 4 bytes: 8 codes
 #endif
         __m128i nibble = _mm_set1_epi8(15);
         __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(pair, nibble), _mm_and_si128(_mm_srli_epi16(pair, 4), nibble));
@@ -165,7 +169,7 @@ constexpr int MR = 2, NR = 4;
 #endif
 
 // The sums over lanes of four vectors, each by halves as `sum` has it.
-INLINE void sum4(const vf* a, float* out) {
+INLINE __m128 sum4(const vf* a) {
 #if defined(__AVX512F__)
     __m512 a0 = (__m512)a[0], a1 = (__m512)a[1], a2 = (__m512)a[2], a3 = (__m512)a[3];
     __m512 p = _mm512_add_ps(_mm512_shuffle_f32x4(a0, a1, 0x44), _mm512_shuffle_f32x4(a0, a1, 0xee));  // 8 and 8 left
@@ -173,31 +177,43 @@ INLINE void sum4(const vf* a, float* out) {
     __m512 v = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));  // 4 of each
     v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
     v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
-    float part[16];
-    _mm512_storeu_ps(part, v);
-    for (int i = 0; i < 4; i++) out[i] = part[4 * i];
+    __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, v));
 #else
-    for (int i = 0; i < 4; i += 2) {
-        __m256 b = (__m256)a[i], c = (__m256)a[i + 1];
+    __m256 half[2];
+    for (int i = 0; i < 2; i++) {
+        __m256 b = (__m256)a[2 * i], c = (__m256)a[2 * i + 1];
         __m256 v = _mm256_add_ps(_mm256_permute2f128_ps(b, c, 0x20), _mm256_permute2f128_ps(b, c, 0x31));
         v = _mm256_add_ps(v, _mm256_permute_ps(v, 0x4e));
-        v = _mm256_add_ps(v, _mm256_permute_ps(v, 0xb1));
-        float part[8];
-        _mm256_storeu_ps(part, v);
-        out[i] = part[0], out[i + 1] = part[4];
+        half[i] = _mm256_add_ps(v, _mm256_permute_ps(v, 0xb1));  // the sum of b four times, then that of c
     }
+    __m128 p = _mm_unpacklo_ps(_mm256_castps256_ps128(half[0]), _mm256_extractf128_ps(half[0], 1));
+    __m128 q = _mm_unpacklo_ps(_mm256_castps256_ps128(half[1]), _mm256_extractf128_ps(half[1], 1));
+    return _mm_movelh_ps(p, q);
 #endif
 }
 
-// out[m][n] for M rows of x (stride ldx) and NR rows w; the first `wanted` columns of out (stride ldo) are written.
+INLINE void store4(float* p, __m128 v) { _mm_storeu_ps(p, v); }
+INLINE void store4(bf16* p, __m128 v) {  // rounded as `narrow` does
+    __m128i bits = _mm_castps_si128(v), odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+    __m128i rounded = _mm_srli_epi32(_mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff))), 16);
+    __m128i nan = _mm_or_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(0x40));
+    __m128i out = _mm_blendv_epi8(rounded, nan, _mm_castps_si128(_mm_cmpunord_ps(v, v)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(out, out));
+}
+
+// out[m][n] for M rows of x (stride ldx) and NR rows w; the first `wanted` columns of out (stride ldo) are written. `ahead`:
+// bytes from a row to the one that a later tile will read.
 template <int M, class X, class Row, class Out>
-INLINE void tile(const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted) {
+INLINE void tile(const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long ahead = 0) {
     typedef Dot<X> D;
     vf acc[M][NR] = {};
     long k = 0;
     for (; k + D::STEP <= K; k += D::STEP) {
         typename D::reg row[NR];
         for (int n = 0; n < NR; n++) row[n] = piece<X>(w[n], k);
+        if (M == 1)  // memory is what one row of x waits for: the next weights are called before they are needed
+            for (int n = 0; n < NR; n++) _mm_prefetch(w[n].bytes(k) + ahead, _MM_HINT_T0);
         for (int m = 0; m < M; m++) {
             typename D::reg a = D::get(x + m * ldx + k);
             for (int n = 0; n < NR; n++) acc[m][n] = D::add(acc[m][n], a, row[n]);
@@ -212,18 +228,19 @@ INLINE void tile(const X* x, long ldx, const Row* w, long K, Out* out, long ldo,
         }
     }
     for (int m = 0; m < M; m++) {
-        float sums[NR];
-        sum4(acc[m], sums);
-        for (int n = 0; n < wanted; n++) store(out + m * ldo + n, sums[n]);
+        Out part[NR];
+        store4(part, sum4(acc[m]));
+        if (wanted == NR) std::memcpy(out + m * ldo, part, sizeof part);
+        else std::memcpy(out + m * ldo, part, wanted * sizeof(Out));
     }
 }
 
 template <class X, class Row, class Out>
-INLINE void tiles(long M, const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted) {
+INLINE void tiles(long M, const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long ahead = 0) {
     long m = 0;
-    for (; m + MR <= M; m += MR) tile<MR>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted);
-    for (; m + 2 <= M; m += 2) tile<2>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted);
-    for (; m < M; m++) tile<1>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted);
+    for (; m + MR <= M; m += MR) tile<MR>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
+    for (; m + 2 <= M; m += 2) tile<2>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
+    for (; m < M; m++) tile<1>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
 }
 
 constexpr long PANEL = 1 << 15;  // numbers of weights that are widened at a time: they stay in the second cache
