@@ -3,6 +3,7 @@
 // (token, expert) pairs are sorted by expert, so that each weight is read once for all tokens that use it. A pair's
 // numbers do not depend on the other pairs, and a token's experts are added in the order in which it chose them.
 #include "matmul.h"
+#include "norm.h"
 
 namespace {
 
@@ -79,16 +80,16 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
             const T *gate = &hidden[i * 2 * I], *up = gate + I;
             float weight = weights ? weights[order[i]] : 1.0f;
             for (long c = 0; c < I; c += LANES) {
-                int count = int(std::min<long>(LANES, I - c));
-                vf a = load_some(gate + c, count), b = load_some(up + c, count);
+                vf a = load_up_to(gate + c, I - c), b = load_up_to(up + c, I - c);
                 a = a > limit ? splat(limit) : a;  // a NaN stays one
                 b = b > limit ? splat(limit) : (b < -limit ? splat(-limit) : b);
                 vf silu = a * sigmoid(a) * b;
-                T narrow[LANES];
-                store(narrow, weights ? silu * weight : silu);
-                for (int j = 0; j < count; j++) {
-                    if constexpr (std::is_same<X, T>::value) act[i * I + c + j] = narrow[j];
-                    else act[i * I + c + j] = widen(narrow[j]);
+                if (weights) silu = silu * weight;
+                if constexpr (std::is_same<X, T>::value) store_up_to(act + i * I + c, silu, I - c);
+                else {  // rounded to the dtype of x, and multiplied in FP32
+                    T rounded[LANES];
+                    store(rounded, silu);
+                    store_up_to(act + i * I + c, load(rounded), I - c);
                 }
             }
         }
@@ -109,10 +110,9 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
 #pragma omp for
         for (long t = 0; t < n; t++)
             for (long c = 0; c < M; c += LANES) {
-                int count = int(std::min<long>(LANES, M - c));
-                vf total = load_some(&parts[order[t * k] * M + c], count);
-                for (long s = 1; s < k; s++) total += load_some(&parts[order[t * k + s] * M + c], count);
-                store_some(out + t * M + c, total, count);
+                vf total = load_up_to(&parts[order[t * k] * M + c], M - c);
+                for (long s = 1; s < k; s++) total += load_up_to(&parts[order[t * k + s] * M + c], M - c);
+                store_up_to(out + t * M + c, total, M - c);
             }
     }
 }
@@ -128,6 +128,12 @@ EXPORT(experts)
         return Matrix{data, static_cast<const uint8_t*>(scales), columns, columns};
     };
     Weights w{matrix(gate, gate_scales, M), matrix(up, up_scales, M), matrix(down, down_scales, I), step, offset, down_step, I, M};
-    if (is_bf16) run(dtype, static_cast<const bf16*>(x), n, chosen, weights, k, experts, w, limit, out);
-    else run(dtype, static_cast<const float*>(x), n, chosen, weights, k, experts, w, limit, out);
+    constexpr long BLOCK = 1024;  // tokens at a time, so that what stands between is bounded
+    for (long t = 0; t < n; t += BLOCK) {
+        long count = std::min(BLOCK, n - t);
+        const int64_t* choice = chosen + t * k;
+        const float* weight = weights ? weights + t * k : nullptr;
+        if (is_bf16) run(dtype, static_cast<const bf16*>(x) + t * M, count, choice, weight, k, experts, w, limit, out + t * M);
+        else run(dtype, static_cast<const float*>(x) + t * M, count, choice, weight, k, experts, w, limit, out + t * M);
+    }
 }

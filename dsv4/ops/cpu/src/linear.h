@@ -1,4 +1,4 @@
-// y = x W^T, in strips of outputs and slabs of rows, which the threads share; and the norm and rotation of a row.
+// y = x W^T, in strips of outputs and slabs of rows, which the threads share.
 #pragma once
 
 #include "matmul.h"
@@ -43,33 +43,6 @@ template <class T> void linear(const T* x, long M, long ldx, const Weight& weigh
                 long m = b * slab, n = s * strip;
                 product(weight.dtype, std::min(slab, M - m), rows + m * ld, ld, w, n, std::min(n + strip, N), y + m * ldy, ldy, panel);
             }
-    }
-}
-
-// x / rms(x) * gain in place, rounded once; gain may be none.
-template <class T> INLINE void normalise(T* x, long D, const float* gain, float eps) {
-    vf squares = {};
-    for (long c = 0; c < D; c += LANES) {
-        vf v = load_some(x + c, int(std::min<long>(LANES, D - c)));
-        squares += v * v;
-    }
-    float rho = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
-    for (long c = 0; c < D; c += LANES) {
-        int count = int(std::min<long>(LANES, D - c));
-        vf v = load_some(x + c, count) * rho;
-        if (gain) v = v * load_some(gain + c, count);
-        store_some(x + c, v, count);
-    }
-}
-
-// The last 2 * pairs channels of x, as complex numbers, times turn (or its conjugate), into out.
-template <class T> INLINE void turned(const T* x, long D, const float* turn, long pairs, bool back, T* out) {
-    if (out != x) std::memcpy(out, x, (D - 2 * pairs) * sizeof(T));
-    for (long i = 0; i < pairs; i++) {
-        long c = D - 2 * pairs + 2 * i;
-        float a = widen(x[c]), b = widen(x[c + 1]), re = turn[2 * i], im = back ? -turn[2 * i + 1] : turn[2 * i + 1];
-        store(out + c, a * re - b * im);
-        store(out + c + 1, a * im + b * re);
     }
 }
 

@@ -1,4 +1,4 @@
-// What several kernels do to a row of numbers: RMSNorm.
+// What several kernels do to a row of numbers: RMSNorm and rotation.
 #pragma once
 
 #include "simd.h"
@@ -50,12 +50,31 @@ template <class T> INLINE float sum_of_squares(const T* row, long width, float* 
     return sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
-// The row in place becomes x / rms(x) * gain, in FP32, cast once.
+// The row in place becomes x / rms(x) * gain, in FP32, cast once; without a gain it is 1.
 template <class T> INLINE void rms_norm(T* row, long width, const float* gain, float eps) {
     float rho = 1.0f / std::sqrt(sum_of_squares(row, width) / float(width) + eps);
     for (long i = 0; i < width; i += LANES) {
-        vf x = load_up_to(row + i, width - i) * rho * load_up_to(gain + i, width - i);
+        vf x = load_up_to(row + i, width - i) * rho;
+        if (gain) x = x * load_up_to(gain + i, width - i);
         store_up_to(row + i, x, width - i);
+    }
+}
+
+// Numbers 2i and 2i + 1 of `from` times turn_i (or its conjugate, where sign is -1), of 2 * pairs numbers; cast once.
+template <class T> INLINE void turn_pairs(const T* from, T* to, const float* turn, long pairs, float sign) {
+    vi even, odd, other;
+    vf signs;
+    for (int i = 0; i < LANES; i++) {
+        even[i] = i & ~1;
+        odd[i] = i | 1;
+        other[i] = i ^ 1;
+        signs[i] = i & 1 ? sign : -sign;
+    }
+    for (long i = 0; i < 2 * pairs; i += LANES) {
+        long left = 2 * pairs - i;
+        vf x = load_up_to(from + i, left), t = load_up_to(turn + i, left);
+        vf y = x * __builtin_shuffle(t, even) + __builtin_shuffle(x, other) * (__builtin_shuffle(t, odd) * signs);
+        store_up_to(to + i, y, left);
     }
 }
 

@@ -1,34 +1,37 @@
 // What stands before and after attention: projections, norms and rotations of a token, one call each.
 #include "linear.h"
+#include "norm.h"
 
 namespace {
 
 template <class T>
 void project_in(const T* x, long n, const Weight& wq_a, const float* q_gain, const Weight& wq_b, const Weight& wkv,
                 const float* kv_gain, long H, float eps, const float* turn, long pairs, T* qr, T* q, T* kv, T* row) {
-    long M = wq_a.matrix.columns, L = wq_a.rows, D = wkv.rows;
+    long M = wq_a.matrix.columns, L = wq_a.rows, D = wkv.rows, plain = D - 2 * pairs;
     linear(x, n, M, wq_a, qr, L);
     linear(x, n, M, wkv, kv, D);
 #pragma omp parallel for if (n > 16)
     for (long t = 0; t < n; t++) {
-        normalise(qr + t * L, L, q_gain, eps);
-        normalise(kv + t * D, D, kv_gain, eps);
-        turned(kv + t * D, D, turn + t * 2 * pairs, pairs, false, row + t * D);
+        rms_norm(qr + t * L, L, q_gain, eps);
+        rms_norm(kv + t * D, D, kv_gain, eps);
+        std::memcpy(row + t * D, kv + t * D, plain * sizeof(T));
+        turn_pairs(kv + t * D + plain, row + t * D + plain, turn + t * 2 * pairs, pairs, 1.0f);
     }
     linear(qr, n, L, wq_b, q, H * D);
 #pragma omp parallel for if (n > 4)
     for (long i = 0; i < n * H; i++) {
-        normalise(q + i * D, D, nullptr, eps);
-        turned(q + i * D, D, turn + i / H * 2 * pairs, pairs, false, q + i * D);
+        rms_norm(q + i * D, D, static_cast<const float*>(nullptr), eps);
+        turn_pairs(q + i * D + plain, q + i * D + plain, turn + i / H * 2 * pairs, pairs, 1.0f);
     }
 }
 
 template <class T>
 void project_out(T* o, long n, long H, long D, const float* turn, long pairs, const Weight& wo_a, long G, const Weight& wo_b,
                  T* low, T* y) {
-    long width = H * D / G, rank = wo_a.rows / G;
+    long width = H * D / G, rank = wo_a.rows / G, plain = D - 2 * pairs;
 #pragma omp parallel for if (n > 4)
-    for (long i = 0; i < n * H; i++) turned(o + i * D, D, turn + i / H * 2 * pairs, pairs, true, o + i * D);
+    for (long i = 0; i < n * H; i++)
+        turn_pairs(o + i * D + plain, o + i * D + plain, turn + i / H * 2 * pairs, pairs, -1.0f);
     for (long g = 0; g < G; g++) {
         Weight own = wo_a;
         own.rows = rank;

@@ -5,24 +5,6 @@ namespace {
 
 // --- rotation ---
 
-// Numbers 2i and 2i + 1 of `from` times turn_i (or its conjugate, where sign is -1), of 2 * pairs numbers; cast once.
-template <class T> INLINE void turn_pairs(const T* from, T* to, const float* turn, long pairs, float sign) {
-    vi even, odd, other;
-    vf signs;
-    for (int i = 0; i < LANES; i++) {
-        even[i] = i & ~1;
-        odd[i] = i | 1;
-        other[i] = i ^ 1;
-        signs[i] = i & 1 ? sign : -sign;
-    }
-    for (long i = 0; i < 2 * pairs; i += LANES) {
-        long left = 2 * pairs - i;
-        vf x = load_up_to(from + i, left), t = load_up_to(turn + i, left);
-        vf y = x * __builtin_shuffle(t, even) + __builtin_shuffle(x, other) * (__builtin_shuffle(t, odd) * signs);
-        store_up_to(to + i, y, left);
-    }
-}
-
 // x [rows, D], `heads` rows to a turn [rows / heads, pairs]
 template <class T>
 void rotate(const T* x, long rows, long heads, long D, const float* turn, long pairs, float sign, T* out) {
