@@ -1,7 +1,6 @@
 """The output head: hidden states -> logits in fp32, or straight to the loss without ever holding the logits."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
@@ -22,5 +21,5 @@ class Head(nn.Module):
         The sum is taken block by block over the rows (ops.cross_entropy): no [n, V] is held, forward or backward.
         """
         if targets is None:
-            return F.linear(hidden.float(), self.weight.float())
+            return ops.linear(hidden.float(), self.weight)
         return ops.cross_entropy(hidden, self.weight, targets, IGNORE)

@@ -5,6 +5,7 @@ No amplitude factor anywhere. Angles are the fp32 product position x frequency. 
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def frequencies(config: ModelConfig, table: str) -> Tensor:
     return pair_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling)
 
 
+@lru_cache(maxsize=64)  # every step asks for the same; nobody writes to them
 def pair_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
     """base^(-2i/dim) radians per position for pair i, fp32 [dim / 2], slowed down as `scaling` says (YaRN)."""
     freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)

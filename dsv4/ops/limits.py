@@ -10,7 +10,6 @@ from torch import Tensor
 from dsv4.ops.formats import PackedRows
 from dsv4.ops.weights import PackedMatrix
 
-
 _PACKED = (PackedRows, PackedMatrix)
 
 
@@ -35,14 +34,14 @@ class Limits:
 
     def refuses_kind(self, *args: Any) -> str:
         """ "" or why arguments of these devices and kinds are not served, whatever their shapes."""
-        devices, dtypes = self.devices, self.dtypes
+        devices, dtypes, cpu = self.devices, self.dtypes, self.devices == ("cpu",)
         no_gradient = not self.gradient and torch.is_grad_enabled()
         for arg in args:  # at every call of every op: nothing is looked up that need not be
             if not isinstance(arg, Tensor):
                 if not self.packed and isinstance(arg, _PACKED):
                     return "packed rows" if isinstance(arg, PackedRows) else "a packed weight"
                 continue
-            if devices is not None and arg.device.type not in devices:
+            if devices is not None and not (cpu and arg.is_cpu) and arg.device.type not in devices:
                 return f"device {arg.device.type}"
             if dtypes is not None and arg.dtype not in dtypes and arg.is_floating_point():
                 return f"dtype {str(arg.dtype).removeprefix('torch.')}"

@@ -13,9 +13,10 @@ from dsv4.ops.spans import Spans
 from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
-    "best_rows", "compress", "compressor_rows", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter", "hyper_logits",
-    "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "mlp", "pack_rows", "project_in", "project_out", "rotate",
-    "sinkhorn", "sparse_attention", "swiglu", "topk_lowest", "unpack_rows",
+    "best_rows", "compress", "compressor_rows", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter",
+    "hyper_logits", "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "mlp",
+    "pack_rows", "project_in", "project_out", "rotate", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest",
+    "unpack_rows",
 ]  # fmt: skip
 
 NEG_INF = float("-inf")

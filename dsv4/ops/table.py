@@ -31,8 +31,8 @@ log = logging.getLogger("dsv4")
 # Every op; each has a function of this name in dsv4/ops/__init__.py, whose first argument is a tensor.
 OPS = (
     "sparse_attention", "index_scores_topk", "best_rows", "topk_lowest", "compress", "rotate", "sinkhorn", "hyper_maps",
-    "hyper_enter", "hyper_write", "head_collapse", "linear", "project_in", "project_out", "compressor_rows", "gate", "experts", "mlp", "cross_entropy", "pack_rows",
-    "unpack_rows",
+    "hyper_enter", "hyper_write", "head_collapse", "linear", "project_in", "project_out", "compressor_rows",
+    "gate", "experts", "mlp", "cross_entropy", "pack_rows", "unpack_rows",
 )  # fmt: skip
 ORDER = ("triton", "cpu", "blocked", "reference")  # fastest first
 BACKENDS = ("auto", *reversed(ORDER))

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import F, I, Kernel, L, P, address
-from dsv4.ops.cpu.pools import PLAIN, described, refused
+from dsv4.ops.cpu.library import Kernel, address, values_only
+from dsv4.ops.cpu.pools import described, refused
 from dsv4.ops.formats import PackedRows
-from dsv4.ops.limits import Limits
 from dsv4.ops.spans import Spans
 
-_attend = Kernel("sparse_attention", P, I, L, L, L, P, P, P, P, P, P, P, L, P, F, P, P)
+_attend = Kernel("sparse_attention", "pilllppppppplpfpp")
 
 
 def sparse_attention(
@@ -56,4 +55,4 @@ def _pools(
     return refused(window_kv, q.shape[2]) or ("" if entries is None else refused(entries, q.shape[2]))
 
 
-LIMITS = {"sparse_attention": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_pools)}
+LIMITS = {"sparse_attention": values_only(_pools)}

@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import DTYPES, F, I, Kernel, L, P, address
-from dsv4.ops.cpu.linear import PLAIN
-from dsv4.ops.limits import Limits
+from dsv4.ops.cpu.library import DTYPES, Kernel, address, values_only
 from dsv4.ops.weights import PackedMatrix
 
-_experts = Kernel("experts", P, I, L, L, L, P, P, L, L, P, P, P, P, P, P, I, L, L, L, F, P)
+_experts = Kernel("experts", "pilllppllppppppilllfp")
 
 Weight = Tensor | PackedMatrix
 
@@ -85,10 +83,11 @@ def _mlp_shape(x: Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float) -> s
         return ""
     if x.dtype == torch.bfloat16 != w1.dtype:
         return "a weight in more precision than what it multiplies"
-    return "" if all(w.is_contiguous() for w in (w1, w3, w2)) else "weights that are not contiguous"
+    whole = all(isinstance(w, Tensor) and w.is_contiguous() for w in (w1, w3, w2))
+    return "" if whole else "weights that are not contiguous"
 
 
 LIMITS = {
-    "experts": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_experts_shape),
-    "mlp": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_mlp_shape),
+    "experts": values_only(_experts_shape),
+    "mlp": values_only(_mlp_shape),
 }

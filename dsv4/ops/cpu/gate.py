@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import F, I, Kernel, L, P, address
-from dsv4.ops.limits import Limits
+from dsv4.ops.cpu.library import Kernel, address, values_only
 
-PLAIN = (torch.float32, torch.bfloat16)
-_gate = Kernel("gate", P, I, L, L, P, I, L, L, P, P, L, F, P, P, P)
+_gate = Kernel("gate", "pillpillpplfppp")
 
 
 def gate(
@@ -39,4 +37,4 @@ def _routes(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | Non
     return "" if k <= weight.shape[0] else "more choices than experts"
 
 
-LIMITS = {"gate": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_routes)}
+LIMITS = {"gate": values_only(_routes)}

@@ -3,17 +3,15 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import F, I, Kernel, L, P
-from dsv4.ops.limits import Limits
+from dsv4.ops.cpu.library import Kernel, values_only
 
-PLAIN = (torch.float32, torch.bfloat16)
 STREAMS = 8
 MISFIT = "shapes that do not fit"  # another form says what is wrong
-_sinkhorn = Kernel("sinkhorn", P, L, I, I, F, P)
-_maps = Kernel("hyper_maps", P, I, L, I, L, P, P, P, I, F, F, P, P, P)
-_enter = Kernel("hyper_enter", P, I, L, I, L, P, P, P, P, I, F, F, P, P, P)
-_collapse = Kernel("head_collapse", P, I, L, I, L, P, P, P, F, F, P)
-_write = Kernel("hyper_write", P, P, I, L, I, L, P, P, P)
+_sinkhorn = Kernel("sinkhorn", "pliifp")
+_maps = Kernel("hyper_maps", "pililpppiffppp")
+_enter = Kernel("hyper_enter", "pililppppiffppp")
+_collapse = Kernel("head_collapse", "pililpppffp")
+_write = Kernel("hyper_write", "ppililppp")
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -118,9 +116,9 @@ def _writes(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> str:
 
 
 LIMITS = {
-    "sinkhorn": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_logits),
-    "hyper_maps": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_maps_of),
-    "hyper_enter": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_enters),
-    "head_collapse": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_collapses),
-    "hyper_write": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_writes),
+    "sinkhorn": values_only(_logits),
+    "hyper_maps": values_only(_maps_of),
+    "hyper_enter": values_only(_enters),
+    "head_collapse": values_only(_collapses),
+    "hyper_write": values_only(_writes),
 }

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import I, Kernel, L, P
-from dsv4.ops.cpu.pools import PLAIN, described, refused
+from dsv4.ops.cpu.library import PLAIN, Kernel
+from dsv4.ops.cpu.pools import described, refused
 from dsv4.ops.formats import PackedRows
 from dsv4.ops.limits import Limits
 from dsv4.ops.spans import Spans
 
-_choose = Kernel("index_scores_topk", P, I, L, L, L, P, P, P, P, L, P)
-_best = Kernel("best_rows", P, L, P, P, P, L, L, P)
-_topk = Kernel("topk_lowest", P, I, L, L, L, P)
+_choose = Kernel("index_scores_topk", "pilllpppplp")
+_best = Kernel("best_rows", "plpppllp")
+_topk = Kernel("topk_lowest", "pilllp")
 
 
 def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, visible: Spans, k: int) -> Tensor:

@@ -7,7 +7,7 @@ for a stretch of code. Functions take addresses and numbers; shapes and dtypes a
 import ctypes
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import torch  # first: it loads the OpenMP library whose threads the kernels run
 from torch import Tensor
 
 from dsv4.ops.build import HERE, ISAS, NAME, SOURCES, digest
+from dsv4.ops.limits import Limits
 
-P, L, I, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, "fp8": 2, "fp4": 3}  # as in src/matmul.h
 
 REMEDY = "run `make setup`, or `python -m dsv4.ops.build`"
@@ -88,19 +89,30 @@ def watched() -> Iterator[list[str]]:
 
 
 class Kernel:
-    """A function of the library, in the form for the instructions in use."""
+    """A function of the library, in the form for the instructions in use.
 
-    def __init__(self, name: str, *kinds: type):
+    kinds: of its arguments, a letter each: p address (or bytes, or None), l long, i int, f float.
+    """
+
+    def __init__(self, name: str, kinds: str):
         self.name, self.forms = name, {}
         for isa in AVAILABLE:
             form = getattr(_LIB, f"{name}_{isa}")
-            form.argtypes, form.restype = kinds, None
+            form.argtypes, form.restype = [_KINDS[kind] for kind in kinds], None
             self.forms[isa] = form
 
-    def __call__(self, *args: int | float | None) -> None:
+    def __call__(self, *args: int | float | bytes | None) -> None:
         self.forms[_isa](*args)
         for names in _watchers:
             names.append(self.name)
+
+
+PLAIN = (torch.float32, torch.bfloat16)
+
+
+def values_only(also: Callable[..., str], dtypes: tuple[torch.dtype, ...] | None = PLAIN) -> Limits:
+    """The limits of a form that gives values only, of FP32 and BF16 tensors on the CPU that `also` accepts."""
+    return Limits(devices=("cpu",), dtypes=dtypes, gradient=False, also=also)
 
 
 def address(x: Tensor | None) -> int | None:

@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import DTYPES, I, Kernel, L, P, address
-from dsv4.ops.limits import Limits
+from dsv4.ops.cpu.library import DTYPES, Kernel, address, values_only
 from dsv4.ops.weights import PackedMatrix
 
-PLAIN = (torch.float32, torch.bfloat16)
-_linear = Kernel("linear", P, I, L, L, P, P, I, L, L, P)
+_linear = Kernel("linear", "pillppillp")
 
 
 def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
@@ -35,4 +33,4 @@ def _shape(x: Tensor, weight: Tensor | PackedMatrix) -> str:
     return ""
 
 
-LIMITS = {"linear": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_shape)}
+LIMITS = {"linear": values_only(_shape)}

@@ -2,13 +2,11 @@
 
 from struct import Struct
 
-import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import DTYPES
+from dsv4.ops.cpu.library import DTYPES, PLAIN
 from dsv4.ops.formats import Packed, PackedRows, PagedRows
 
-PLAIN = (torch.float32, torch.bfloat16)
 _LANES = 16  # at most, in a vector
 _NUMBERS = Struct("9q").pack  # in a third of the time of a ctypes array
 

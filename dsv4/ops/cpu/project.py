@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import DTYPES, F, I, Kernel, L, P, address
-from dsv4.ops.cpu.linear import PLAIN
-from dsv4.ops.limits import Limits
+from dsv4.ops.cpu.library import DTYPES, Kernel, address, values_only
 from dsv4.ops.weights import PackedMatrix
 
 Weight = Tensor | PackedMatrix
-_W = (P, P, I, L, L)
-_project_in = Kernel("project_in", P, I, L, *_W, P, *_W, *_W, P, L, F, P, L, P, P, P, P)
-_project_out = Kernel("project_out", P, I, L, L, L, P, L, *_W, L, *_W, P, P)
-_compressor_rows = Kernel("compressor_rows", P, I, L, L, P, P, L, P, L, P, P)
+_W = "ppill"  # a weight
+_project_in = Kernel("project_in", f"pil{_W}p{_W}{_W}plfplpppp")
+_project_out = Kernel("project_out", f"pilllpl{_W}l{_W}pp")
+_compressor_rows = Kernel("compressor_rows", "pillpplplpp")
 
 
 def _described(w: Weight) -> tuple[int, int | None, int, int, int]:
@@ -96,9 +94,8 @@ def _rows(x: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor, positions: Tensor)
     return _plain(wkv, wgate, ape) or ("" if positions.is_contiguous() else "positions that are not contiguous")
 
 
-_kinds = dict(devices=("cpu",), dtypes=PLAIN, gradient=False)
 LIMITS = {
-    "project_in": Limits(**_kinds, also=_in),
-    "project_out": Limits(**_kinds, also=_out),
-    "compressor_rows": Limits(**_kinds, also=_rows),
+    "project_in": values_only(_in),
+    "project_out": values_only(_out),
+    "compressor_rows": values_only(_rows),
 }

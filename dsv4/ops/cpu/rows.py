@@ -3,16 +3,15 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import F, I, Kernel, L, P
+from dsv4.ops.cpu.library import PLAIN, Kernel, values_only
 from dsv4.ops.formats import Packed
 from dsv4.ops.limits import Limits
 
-PLAIN = (torch.float32, torch.bfloat16)
 MISFIT = "shapes that do not fit"  # another form says what is wrong
-_compress = Kernel("compress", P, L, P, L, L, P, P, L, L, I, L, P, F, P, L, I, I, P)
-_rotate = Kernel("rotate", P, I, L, L, L, P, L, I, P)
-_pack = Kernel("pack_rows", P, I, L, L, L, L, L, I, I, I, P)
-_unpack = Kernel("unpack_rows", P, L, L, L, L, L, I, I, I, P)
+_compress = Kernel("compress", "plpllppllilpfpliip")
+_rotate = Kernel("rotate", "pilllplip")
+_pack = Kernel("pack_rows", "pillllliiip")
+_unpack = Kernel("unpack_rows", "pllllliiip")
 
 
 def compress(
@@ -120,8 +119,8 @@ def _unpacks(data: Tensor, format: Packed) -> str:
 
 
 LIMITS = {
-    "compress": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_groups),
-    "rotate": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_rotates),
-    "pack_rows": Limits(devices=("cpu",), dtypes=PLAIN, gradient=False, also=_packs),
+    "compress": values_only(_groups),
+    "rotate": values_only(_rotates),
+    "pack_rows": values_only(_packs),
     "unpack_rows": Limits(devices=("cpu",), gradient=False, also=_unpacks),
 }
