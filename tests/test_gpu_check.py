@@ -7,6 +7,7 @@ The whole script runs in a dry run on the CPU with the smallest sizes; nothing h
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,14 @@ SPEED = {
     "who", "preset", "what", "context", "batch", "dtype", "tokens_per_call", "seconds", "fastest", "slowest", "repeats",
     "tokens_per_second", "tflops", "share_of_matmul", "share_of_copy", "peak_bytes", "times_transformers",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models run the forms that a GPU has; single ops are compared in the C++ form as well."""
+    monkeypatch.setenv("DSV4_OPS", "blocked")
+    with ops.using("blocked"):
+        yield
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from differences import differ
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
+from dsv4 import ops
 from dsv4.cache import SequenceMemory
 from dsv4.checkpoint import load
 from dsv4.measure.replay import choices
@@ -317,13 +318,16 @@ def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
 @pytest.mark.parametrize("mode", ["plain", "kv"])
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode, name) -> None:
-    """Only means can be compared: of two bf16 runs each is off by its own rounding."""
+    """Only means can be compared: of two bf16 runs each is off by its own rounding, so they are further apart than each
+    is from fp32, by a factor of sqrt(2) if the two are alike (up to 1.52 was measured, by the reference ops 1.42)."""
     model, ids = load(folder, "bfloat16"), golden[f"ids/{name}"]
     memory = model.new_cache(format="packed" if mode == "kv" else "bfloat16")[0]
     with torch.no_grad():
         got = model(ids, segments=[(len(ids), memory)])[CASES[name] - 1 :]
     official, exact = golden[f"bf16_{mode}/{name}/logits"], golden[f"{mode}/{name}/logits"]
-    assert (got - official).abs().mean() < 1.5 * (official - exact).abs().mean()
+    allowed = 1.5 * (official - exact).abs().mean()
+    assert (got - exact).abs().mean() < allowed
+    assert (got - official).abs().mean() < 2**0.5 * allowed
 
 
 # --- would a fault be noticed? ---------------------------------------------------------------------------------------
@@ -354,5 +358,6 @@ def test_planted_faults_are_noticed(model, golden, monkeypatch, fault) -> None:
     """Measured: 178, 0, 542, 542 and 566 of 1,928 rows refused; of truncated numbers 30% snapped."""
     plant, noticed = FAULTS[fault]
     plant(monkeypatch, model)
-    _, _, refused, share = snapped_run(model, golden, "p131", [143])
+    with ops.using("blocked"):  # the faults are planted in Python
+        _, _, refused, share = snapped_run(model, golden, "p131", [143])
     assert refused > 100 if noticed == "refused" else share > 100 * SNAPPED

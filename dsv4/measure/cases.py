@@ -157,6 +157,7 @@ def _experts() -> list[Case]:
     x, gate, bias = args[0], _normal(6, width, seed=35, scale=0.1), _normal(6, seed=36, scale=0.1)
     return [
         Case("experts", "", args, (0, 2, 3, 4), (0, 3, 4)),
+        Case("mlp", "", (x, w13[0, 0], w13[0, 1], w2[0], limit), (0, 1, 2, 3), (0, 1, 2, 3)),
         Case("gate", "scored", (x, gate, bias, None, 2, 1.5), (0, 1)),  # x stays fp32: a rounding must not choose
         Case("gate", "given", (x, gate, None, chosen, 2, 1.5), (0, 1), (0,)),
     ]
@@ -171,7 +172,15 @@ def _compression() -> list[Case]:
         args = (values, scores, first, has_previous, r, overlap, gain, 1e-6, _turns(3, 8), torch.float32)
         found.append(Case("compress", "overlap" if overlap else "no overlap", args, (0, 1, 6)))
     x = _normal(130, 4, 48, seed=47)
-    return [*found, Case("rotate", "", (x, _turns(130, 8)), (0,), (0,))]
+    tokens, wkv, wgate, ape = (
+        _normal(*shape, seed=54 + i) for i, shape in enumerate([(30, 64), (48, 64), (48, 64), (4, 48)])
+    )
+    rows = (tokens, wkv, wgate, ape, torch.arange(70, 100))
+    return [
+        *found,
+        Case("compressor_rows", "", rows, (0, 1, 2, 3), (0,)),
+        Case("rotate", "", (x, _turns(130, 8)), (0,), (0,)),
+    ]
 
 
 def _turns(n: int, pairs: int) -> Tensor:
@@ -180,8 +189,25 @@ def _turns(n: int, pairs: int) -> Tensor:
 
 def _linear() -> list[Case]:
     x, weight = _normal(130, 192, seed=50), _normal(160, 192, seed=51, scale=0.1)
-    return [Case("linear", "plain", (x, weight), (0, 1), (0, 1))] + [
-        Case("linear", code, (x, pack_matrix(weight, code)), (0,), (0,)) for code in ("fp8", "fp4")
+    packed = [Case("linear", code, (x, pack_matrix(weight, code)), (0,), (0,)) for code in ("fp8", "fp4")]
+    return [Case("linear", "plain", (x, weight), (0, 1), (0, 1)), *packed, *_projections()]
+
+
+def _projections() -> list[Case]:
+    """Six heads of 24 with 16 rotated channels, in two groups."""
+    n, m, low, heads, width, rank = 70, 64, 40, 6, 24, 20
+
+    def matrix(rows: int, columns: int, seed: int) -> Tensor:
+        return _normal(rows, columns, seed=seed, scale=columns**-0.5)
+
+    wq_a, wq_b, wkv = matrix(low, m, 60), matrix(heads * width, low, 61), matrix(width, m, 62)
+    wo_a, wo_b = matrix(2 * rank, heads * width // 2, 63), matrix(m, 2 * rank, 64)
+    gains = 1 + _normal(low, seed=65, scale=0.1), 1 + _normal(width, seed=66, scale=0.1)
+    into = (_normal(n, m, seed=67), wq_a, gains[0], wq_b, wkv, gains[1], heads, 1e-6, _turns(n, 8))
+    out = (_normal(n, heads, width, seed=68), _turns(n, 8), wo_a, 2, wo_b)
+    return [
+        Case("project_in", "", into, (0, 1, 2, 3, 4, 5), (0, 1, 3, 4)),
+        Case("project_out", "", out, (0, 2, 4), (0, 2, 4)),
     ]
 
 

@@ -25,6 +25,7 @@ from dsv4.ops.table import (
     enrol,
     explain,
     keep_out_of_graphs,
+    refusal,
     using,
     wanted,
     wrapped,
@@ -35,7 +36,7 @@ __all__ = [
     "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "best_rows", "compress", "compressor_rows",
     "cross_entropy", "experts", "explain", "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read",
     "hyper_write", "index_scores", "index_scores_topk", "keep_out_of_graphs", "linear", "mlp", "newton_schulz",
-    "pack_rows", "project_in", "project_out", "rms_norm", "rotate", "sinkhorn",
+    "pack_rows", "project_in", "project_out", "refusal", "rms_norm", "rotate", "sinkhorn",
     "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "wrapped",
 ]  # fmt: skip
 

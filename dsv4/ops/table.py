@@ -64,7 +64,7 @@ TABLE: dict[str, dict[str, Callable]] = {name: {} for name in OPS}  # op -> form
 _limits: dict[tuple[str, str], Condition] = {}  # (op, form); a form without an entry serves every call
 _tried: dict[str, str] = {}  # lazy backend -> "", or why there is none
 _said: set[tuple[str, str, str]] = set()  # (op, form, reason)
-_tries: dict[tuple[str, str, str], list[tuple[str, Callable, Condition | None]]] = {}  # as `_forms_for` has found them
+_tries: dict[tuple[str, str, str], list[tuple[str, Condition | None]]] = {}  # as `_forms_for` has found them
 _wraps: dict[str, Callable] = {}
 _orders = {"auto": ORDER, **{form: ORDER[i:] for i, form in enumerate(ORDER)}}
 _wanted = os.environ.get("DSV4_OPS", "auto")
@@ -137,15 +137,15 @@ def keep_out_of_graphs() -> None:
 
 def _serve(name: str, *args: Any) -> Any:
     asked = (name, args[0].device.type, _wanted)
-    for form, function, limits in _tries.get(asked) or _forms_for(*asked):
+    for form, limits in _tries.get(asked) or _forms_for(*asked):
         reason = limits.refuses(*args) if limits is not None else ""
         if not reason:
-            return function(*args)
+            return TABLE[name][form](*args)
         _say(name, form, reason)
     raise AssertionError(f"no form of {name} serves: the reference must serve every call")
 
 
-def _forms_for(name: str, device: str, wanted: str) -> list[tuple[str, Callable, Condition | None]]:
+def _forms_for(name: str, device: str, wanted: str) -> list[tuple[str, Condition | None]]:
     """The forms to try, in order, kept from call to call; a backend asked for by name that is not there is said."""
     found = []
     for form in _order():
@@ -153,7 +153,7 @@ def _forms_for(name: str, device: str, wanted: str) -> list[tuple[str, Callable,
         if absent and form == _wanted:
             _say("", form, absent)
         if not absent and form in TABLE[name]:
-            found.append((form, TABLE[name][form], _limits.get((name, form))))
+            found.append((form, _limits.get((name, form))))
     _tries[name, device, wanted] = found
     return found
 
@@ -189,6 +189,12 @@ def explain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         elif not found[form] and (limits := _limits.get((name, form))) is not None:
             found[form] = limits.refuses_kind(like)
     return found
+
+
+def refusal(name: str, form: str, *args: Any) -> str:
+    """ "" if an enrolled form of an op serves a call with these arguments, or why not."""
+    limits = _limits.get((name, form))
+    return limits.refuses(*args) if limits is not None else ""
 
 
 def active(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
