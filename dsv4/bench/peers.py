@@ -76,23 +76,29 @@ def compare(rows: list[Row]) -> None:
             row["times_transformers"] = row["tokens_per_second"] / other
 
 
-def _load(config: ModelConfig, device: torch.device) -> tuple[Any, float]:
-    """The peer in bf16 with the weights of one of our models, and how far apart the two are in fp32 (rms, relative)."""
+def twin(ours: Transformer, dtype: torch.dtype) -> Any:
+    """transformers' model with our weights, in `dtype`; Skip where there is none."""
+    installed()
     from transformers import DeepseekV4ForCausalLM
 
     from dsv4.checkpoint import save  # needs safetensors, which comes with transformers
 
-    torch.manual_seed(0)
-    ours = Transformer(config)
     with tempfile.TemporaryDirectory() as folder:
         save(ours, folder, "transformers")
-        wide: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        peer: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=DTYPE)
+        peer: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=dtype)
+    return peer.eval()
+
+
+def _load(config: ModelConfig, device: torch.device) -> tuple[Any, float]:
+    """The peer in bf16 with the weights of one of our models, and how far apart the two are in fp32 (rms, relative)."""
+    torch.manual_seed(0)
+    ours = Transformer(config)
+    wide, peer = twin(ours, torch.float32), twin(ours, DTYPE)
     ids = tokens(ours, 96)
     with torch.no_grad():
         want = ours.to(device)(ids)
-        got = wide.to(device).eval()(ids[None].to(device), use_cache=False).logits[0]
-    return peer.to(device).eval(), difference(got, want)["rms_rel"]
+        got = wide.to(device)(ids[None].to(device), use_cache=False).logits[0]
+    return peer.to(device), difference(got, want)["rms_rel"]
 
 
 @torch.no_grad()

@@ -45,6 +45,47 @@ def decode(
 
 
 @bench.command()
+def frontier(
+    preset: Preset = "bench",
+    context: Annotated[str, typer.Option(help="Tokens, such as 1k,8k,32k (k = 1024).")] = "1k,4k,8k,32k",
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
+    cache: Annotated[str, typer.Option(help="Its format: float32, bfloat16, packed; default: that of the dtype.")] = "",
+    against: Annotated[str, typer.Option(help="A peer beside ours on the same weights: transformers.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Passes over the prompt; figures are medians.")] = 3,
+    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/frontier.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Prefill and decode over the length of the context on this processor, as shares of what it can do at best.
+
+    Example: dsv4 bench frontier --context 1k,8k --against transformers
+    """
+    import torch
+
+    from dsv4.bench.frontier import lines, measure
+    from dsv4.cache import format_name
+    from dsv4.cli.common import resolve_dtype
+    from dsv4.cli.cost import parse_contexts
+    from dsv4.errors import UserError
+    from dsv4.files import make_folder, write_json
+    from dsv4.measure.clock import Skip
+
+    if against not in ("", "transformers"):
+        raise UserError(f"--against {against} is unknown: use transformers")
+    contexts, number = sorted(parse_contexts(context)), resolve_dtype(dtype)
+    format = format_name(cache or dtype)
+    if threads:
+        torch.set_num_threads(threads)
+    make_folder(out.parent)
+    try:
+        rows = measure(preset, number, format, contexts, repeats, against, _note)
+    except Skip as reason:
+        raise UserError(f"{reason}") from None
+    write_json(out, {"rows": rows})
+    print(json.dumps({"rows": rows}) if as_json else "\n".join(lines(rows)))
+
+
+@bench.command()
 def speed(
     preset: Preset = "",
     device: Device = "auto",

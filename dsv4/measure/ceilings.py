@@ -47,6 +47,12 @@ def measured_cpu() -> Accelerator:
     )  # fmt: skip
 
 
+def read_rate(device: torch.device, size: int = 1 << 29) -> float:
+    """Bytes per second that are read: a sum over `size` bytes of fp32."""
+    source = torch.ones(size // 4, device=device)  # zeros that nobody wrote would all be one page
+    return size / timed(source.sum, device, Budget(1)).median
+
+
 def _multiply_rate(device: torch.device, dtype: torch.dtype, n: int, budget: Budget) -> float:
     """FLOP/s of n x n products."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

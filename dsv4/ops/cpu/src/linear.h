@@ -12,36 +12,62 @@ struct Weight {
     long rows;
 };
 
-// Rows of x have stride ldx, rows of y stride ldy.
-template <class T> void linear(const T* x, long M, long ldx, const Weight& weight, T* y, long ldy) {
-    const Matrix& w = weight.matrix;
-    long N = weight.rows;
+// One product of several: rows of x have stride ldx, rows of y stride ldy.
+template <class T> struct Job {
+    const T* x;
+    long ldx;
+    Weight w;
+    T* y;
+    long ldy;
+};
+
+// All products of M rows each, their strips and slabs shared by the threads in one go.
+template <class T> void linear(long M, const std::vector<Job<T>>& jobs) {
     typedef typename Multiplied<T>::type X;
-    long K = w.columns, ld = ldx;
-    if (!M || !N) return;
-    std::vector<X> room;
-    const X* rows;
-    if constexpr (std::is_same<X, T>::value) rows = x;
-    else {
-        room.resize(M * K);
-        for (long m = 0; m < M; m++)
-            for (long k = 0; k < K; k += LANES) {
-                int count = int(std::min<long>(LANES, K - k));
-                store_some(room.data() + m * K + k, load_some(x + m * ldx + k, count), count);
+    struct Strip {
+        const X* x;
+        long ldx;
+        const Job<T>* job;
+        long n0, n1;
+    };
+    if (!M) return;
+    long work = 0, widest = 0, threads = omp_get_max_threads();
+    std::vector<Strip> strips;
+    std::vector<std::vector<X>> rooms(jobs.size());
+    for (size_t j = 0; j < jobs.size(); j++) {
+        const Job<T>& job = jobs[j];
+        long K = job.w.matrix.columns, N = job.w.rows, ld = job.ldx;
+        const X* rows;
+        if constexpr (std::is_same<X, T>::value) rows = job.x;
+        else {
+            rooms[j].resize(M * K);
+            for (long m = 0; m < M; m++) {
+                const T* from = job.x + m * job.ldx;
+                X* to = rooms[j].data() + m * K;
+                long k = 0;
+                for (; k + LANES <= K; k += LANES) store(to + k, load(from + k));
+                for (; k < K; k++) to[k] = widen(from[k]);
             }
-        rows = room.data(), ld = K;
+            rows = rooms[j].data(), ld = K;
+        }
+        long most = std::max<long>(NR, PANEL / K / NR * NR);
+        long high = std::clamp<long>((N / (threads * 4) + NR - 1) / NR * NR, NR, most);
+        for (long n = 0; n < N; n += high) strips.push_back({rows, ld, &job, n, std::min(n + high, N)});
+        work += M * N * K;
+        widest = std::max(widest, K);
     }
-    long threads = omp_get_max_threads();
-    long strip = std::clamp<long>((N / (threads * 4) + NR - 1) / NR * NR, NR, std::max<long>(NR, PANEL / K / NR * NR));
-    long strips = (N + strip - 1) / strip, slab = M > 256 ? 24 * MR : M, slabs = (M + slab - 1) / slab;
-#pragma omp parallel if (M * N * K > 60000)
+    long slab = M > 256 ? 24 * MR : M, slabs = (M + slab - 1) / slab, count = long(strips.size());
+#pragma omp parallel if (work > 60000)
     {
-        X* panel = kept_room<0, X>(PANEL + NR * K);
+        X* panel = kept_room<0, X>(PANEL + NR * widest);
 #pragma omp for schedule(dynamic, 1) collapse(2)
-        for (long s = 0; s < strips; s++)
+        for (long s = 0; s < count; s++)
             for (long b = 0; b < slabs; b++) {
-                long m = b * slab, n = s * strip;
-                product(weight.dtype, std::min(slab, M - m), rows + m * ld, ld, w, n, std::min(n + strip, N), y + m * ldy, ldy, panel);
+                const Strip& strip = strips[s];
+                const Job<T>& job = *strip.job;
+                long m = b * slab;
+                product(job.w.dtype, std::min(slab, M - m), strip.x + m * strip.ldx, strip.ldx, job.w.matrix, strip.n0, strip.n1,
+                        job.y + m * job.ldy, job.ldy, panel);
             }
     }
 }

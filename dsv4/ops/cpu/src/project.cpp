@@ -8,8 +8,7 @@ template <class T>
 void project_in(const T* x, long n, const Weight& wq_a, const float* q_gain, const Weight& wq_b, const Weight& wkv,
                 const float* kv_gain, long H, float eps, const float* turn, long pairs, T* qr, T* q, T* kv, T* row) {
     long M = wq_a.matrix.columns, L = wq_a.rows, D = wkv.rows, plain = D - 2 * pairs;
-    linear(x, n, M, wq_a, qr, L);
-    linear(x, n, M, wkv, kv, D);
+    linear<T>(n, {{x, M, wq_a, qr, L}, {x, M, wkv, kv, D}});
 #pragma omp parallel for if (n > 16)
     for (long t = 0; t < n; t++) {
         rms_norm(qr + t * L, L, q_gain, eps);
@@ -17,7 +16,7 @@ void project_in(const T* x, long n, const Weight& wq_a, const float* q_gain, con
         std::memcpy(row + t * D, kv + t * D, plain * sizeof(T));
         turn_pairs(kv + t * D + plain, row + t * D + plain, turn + t * 2 * pairs, pairs, 1.0f);
     }
-    linear(qr, n, L, wq_b, q, H * D);
+    linear<T>(n, {{qr, L, wq_b, q, H * D}});
 #pragma omp parallel for if (n > 4)
     for (long i = 0; i < n * H; i++) {
         rms_norm(q + i * D, D, static_cast<const float*>(nullptr), eps);
@@ -32,13 +31,11 @@ void project_out(T* o, long n, long H, long D, const float* turn, long pairs, co
 #pragma omp parallel for if (n > 4)
     for (long i = 0; i < n * H; i++)
         turn_pairs(o + i * D + plain, o + i * D + plain, turn + i / H * 2 * pairs, pairs, -1.0f);
-    for (long g = 0; g < G; g++) {
-        Weight own = wo_a;
-        own.rows = rank;
-        own.matrix = wo_a.matrix.from(wo_a.dtype, g * rank);
-        linear(o + g * width, n, H * D, own, low + g * rank, G * rank);
-    }
-    linear(low, n, G * rank, wo_b, y, wo_b.rows);
+    std::vector<Job<T>> groups;
+    for (long g = 0; g < G; g++)
+        groups.push_back({o + g * width, H * D, {wo_a.matrix.from(wo_a.dtype, g * rank), wo_a.dtype, rank}, low + g * rank, G * rank});
+    linear<T>(n, groups);
+    linear<T>(n, {{low, G * rank, wo_b, y, wo_b.rows}});
 }
 
 }  // namespace
@@ -76,8 +73,7 @@ EXPORT(compressor_rows)
  const int64_t* positions, float* out) {
     std::vector<float> room;
     const float* wide = is_bf16 ? as_multiplied<float>(static_cast<const bf16*>(x), n * M, room) : static_cast<const float*>(x);
-    linear(wide, n, M, Weight{{wkv, nullptr, M, M}, F32, C}, out, 2 * C);
-    linear(wide, n, M, Weight{{wgate, nullptr, M, M}, F32, C}, out + C, 2 * C);
+    linear<float>(n, {{wide, M, {{wkv, nullptr, M, M}, F32, C}, out, 2 * C}, {wide, M, {{wgate, nullptr, M, M}, F32, C}, out + C, 2 * C}});
     for (long t = 0; t < n; t++) {
         float* scores = out + t * 2 * C + C;
         const float* bias = ape + positions[t] % r * C;
