@@ -14,7 +14,7 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            ours["build"](Path(self.get_ext_fullpath(ext.name)))
+            ours["build"](Path(self.get_ext_fullpath(ext.name)), reuse=True)
         except ours["BuildError"] as error:
             print(f"dsv4 will run without its C++ ops: {error}")
 

@@ -1,5 +1,5 @@
-"""Failures caught here: C++ ops that are not there though there is a compiler; a library of other sources, a compiler that
-is missing or fails, or a processor that cannot, which ends in anything but one sentence and the torch ops.
+"""Failures caught here: C++ ops that are not there though there is a compiler; a library of other sources, a compiler
+that is missing or fails, or a processor that cannot, which ends in anything but one sentence and the torch ops.
 """
 
 import os
