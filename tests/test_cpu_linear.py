@@ -4,6 +4,7 @@ does not serve; a library that is stale, missing or for another machine and is n
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,12 @@ def test_compressor_rows(width: int) -> None:
         want = reference.compressor_rows(x, wkv, wgate, ape, positions)
         assert got.dtype == torch.float32 and differ(got, want) <= 1e-5 * want.abs().max().item()
         assert torch.equal(served("compressor_rows", x[3:4], wkv, wgate, ape, positions[3:4]), got[3:4])
+
+
+def test_every_op_in_cpp_has_a_test_of_its_form() -> None:
+    text = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_cpu_*.py"))
+    for name in cpu.__all__:
+        assert name == "LIMITS" or f'"{name}"' in text or f"cpu.{name}(" in text, name
 
 
 def test_a_nan_stays_where_it_is() -> None:
