@@ -4,6 +4,7 @@
 // numbers do not depend on the other pairs, and a token's experts are added in the order in which it chose them.
 #include "matmul.h"
 #include "norm.h"
+#include "room.h"
 
 namespace {
 
@@ -57,13 +58,17 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
     std::vector<long> order;
     std::vector<Group> groups = sorted(chosen, pairs, experts, order);
     std::vector<Task> first = tasks(groups, I, M, threads), second = tasks(groups, M, I, threads);
-    std::vector<X> room;
-    X *rows = kept_room<1, X>(pairs * M), *act = kept_room<2, X>(pairs * I);
-    T *hidden = kept_room<3, T>(pairs * 2 * I), *parts = kept_room<4, T>(pairs * M);  // rounded to the dtype of x
-    const X* wide = as_multiplied<X>(x, n * M, room);
+    std::vector<X> widened;
+    const X* wide = as_multiplied<X>(x, n * M, widened);
+    static thread_local Room room;
+    room.open(pairs * (M + I) * sizeof(X) + pairs * (2 * I + M) * sizeof(T) + 4 * 64);
+    X *rows = room.take<X>(pairs * M), *act = room.take<X>(pairs * I);
+    T *hidden = room.take<T>(pairs * 2 * I), *parts = room.take<T>(pairs * M);  // rounded to the dtype of x
 #pragma omp parallel if (pairs * I * M > 60000)
     {
-        X* panel = kept_room<0, X>(PANEL + NR * std::max(M, I));
+        static thread_local Room own;
+        own.open((PANEL + NR * std::max(M, I)) * sizeof(X));
+        X* panel = own.take<X>(PANEL + NR * std::max(M, I));
 #pragma omp for
         for (long i = 0; i < pairs; i++) std::memcpy(&rows[i * M], wide + order[i] / k * M, M * sizeof(X));
 #pragma omp for schedule(dynamic, 1)
@@ -102,7 +107,6 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
         }
 #pragma omp single
         {
-            room.resize(0);
             std::vector<long> place(pairs);
             for (long i = 0; i < pairs; i++) place[order[i]] = i;
             order.swap(place);

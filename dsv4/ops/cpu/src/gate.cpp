@@ -2,6 +2,7 @@
 #include <climits>
 
 #include "matmul.h"
+#include "room.h"
 
 namespace {
 
@@ -75,7 +76,9 @@ void gate(
     long strips = (X + strip - 1) / strip;
 #pragma omp parallel if (n * X * M > 300000)
     {
-        float* panel = kept_room<0, float>(PANEL + NR * M);
+        static thread_local Room own;
+        own.open((PANEL + NR * M) * sizeof(float));
+        float* panel = own.take<float>(PANEL + NR * M);
         std::vector<int32_t> keys(X + LANES);
         for (long t = 0; t < n; t += SLAB) {
             long count = std::min(SLAB, n - t);

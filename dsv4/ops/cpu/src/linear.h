@@ -2,6 +2,7 @@
 #pragma once
 
 #include "matmul.h"
+#include "room.h"
 
 namespace {
 
@@ -59,7 +60,9 @@ template <class T> void linear(long M, const std::vector<Job<T>>& jobs) {
     long slab = M > 256 ? 24 * MR : M, slabs = (M + slab - 1) / slab, count = long(strips.size());
 #pragma omp parallel if (work > 60000)
     {
-        X* panel = kept_room<0, X>(PANEL + NR * widest);
+        static thread_local Room room;
+        room.open((PANEL + NR * widest) * sizeof(X));
+        X* panel = room.take<X>(PANEL + NR * widest);
 #pragma omp for schedule(dynamic, 1) collapse(2)
         for (long s = 0; s < count; s++)
             for (long b = 0; b < slabs; b++) {

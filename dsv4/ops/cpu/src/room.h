@@ -5,7 +5,8 @@
 
 namespace {
 
-// Room that a thread keeps from call to call; what `take` gives begins at a cache line.
+// Room that a thread keeps from call to call, since fresh memory costs more than what is computed in it; what `take` gives
+// begins at a cache line.
 class Room {
     std::vector<uint8_t> bytes;
     size_t used = 0;

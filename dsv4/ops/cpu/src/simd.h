@@ -14,7 +14,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -93,15 +92,6 @@ template <class T> INLINE void store_some(T* p, vf v, int count) {
     T part[LANES];
     store(part, v);
     std::memcpy(p, part, count * sizeof(T));
-}
-
-// Room for `count` numbers that a thread keeps from call to call: fresh memory costs more than what is computed in it. Two
-// rooms that are used at a time have different places.
-template <int PLACE, class T> T* kept_room(long count) {
-    static thread_local std::unique_ptr<T[]> room;
-    static thread_local long size = 0;
-    if (count > size) room.reset(new T[count]), size = count;
-    return room.get();
 }
 
 // --- sums over lanes, always in the same order: halves, quarters, ... ---
