@@ -318,16 +318,21 @@ def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
 @pytest.mark.parametrize("mode", ["plain", "kv"])
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode, name) -> None:
-    """Only means can be compared: of two bf16 runs each is off by its own rounding, so they are further apart than each
-    is from fp32, by a factor of sqrt(2) if the two are alike (up to 1.52 was measured, by the reference ops 1.42)."""
+    """Only means can be compared: of two bf16 runs each is off by its own rounding. Torch's ops are held to the official
+    run, and whatever serves to fp32: two runs that are each as far from it are sqrt(2) of that apart (the C++ ops up to
+    1.52, at most 1.26 from fp32)."""
     model, ids = load(folder, "bfloat16"), golden[f"ids/{name}"]
-    memory = model.new_cache(format="packed" if mode == "kv" else "bfloat16")[0]
-    with torch.no_grad():
-        got = model(ids, segments=[(len(ids), memory)])[CASES[name] - 1 :]
+
+    def logits() -> Tensor:
+        memory = model.new_cache(format="packed" if mode == "kv" else "bfloat16")[0]
+        with torch.no_grad():
+            return model(ids, segments=[(len(ids), memory)])[CASES[name] - 1 :]
+
     official, exact = golden[f"bf16_{mode}/{name}/logits"], golden[f"{mode}/{name}/logits"]
     allowed = 1.5 * (official - exact).abs().mean()
-    assert (got - exact).abs().mean() < allowed
-    assert (got - official).abs().mean() < 2**0.5 * allowed
+    with ops.using("blocked"):
+        assert (logits() - official).abs().mean() < allowed
+    assert (logits() - exact).abs().mean() < allowed
 
 
 # --- would a fault be noticed? ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dsv4.measure.rows import Row
 from dsv4.measure.subjects import randomise, tokens
 from dsv4.model import Transformer
 
-CHUNK, PEER_CHUNK = 1024, 512  # tokens in a call; the peer's is the better of those tried by hand
+CHUNK, PEER_CHUNK = 1024, 512  # tokens in a call: in one call the peer would hold tokens x tokens numbers
 STEPS = 16  # tokens decoded at each context
 
 Say = Callable[[str], None]

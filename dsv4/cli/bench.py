@@ -72,6 +72,8 @@ def frontier(
 
     if against not in ("", "transformers"):
         raise UserError(f"--against {against} is unknown: use transformers")
+    if not context.strip():
+        raise UserError("--context is empty: give numbers of tokens, such as 1k,8k")
     contexts, number = sorted(parse_contexts(context)), resolve_dtype(dtype)
     format = format_name(cache or dtype)
     if threads:
