@@ -17,7 +17,6 @@ from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.measure.subjects import KINDS, randomise, small_config, small_model, tokens
 from dsv4.model import Segment, Transformer, hyper
-from dsv4.model.layers import Linear, RMSNorm
 from dsv4.model.moe import check_hash_table, hash_table
 from dsv4.model.segments import plan
 
@@ -390,7 +389,7 @@ def test_a_call_that_is_refused_writes_nothing(model):
 def test_every_parameter_is_used_inside_the_forward_of_its_own_module():
     """What sharding, compiling and expert parallelism wrap is a module's forward: a parameter that another module
     reaches for is then a shard of itself. Each module's parameters are taken away while its forward does not run; a
-    sublayer and its projections and norms, which one op computes, are one module in this."""
+    module without a forward, which nothing can wrap, is part of the one that it lies in."""
     model = small_model(mtp=1)
     ids = tokens(model, 200)
     losses = model(ids, segments=[150, 50], targets=ids.roll(-1))
@@ -408,7 +407,7 @@ def test_every_parameter_is_used_inside_the_forward_of_its_own_module():
         if m not in kept:
             continue
         above = model.get_submodule(name.rpartition(".")[0])
-        whole = above if type(m) in (Linear, RMSNorm) and above is not model else m
+        whole = above if type(m).forward is torch.nn.Module.forward else m
         whole.register_forward_pre_hook(lambda _, args, m=m: give(m, args))
         whole.register_forward_hook(lambda _, args, out, m=m: take(m))
         take(m)

@@ -13,7 +13,7 @@ from dsv4.cache import LayerMemory
 from dsv4.config import ModelConfig
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import Indexer
-from dsv4.model.layers import Linear, RMSNorm
+from dsv4.model.layers import Weight
 from dsv4.model.segments import Part, Run
 
 # window rows and their intervals, entries and theirs, chosen rows: what ops.sparse_attention reads
@@ -28,16 +28,14 @@ class Attention(nn.Module):
         c = config
         self.heads, self.width, self.groups, self.eps = c.num_attention_heads, c.head_dim, c.o_groups, c.rms_norm_eps
         self.kind = c.layer_kind(layer)
-        self.wq_a = Linear(c.hidden_size, c.q_lora_rank, dtype)
-        self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
-        self.wq_b = Linear(c.q_lora_rank, self.heads * self.width, dtype)
-        self.wkv = Linear(c.hidden_size, self.width, dtype)
-        self.kv_norm = RMSNorm(self.width, c.rms_norm_eps)
+        self.wq_a = Weight(c.q_lora_rank, c.hidden_size, dtype=dtype)
+        self.q_norm = Weight(c.q_lora_rank, dtype=torch.float32)
+        self.wq_b = Weight(self.heads * self.width, c.q_lora_rank, dtype=dtype)
+        self.wkv = Weight(self.width, c.hidden_size, dtype=dtype)
+        self.kv_norm = Weight(self.width, dtype=torch.float32)
         self.attn_sink = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
-        self.wo_a = Linear(
-            self.heads * self.width // self.groups, self.groups * c.o_lora_rank, dtype
-        )  # a matrix a group
-        self.wo_b = Linear(self.groups * c.o_lora_rank, c.hidden_size, dtype)
+        self.wo_a = Weight(self.groups * c.o_lora_rank, self.heads * self.width // self.groups, dtype=dtype)
+        self.wo_b = Weight(c.hidden_size, self.groups * c.o_lora_rank, dtype=dtype)
         self.compressor = Compressor(c, self.kind, self.width, dtype) if self.kind.ratio > 1 else None
         self.indexer = Indexer(c, self.kind, dtype) if self.kind.indexed else None
 

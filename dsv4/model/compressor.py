@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsv4 import ops
 from dsv4.cache import Compressed
 from dsv4.config import LayerKind, ModelConfig
-from dsv4.model.layers import Linear, RMSNorm
+from dsv4.model.layers import RMSNorm, Weight
 from dsv4.model.segments import Groups, Part, Run
 
 
@@ -32,8 +32,8 @@ class Compressor(nn.Module):
         super().__init__()
         self.kind = kind
         rows = width * (2 if kind.overlap else 1)
-        self.wkv = Linear(config.hidden_size, rows, dtype, fp32=True)
-        self.wgate = Linear(config.hidden_size, rows, dtype, fp32=True)
+        self.wkv = Weight(rows, config.hidden_size, dtype=torch.float32)
+        self.wgate = Weight(rows, config.hidden_size, dtype=torch.float32)
         self.ape = nn.Parameter(torch.empty(kind.ratio, rows, dtype=torch.float32))
         self.norm = EntryNorm(width, config.rms_norm_eps)
 

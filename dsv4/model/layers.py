@@ -21,6 +21,17 @@ class Linear(nn.Module):
         return ops.linear(x.float() if self.fp32 else x, self.weight)
 
 
+class Weight(nn.Module):
+    """A weight that its owner hands to an op together with others. It has no forward, so nothing can wrap it alone.
+
+    In place of the parameter `weight` may be an ops.PackedMatrix, if it is a matrix that an op multiplies by.
+    """
+
+    def __init__(self, *shape: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in fp32, cast back to x's dtype; weight [dim] fp32, no +1."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dsv4 import ops
 from dsv4.config import ModelConfig, V32Config
 from dsv4.errors import UserError
-from dsv4.model.layers import Linear
+from dsv4.model.layers import Weight
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class SharedExpert(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         self.limit = config.swiglu_limit
-        self.w1 = Linear(config.hidden_size, config.moe_intermediate_size, dtype)
-        self.w2 = Linear(config.moe_intermediate_size, config.hidden_size, dtype)
-        self.w3 = Linear(config.hidden_size, config.moe_intermediate_size, dtype)
+        self.w1 = Weight(config.moe_intermediate_size, config.hidden_size, dtype=dtype)
+        self.w2 = Weight(config.hidden_size, config.moe_intermediate_size, dtype=dtype)
+        self.w3 = Weight(config.moe_intermediate_size, config.hidden_size, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.mlp(x, self.w1.weight, self.w3.weight, self.w2.weight, self.limit)

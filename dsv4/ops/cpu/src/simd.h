@@ -104,12 +104,6 @@ INLINE float sum(vf v) {
     return part[0];
 }
 
-INLINE float largest(vf v) {
-    float part[LANES];
-    store(part, v);
-    return *std::max_element(part, part + LANES);
-}
-
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
