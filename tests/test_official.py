@@ -319,8 +319,8 @@ def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode, name) -> None:
     """Only means can be compared: of two bf16 runs each is off by its own rounding. The torch ops are held to the
-    official run, and whatever serves to fp32: two runs that are each as far from it are sqrt(2) of that apart (the C++ ops up
-    to 1.52, at most 1.26 from fp32)."""
+    official run, and whatever serves to fp32: two runs that are each as far from it are sqrt(2) of that apart (the C++
+    ops up to 1.52, at most 1.26 from fp32)."""
     model, ids = load(folder, "bfloat16"), golden[f"ids/{name}"]
 
     def logits() -> Tensor:
