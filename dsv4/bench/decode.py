@@ -100,6 +100,8 @@ def decode_rows(model: Transformer, format: str, batches: Sequence[int] = BATCHE
     alone = 0.0
     for batch in batches:
         decoding.start(batch)
+        decoding.step()  # what is made once, for all steps
+        decoding.start(batch)
         counts = [count(decoding.step) for _ in range(STEPS)]
         mean = sum(counts) / STEPS
         alone = alone or mean

@@ -9,6 +9,7 @@ All of this is planned once per call, on the host in numpy, and shared by all la
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,6 +110,7 @@ class Part:
     pages: np.ndarray
     groups: dict[str, Groups]
     every: TokenRows | None
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, rows: Tensor) -> Tensor:
         """The part's rows of what has one for each token of the run."""

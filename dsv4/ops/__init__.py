@@ -28,6 +28,7 @@ from dsv4.ops.table import (
     refusal,
     using,
     wanted,
+    whole_blocks,
     wrapped,
 )
 from dsv4.ops.weights import PackedMatrix
@@ -37,7 +38,7 @@ __all__ = [
     "cross_entropy", "experts", "explain", "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read",
     "hyper_write", "index_scores", "index_scores_topk", "keep_out_of_graphs", "linear", "mlp", "newton_schulz",
     "pack_rows", "project_in", "project_out", "refusal", "rms_norm", "rotate", "sinkhorn",
-    "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "wrapped",
+    "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "whole_blocks", "wrapped",
 ]  # fmt: skip
 
 enrol("reference", reference)

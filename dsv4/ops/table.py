@@ -202,6 +202,14 @@ def active(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     return next(form for form, reason in explain(name, device, dtype).items() if not reason)
 
 
+def whole_blocks(device: torch.device) -> Any:
+    """What of a backend runs a block in one call (ops/cpu/block.py), or None: it has none for tensors of this device,
+    another was asked for, or ops are wrapped, which nothing may then pass by."""
+    if device.type != "cpu" or _wraps or _wanted not in ("auto", "cpu") or _try("cpu"):
+        return None
+    return importlib.import_module("dsv4.ops.cpu.block")
+
+
 def wanted() -> str:
     """What was asked for: auto, or the backend that comes first."""
     return _wanted

@@ -11,22 +11,41 @@ _experts = Kernel("experts", "pilllppllppppppilllfp")
 Weight = Tensor | PackedMatrix
 
 
+# The six addresses of three matrices and their scales, their format, and the rows from expert to expert, from gate to
+# up, and from expert to expert of the third (src/experts.cpp)
+Laid = tuple[tuple[int | None, ...], int, tuple[int, int, int]]
+
+
+def laid_experts(w13: Weight, w2: Weight) -> Laid:
+    """All routed experts, as the library takes them."""
+    inner = w2.shape[-1]
+    if isinstance(w13, PackedMatrix) and isinstance(w2, PackedMatrix):
+        gate, scales, down, down_scales = (address(t) for t in (w13.codes, w13.scales, w2.codes, w2.scales))
+        steps = 2 * inner, inner, w13.shape[1]
+        return (gate, scales, gate, scales, down, down_scales), DTYPES[w13.code], steps
+    assert isinstance(w13, Tensor) and isinstance(w2, Tensor)
+    gate, down = address(w13), address(w2)
+    steps = w13.stride(0) // w13.shape[-1], inner, w2.stride(0) // inner
+    return (gate, None, gate, None, down, None), DTYPES[w13.dtype], steps
+
+
+def laid_mlp(w1: Weight, w3: Weight, w2: Weight) -> Laid:
+    """One expert for all tokens, in the same way."""
+    places: list[int | None] = []
+    for w in (w1, w3, w2):
+        places += [address(w.codes), address(w.scales)] if isinstance(w, PackedMatrix) else [address(w), None]
+    return tuple(places), DTYPES[w1.code if isinstance(w1, PackedMatrix) else w1.dtype], (0, 0, 0)
+
+
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float) -> Tensor:
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     n, width = x.shape
-    inner = w2.shape[-1]
-    out = x.new_empty(n, width, dtype=torch.float32)
-    if isinstance(w13, PackedMatrix) and isinstance(w2, PackedMatrix):
-        gate, scales, down, down_scales, kind = w13.codes, w13.scales, w2.codes, w2.scales, DTYPES[w13.code]
-        count, step, down_step = w13.shape[0] // (2 * inner), 2 * inner, width
-    else:
-        assert isinstance(w13, Tensor) and isinstance(w2, Tensor)
-        gate, scales, down, down_scales, kind = w13, None, w2, None, DTYPES[w13.dtype]
-        count, step, down_step = len(w13), w13.stride(0) // width, w2.stride(0) // inner
+    inner, out = w2.shape[-1], x.new_empty(n, width, dtype=torch.float32)
+    count = w13.shape[0] // (2 * inner) if isinstance(w13, PackedMatrix) else w13.shape[0]
+    places, kind, steps = laid_experts(w13, w2)
     _experts(
         x.data_ptr(), x.dtype == torch.bfloat16, n, width, inner, chosen.data_ptr(), weights.data_ptr(),
-        chosen.shape[1], count, gate.data_ptr(), address(scales), gate.data_ptr(), address(scales), down.data_ptr(),
-        address(down_scales), kind, step, inner, down_step, limit, out.data_ptr(),
+        chosen.shape[1], count, *places, kind, *steps, limit, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -36,14 +55,10 @@ def mlp(x: Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float) -> Tensor:
     inner, width = w1.shape
     n = x.numel() // width
     out = torch.empty(x.shape, dtype=torch.float32)
-    parts: list[int | None] = []
-    for w in (w1, w3, w2):
-        packed = isinstance(w, PackedMatrix)
-        parts += [(w.codes if packed else w).data_ptr(), address(w.scales if packed else None)]
-    kind = DTYPES[w1.code if isinstance(w1, PackedMatrix) else w1.dtype]
+    places, kind, steps = laid_mlp(w1, w3, w2)
     every = _zeros(n)
     _experts(
-        x.data_ptr(), x.dtype == torch.bfloat16, n, width, inner, every.data_ptr(), None, 1, 1, *parts, kind, 0, 0, 0,
+        x.data_ptr(), x.dtype == torch.bfloat16, n, width, inner, every.data_ptr(), None, 1, 1, *places, kind, *steps,
         limit, out.data_ptr(),
     )  # fmt: skip
     return out.to(x.dtype)

@@ -4,6 +4,7 @@
 // its own beginning; a chunk is reduced by itself (the largest score, the sum of exponentials, the mix of rows) and the
 // chunks are added in order. So the bits of an output do not depend on which queries are computed beside it, nor on
 // the number of threads, nor on whether consecutive entries come as an interval or as chosen rows.
+#include "calls.h"
 #include "heads.h"
 #include "pool.h"
 

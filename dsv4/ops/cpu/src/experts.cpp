@@ -2,6 +2,7 @@
 //
 // (token, expert) pairs are sorted by expert, so that each weight is read once for all tokens that use it. A pair's
 // numbers do not depend on the other pairs, and a token's experts are added in the order in which it chose them.
+#include "calls.h"
 #include "matmul.h"
 #include "norm.h"
 #include "room.h"

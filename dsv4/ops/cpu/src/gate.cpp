@@ -1,6 +1,7 @@
 // How tokens are routed: scores of all experts in FP32, the best k of them or given ones, and their weights.
 #include <climits>
 
+#include "calls.h"
 #include "matmul.h"
 #include "room.h"
 

@@ -4,6 +4,7 @@
 // at fixed places, so that threads may share a long row; within a part one vector belongs to one product (matmul.h).
 #include <memory>
 
+#include "calls.h"
 #include "matmul.h"
 #include "norm.h"
 

@@ -2,6 +2,7 @@
 //
 // A score depends on its query and its key alone, and the choice on the scores alone: so neither blocks of queries, nor
 // tiles of keys, nor the threads among which keys are shared change it.
+#include "calls.h"
 #include "choose.h"
 #include "heads.h"
 #include "pool.h"

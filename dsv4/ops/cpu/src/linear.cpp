@@ -1,3 +1,4 @@
+#include "calls.h"
 #include "linear.h"
 
 // x [M, K] -> y [M, N], both FP32 or both BF16; weights [N, K]

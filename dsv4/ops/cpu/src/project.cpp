@@ -1,4 +1,5 @@
 // What stands before and after attention: projections, norms and rotations of a token, one call each.
+#include "calls.h"
 #include "linear.h"
 #include "norm.h"
 
@@ -40,7 +41,6 @@ void project_out(T* o, long n, long H, long D, const float* turn, long pairs, co
 
 }  // namespace
 
-#define WEIGHT(name) const void *name##_data, const void *name##_scales, int name##_dtype, long name##_rows, long name##_columns
 #define TAKE(name) \
     Weight{{name##_data, static_cast<const uint8_t*>(name##_scales), name##_columns, name##_columns}, name##_dtype, name##_rows}
 

@@ -1,4 +1,5 @@
 // Rows of a memory: pooled from closed groups of tokens, rotated, and packed into bytes and back (ops/formats.py).
+#include "calls.h"
 #include "norm.h"
 
 namespace {

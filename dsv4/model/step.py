@@ -1,0 +1,237 @@
+"""A block for a few tokens in one call of a backend, where it has one: the functions that block.py calls op by op, in
+the same order and so with the same bits, but without Python between them.
+
+It serves memories alone, without gradients. While somebody watches (a hook on a part of the block or another `forward`
+in its place, wrapped ops, a graph that is being compiled), or where any of the ops would go to another form, the block
+runs op by op.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dsv4 import ops
+from dsv4.cache import Compressed, LayerMemory
+from dsv4.model import hyper
+from dsv4.model.attention import Attention
+from dsv4.model.compressor import Compressor
+from dsv4.model.moe import Routing
+from dsv4.model.segments import Groups, Part, RingRows, Run
+from dsv4.ops import Spans
+from dsv4.ops.formats import Packed, PagedRows, Plain, RowFormat
+
+Block = Any  # that of block.py, which imports this file
+
+FEW = 64  # tokens: with more, what lies between the ops takes no time, and what stands between them much room
+
+
+def run_block(
+    block: Block, x: Tensor, ids: Tensor, run: Run, views: list[LayerMemory | None]
+) -> tuple[Tensor, Routing] | None:
+    """What `Block.forward` gives, or None: it is to run op by op."""
+    if len(x) > FEW or len(views) > 1 or views[0] is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    backend = ops.whole_blocks(x.device)
+    if backend is None or ids.dtype != torch.int64:
+        return None
+    part, view = run.parts[0], views[0]
+    laid = _laid_out(block, x, part, view, backend)
+    if laid.layer is None or laid.outline.watched():
+        return None
+    step, groups = part.derived.get("step") or _step(run, part, backend)
+    gate, kind = block.ffn.gate, view.kind
+    x, ids, turn = x.contiguous(), ids.contiguous(), run.turn["compressed" if kind.ratio else "window"]
+    out, scores = torch.empty_like(x), x.new_empty(len(x), gate.weight.shape[0], dtype=torch.float32)
+    chosen, weights = ids.new_empty(len(x), gate.topk), x.new_empty(len(x), gate.topk, dtype=torch.float32)
+    backend.run(
+        laid.layer, step, groups.get(kind.name), turn.data_ptr(), ids.data_ptr(), x.data_ptr(), out.data_ptr(),
+        scores.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
+    )  # fmt: skip
+    return out, Routing(scores, chosen, weights)
+
+
+# --- a block and its stores, laid out once ---------------------------------------------------------------------------
+
+
+class Outline:
+    """Where everything lies that a block and its memory are made of: by it is known that nothing has moved."""
+
+    def __init__(self, block: nn.Module, view: LayerMemory):
+        modules = list(block.modules())
+        self.parts = [m._modules for m in modules]
+        self.tensors = [d for m in modules for d in (m._parameters, m._buffers)]
+        self.stores = [store for _, store in view.stores()]
+        # those of the block itself run around this call as around any other
+        self.hooks = [d for m in modules[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.own = [m.__dict__ for m in modules[1:]]
+
+    def watched(self) -> bool:
+        """Whether a part of the block must run by itself."""
+        return any(self.hooks) or any("forward" in attributes for attributes in self.own)
+
+    def places(self, x: Tensor) -> list[object]:
+        tensors: list[object] = [t.data_ptr() for d in self.tensors for t in d.values() if t is not None]
+        parts = [id(m) for d in self.parts for m in d.values()]
+        stores = [place for store in self.stores for place in (store.data.data_ptr(), id(store.format))]
+        return [x.dtype, *tensors, *parts, *stores]
+
+
+class Laid:
+    """A block and its stores as the backend takes them; `layer` is None where it cannot."""
+
+    def __init__(self, block: Block, x: Tensor, part: Part, view: LayerMemory, backend: Any):
+        self.outline = Outline(block, view)
+        self.places = self.outline.places(x)
+        fits = _fits(block, x, view) and not any(ops.refusal(*call) for call in _calls(block, x, part, view))
+        self.layer = _layer(block, x, view, backend) if fits else None
+
+
+_known: WeakKeyDictionary[nn.Module, WeakKeyDictionary[LayerMemory, Laid]] = WeakKeyDictionary()
+
+
+def _laid_out(block: Block, x: Tensor, part: Part, view: LayerMemory, backend: Any) -> Laid:
+    of_block = _known.get(block)
+    if of_block is None:
+        of_block = _known[block] = WeakKeyDictionary()
+    laid = of_block.get(view)
+    if laid is None or laid.places != laid.outline.places(x):
+        laid = of_block[view] = Laid(block, x, part, view, backend)
+    return laid
+
+
+def _fits(block: Block, x: Tensor, view: LayerMemory) -> bool:
+    """Whether this is V4's block, of plain parameters, with stores in known formats that are read in x's dtype."""
+    plain = all(type(p) is nn.Parameter for p in block.parameters())
+    formats = [store.format for _, store in view.stores()]
+    read = all(type(f) is Plain or (type(f) is Packed and f.numbers == x.dtype) for f in formats)
+    return type(block.attn) is Attention and block.config.residual == "mhc" and plain and read
+
+
+def _calls(block: Block, x: Tensor, part: Part, view: LayerMemory) -> Iterator[tuple[Any, ...]]:
+    """The ops of a block on a token, for the table to say whether the backend's form serves them."""
+    attn, ffn, c = block.attn, block.ffn, block.config
+    h, q, index = x.new_empty(1, x.shape[2]), x.new_empty(1, attn.heads, attn.width), torch.zeros(1, dtype=torch.int64)
+    turn, span = torch.empty(1, c.qk_rope_head_dim // 2, dtype=torch.complex64), Spans(index, index)
+    weights, chosen = torch.empty(1, ffn.gate.topk), torch.zeros(1, ffn.gate.topk, dtype=torch.int64)
+
+    def rows(data: Tensor, format: RowFormat) -> PagedRows:
+        return PagedRows(data, format, index, index.numpy(), 1)
+
+    def compressor(m: Compressor, store: Compressed) -> Iterator[tuple[Any, ...]]:
+        own = torch.empty(m.kind.ratio, m.wkv.weight.shape[0])
+        yield "compressor_rows", "cpu", h, m.wkv.weight, m.wgate.weight, m.ape, index
+        yield (
+            "compress",
+            "cpu",
+            own,
+            own,
+            index,
+            index.bool(),
+            m.kind.ratio,
+            m.kind.overlap,
+            m.norm.weight,
+            0.0,
+            turn,
+            x.dtype,
+        )
+        if isinstance(store.entries.format, Packed):
+            yield "pack_rows", "cpu", x.new_empty(1, store.entries.format.width), store.entries.format
+
+    for name, enter in (("hc_attn", block.attn_norm), ("hc_ffn", block.ffn_norm)):
+        yield "hyper_enter", "cpu", x[:1], *(hyper.parameters_of(block, name) or ()), enter.weight, 1, 0.0, 0.0
+    yield (
+        "project_in", "cpu", h, attn.wq_a.weight, attn.q_norm.weight, attn.wq_b.weight, attn.wkv.weight,
+        attn.kv_norm.weight, attn.heads, 0.0, turn,
+    )  # fmt: skip
+    assert view.window is not None
+    window, entries = rows(view.window.data, view.window.format), None
+    if attn.compressor is not None and view.attention is not None:
+        yield from compressor(attn.compressor, view.attention)
+        entries = rows(view.attention.entries.data, view.attention.entries.format)
+    if attn.indexer is not None and view.index is not None:
+        i, keys = attn.indexer, view.index.entries
+        yield from compressor(i.compressor, view.index)
+        yield "linear", "cpu", x.new_empty(1, i.wq_b.weight.shape[1]), i.wq_b.weight
+        yield "linear", "cpu", h, i.weights_proj.weight
+        asking = x.new_empty(1, i.heads, i.width)
+        yield "index_scores_topk", "cpu", asking, weights, rows(keys.data, keys.format), span, i.topk
+    yield "sparse_attention", "cpu", q, window, span, entries, span, None, attn.attn_sink, 1.0
+    yield "project_out", "cpu", q, turn, attn.wo_a.weight, attn.groups, attn.wo_b.weight
+    given = None if ffn.gate.tid2eid is None else chosen
+    yield "gate", "cpu", h, ffn.gate.weight, ffn.gate.bias, given, ffn.gate.topk, 1.0
+    yield "experts", "cpu", h, chosen, weights, ffn.experts.w13, ffn.experts.w2, 1.0
+    s = ffn.shared_experts
+    yield "mlp", "cpu", h, s.w1.weight, s.w3.weight, s.w2.weight, 1.0
+
+
+def _layer(block: Block, x: Tensor, view: LayerMemory, b: Any) -> Any:
+    c, attn, ffn, kind = block.config, block.attn, block.ffn, view.kind
+
+    def streams(name: str, enter: hyper.Enter) -> Any:
+        return b.Hyper(*map(b.address, (*(hyper.parameters_of(block, name) or ()), enter.weight)))
+
+    def compressor(m: Compressor, store: Compressed, width: int) -> Any:
+        places = map(b.address, (m.wkv.weight, m.wgate.weight, m.ape, m.norm.weight))
+        e = store.entries
+        laid = b.store(e.data, e.format, e.per_page)
+        return b.Compressor(
+            *places, m.wkv.weight.shape[0], kind.ratio, kind.overlap, width, store.rows.data.data_ptr(), laid
+        )
+
+    def matrices(m: nn.Module, *names: str) -> dict[str, Any]:
+        return {name: b.matrix(getattr(m, name).weight) for name in names}
+
+    assert view.window is not None
+    laid = b.Attention(
+        **matrices(attn, "wq_a", "wq_b", "wkv", "wo_a", "wo_b"), q_gain=b.address(attn.q_norm.weight),
+        kv_gain=b.address(attn.kv_norm.weight), sink=b.address(attn.attn_sink), heads=attn.heads, groups=attn.groups,
+        scale=attn.width**-0.5, window=b.store(view.window.data, view.window.format),
+    )  # fmt: skip
+    if attn.compressor is not None and view.attention is not None:
+        laid.compressor = compressor(attn.compressor, view.attention, attn.width)
+    if attn.indexer is not None and view.index is not None:
+        i = attn.indexer
+        laid.indexer = b.Indexer(
+            **matrices(i, "wq_b", "weights_proj"), heads=i.heads, width=i.width, topk=i.topk,
+            scale=(i.width * i.heads) ** -0.5, compressor=compressor(i.compressor, view.index, i.width),
+        )  # fmt: skip
+    gate, shared = ffn.gate, ffn.shared_experts
+    experts = b.Experts(
+        gate=b.matrix(gate.weight), bias=b.address(gate.bias), table=b.address(gate.tid2eid), k=gate.topk,
+        scale=gate.scale, limit=ffn.experts.limit, routed=b.routed(ffn.experts.w13, ffn.experts.w2),
+        shared=b.shared(shared.w1.weight, shared.w3.weight, shared.w2.weight),
+    )  # fmt: skip
+    return b.Layer(
+        is_bf16=x.dtype == torch.bfloat16, streams=c.num_streams, width=c.hidden_size, iters=c.hc_sinkhorn_iters,
+        hc_eps=c.hc_eps, eps=c.rms_norm_eps, attn=streams("hc_attn", block.attn_norm),
+        ffn=streams("hc_ffn", block.ffn_norm), attention=laid, experts=experts,
+    )  # fmt: skip
+
+
+# --- a step, laid out once for all layers ----------------------------------------------------------------------------
+
+
+def _step(run: Run, part: Part, b: Any) -> tuple[Any, dict[str, Any]]:
+    """The part's plan as the backend takes it, and that of the groups of each kind of layer."""
+
+    def ring(rows: RingRows, own: int) -> Any:
+        before = len(rows.read)
+        joined = before + own if rows.order is None else len(rows.order)
+        places = map(b.address, (rows.read, rows.order, rows.write, rows.kept))
+        return b.RingRows(*places, before, joined, len(rows.write))
+
+    def laid(g: Groups) -> Any:
+        assert g.rows is not None
+        places = (g.first_row, g.entry, g.visible.start, g.visible.stop, g.has_previous, g.turn)
+        return b.Groups(g.closing, g.visible.longest, *map(b.address, places), ring(g.rows, n))
+
+    n = len(run.positions)
+    assert part.ring is not None
+    places = map(b.address, (run.positions, part.window.start, part.window.stop, part.table))
+    step = b.Step(n, run.turn["window"].shape[1], len(part.pages), *places, ring(part.ring, n))
+    groups = {name: laid(g) for name, g in part.groups.items()}
+    part.derived["step"] = step, groups
+    return step, groups

@@ -1,0 +1,289 @@
+// A whole block for a few tokens in one call: what the model's own block does op by op (model/block.py), with the same
+// functions in the same order, so with the same bits, but without anything between them. It writes the memory, too.
+//
+// Layer and Step are laid out as in block.py, which fills them; every field has eight bytes.
+#include "calls.h"
+#include "matmul.h"
+#include "room.h"
+
+namespace {
+
+struct Table {  // a weight
+    const void *data, *scales;
+    long dtype, rows, columns;
+};
+
+struct Hyper {
+    const float *fn, *base, *scale, *gain;
+};
+
+// Rows of a store: of `width` numbers in `row_bytes` bytes, as `kind` (a Dtype) says.
+struct Store {
+    uint8_t* data;
+    long kind, width, block, tail, rotated, row_bytes, per_page;
+
+    bool packed() const { return kind == FP8 || kind == FP4; }
+};
+
+struct Compressor {
+    const float *wkv, *wgate, *ape, *gain;
+    long channels, ratio, overlap, width;  // channels: of a token's row, 2 * width with overlap
+    float* ring;                           // open rows [.., 2, channels]
+    Store entries;
+};
+
+struct Indexer {
+    Table wq_b, weights_proj;
+    long heads, width, topk;
+    double scale;  // of weights
+    Compressor compressor;
+};
+
+struct Attention {
+    Table wq_a, wq_b, wkv, wo_a, wo_b;
+    const float *q_gain, *kv_gain, *sink;
+    long heads, groups;
+    double scale;
+    Store window;
+    Compressor compressor;  // without `wkv`: there is none
+    Indexer indexer;        // without `heads`
+};
+
+struct Mlp {  // of all experts, one below the other (experts.cpp)
+    const void *gate, *gate_scales, *up, *up_scales, *down, *down_scales;
+    long dtype, inner, step, offset, down_step;
+};
+
+struct Experts {
+    Table gate;
+    const float* bias;
+    const int64_t* table;  // [vocabulary, k] instead of a choice
+    long k;
+    double scale, limit;
+    Mlp routed, shared;
+};
+
+struct Layer {
+    long is_bf16, streams, width, iters;
+    double hc_eps, eps;
+    Hyper attn, ffn;
+    Attention attention;
+    Experts experts;
+};
+
+struct RingRows {  // model/segments.py
+    const int64_t *read, *order, *write, *kept;
+    long before, joined, stored;
+
+    // The rows of a ring before the part's own ones, and its own, in order: `joined` of them.
+    void join(const uint8_t* ring, const uint8_t* own, long bytes, uint8_t* out) const {
+        for (long i = 0; i < joined; i++) {
+            long from = order ? order[i] : i;
+            std::memcpy(out + i * bytes, from < before ? ring + read[from] * bytes : own + (from - before) * bytes, bytes);
+        }
+    }
+    void store(uint8_t* ring, const uint8_t* own, long bytes) const {
+        for (long i = 0; i < stored; i++) std::memcpy(ring + write[i] * bytes, own + (kept ? kept[i] : i) * bytes, bytes);
+    }
+};
+
+struct Groups {
+    long closing, longest;  // groups that close; entries that a token sees, at most
+    const int64_t *first_row, *entry, *start, *stop;
+    const uint8_t* has_previous;
+    const float* turn;
+    RingRows rows;
+};
+
+struct Step {
+    long n, pairs, pages;
+    const int64_t *positions, *start, *stop, *table;
+    RingRows ring;
+};
+
+// Either counts the bytes of pieces of a room, or gives them.
+struct Needed {
+    long bytes = 0;
+    template <class V> void operator()(V*&, long count) { bytes += count * sizeof(V) + 64; }
+};
+struct Taken {
+    Room& room;
+    template <class V> void operator()(V*& at, long count) { at = room.take<V>(count); }
+};
+
+template <class T> struct Block {
+    const Layer& l;
+    const Step& s;
+    const Groups* g;  // of the layer's kind
+    const float* turn;
+    const int64_t* ids;
+    static constexpr int BF = std::is_same<T, bf16>::value;
+
+    // What stands between.
+    struct Between {
+        T *h, *streams, *qr, *q, *kv, *row, *o, *low, *y, *index, *turned, *entries, *key_weights;
+        float *post, *comb, *lse, *own, *joined, *weights, *routed, *shared;
+        uint8_t *kept, *window, *packed;
+        int64_t *chosen, *given;
+    } b;
+
+    // A token closes a group of a kind at most.
+    template <class Take> void lay(Take&& take) {
+        const Attention& a = l.attention;
+        long n = s.n, N = l.streams, M = l.width, H = a.heads, D = a.wkv.rows, k = l.experts.k;
+        long channels = std::max(a.compressor.channels, a.indexer.compressor.channels), key = a.indexer.compressor.entries.row_bytes;
+        take(b.h, n * M), take(b.y, n * M), take(b.streams, n * N * M);
+        take(b.qr, n * a.wq_a.rows), take(b.q, n * H * D), take(b.kv, n * D), take(b.row, n * D), take(b.o, n * H * D);
+        take(b.low, n * a.wo_a.rows), take(b.post, n * N), take(b.comb, n * N * N), take(b.lse, n * H);
+        take(b.kept, n * a.window.row_bytes), take(b.window, s.ring.joined * a.window.row_bytes);
+        take(b.own, n * 2 * channels), take(b.joined, g ? g->rows.joined * 2 * channels : 0);
+        take(b.entries, n * D), take(b.packed, n * (a.window.row_bytes + (a.indexer.heads + 1) * key));
+        take(b.index, n * a.indexer.wq_b.rows), take(b.turned, n * a.indexer.wq_b.rows);
+        take(b.key_weights, n * a.indexer.heads), take(b.weights, n * a.indexer.heads);
+        take(b.chosen, n * a.indexer.topk), take(b.given, l.experts.table ? n * k : 0);
+        take(b.routed, n * M), take(b.shared, n * M);
+    }
+
+    static void pack(const Store& store, const T* rows, long n, uint8_t* out) {
+        if (store.packed())
+            return CALL(pack_rows)(rows, BF, n, store.width, store.block, store.tail, store.row_bytes, store.kind == FP4, 0,
+                                   int(store.rotated), out);
+        for (long i = 0; i < n * store.width; i++)
+            if (store.kind == F32) reinterpret_cast<float*>(out)[i] = widen(rows[i]);
+            else reinterpret_cast<bf16*>(out)[i] = narrow(widen(rows[i]));
+    }
+
+    // A pool as pool.h takes it.
+    struct Numbers {
+        int64_t numbers[9];
+        Numbers(const Store& store, const void* data, const int64_t* table, long rows)
+            : numbers{int64_t(data), int64_t(table), rows, table ? store.per_page : 1, store.row_bytes, store.kind,
+                      store.packed() ? store.width - store.tail : store.width, store.packed() ? store.tail : 0,
+                      store.packed() ? store.block : store.width} {}
+    };
+    Numbers pages(const Store& store) const { return {store, store.data, s.table, s.pages * store.per_page}; }
+
+    // A compressor remembers its tokens; the groups that close become entries.
+    void compress(const Compressor& c) const {
+        CALL(compressor_rows)(b.h, BF, s.n, l.width, c.wkv, c.wgate, c.channels, c.ape, c.ratio, s.positions, b.own);
+        long bytes = 2 * c.channels * sizeof(float);
+        const uint8_t* own = reinterpret_cast<const uint8_t*>(b.own);
+        if (g->closing) g->rows.join(reinterpret_cast<uint8_t*>(c.ring), own, bytes, reinterpret_cast<uint8_t*>(b.joined));
+        g->rows.store(reinterpret_cast<uint8_t*>(c.ring), own, bytes);
+        if (!g->closing) return;
+        CALL(compress)(b.joined, 2 * c.channels, b.joined + c.channels, 2 * c.channels, g->rows.joined, g->first_row,
+                       g->has_previous, g->closing, c.ratio, int(c.overlap), c.width, c.gain, float(l.eps), g->turn, s.pairs, 0,
+                       BF, b.entries);
+        pack(c.entries, b.entries, g->closing, b.packed);
+        long row = c.entries.row_bytes;
+        for (long i = 0; i < g->closing; i++) std::memcpy(c.entries.data + g->entry[i] * row, b.packed + i * row, row);
+    }
+
+    // The entries that each token reads; null where it reads all that it sees.
+    const int64_t* choose() const {
+        const Indexer& i = l.attention.indexer;
+        if (!i.heads) return nullptr;
+        compress(i.compressor);
+        if (g->longest <= i.topk) return nullptr;
+        const Store& keys = i.compressor.entries;
+        long rows = s.n * i.heads;
+        CALL(linear)(b.qr, BF, s.n, i.wq_b.columns, i.wq_b.data, i.wq_b.scales, int(i.wq_b.dtype), i.wq_b.columns, i.wq_b.rows,
+                     b.index);
+        CALL(rotate)(b.index, BF, rows, i.heads, i.width, turn, s.pairs, 0, b.turned);
+        if (keys.rotated) {  // queries are rotated and rounded as keys are
+            pack(keys, b.turned, rows, b.packed);
+            CALL(unpack_rows)(b.packed, rows, i.width, keys.block, keys.tail, keys.row_bytes, keys.kind == FP4, 0, BF, b.turned);
+        }
+        const Table& w = i.weights_proj;
+        CALL(linear)(b.h, BF, s.n, w.columns, w.data, w.scales, int(w.dtype), w.columns, w.rows, b.key_weights);
+        for (long j = 0; j < rows; j++) b.weights[j] = widen(b.key_weights[j]) * float(i.scale);
+        CALL(index_scores_topk)(b.turned, BF, s.n, i.heads, i.width, b.weights, pages(keys).numbers, g->start, g->stop, i.topk,
+                                b.chosen);
+        return b.chosen;
+    }
+
+    // The sublayer's input h -> its output y
+    void attend() const {
+        const Attention& a = l.attention;
+        long n = s.n, D = a.wkv.rows;
+        CALL(project_in)(b.h, BF, n, GIVE(a.wq_a), a.q_gain, GIVE(a.wq_b), GIVE(a.wkv), a.kv_gain, a.heads, float(l.eps), turn,
+                         s.pairs, b.qr, b.q, b.kv, b.row);
+        pack(a.window, b.row, n, b.kept);  // a query reads its own tokens as later ones will
+        s.ring.join(a.window.data, b.kept, a.window.row_bytes, b.window);
+        s.ring.store(a.window.data, b.kept, a.window.row_bytes);
+        Numbers window(a.window, b.window, nullptr, s.ring.joined), entries = window;
+        const int64_t *chosen = nullptr, *start = nullptr, *stop = nullptr;
+        if (g) {
+            compress(a.compressor);
+            chosen = choose();
+            entries = pages(a.compressor.entries);
+            if (!chosen) start = g->start, stop = g->stop;
+        }
+        CALL(sparse_attention)(b.q, BF, n, a.heads, D, window.numbers, entries.numbers, s.start, s.stop, start, stop, chosen,
+                               chosen ? a.indexer.topk : 0, a.sink, float(a.scale), b.o, b.lse);
+        CALL(project_out)(b.o, BF, n, a.heads, D, turn, s.pairs, GIVE(a.wo_a), a.groups, GIVE(a.wo_b), b.low, b.y);
+    }
+
+    void mlp(const Mlp& m, const int64_t* chosen, const float* weights, long k, long experts, float* out) const {
+        CALL(experts)(b.h, BF, s.n, l.width, m.inner, chosen, weights, k, experts, m.gate, m.gate_scales, m.up, m.up_scales,
+                      m.down, m.down_scales, int(m.dtype), m.step, m.offset, m.down_step, float(l.experts.limit), out);
+    }
+
+    // The same, by the experts
+    void route(float* scores, int64_t* chosen, float* weights) const {
+        const Experts& e = l.experts;
+        long n = s.n;
+        for (long i = 0; e.table && i < n * e.k; i++) b.given[i] = chosen[i] = e.table[ids[i / e.k] * e.k + i % e.k];
+        CALL(gate)(b.h, BF, n, l.width, e.gate.data, e.gate.dtype == BF16, e.gate.columns, e.gate.rows, e.bias,
+                   e.table ? b.given : nullptr, e.k, float(e.scale), scores, chosen, weights);
+        mlp(e.routed, chosen, weights, e.k, e.gate.rows, b.routed);
+        std::vector<int64_t> first(n);
+        mlp(e.shared, first.data(), nullptr, 1, 1, b.shared);
+        for (long i = 0; i < n * l.width; i++) {
+            T shared;  // rounded, as an op of its own gives it
+            store(&shared, b.shared[i]);
+            store(b.y + i, b.routed[i] + widen(shared));
+        }
+    }
+
+    void enter(const T* x, const Hyper& h) const {
+        CALL(hyper_enter)(x, BF, s.n, int(l.streams), l.width, h.fn, h.base, h.scale, h.gain, int(l.iters), float(l.hc_eps),
+                          float(l.eps), b.h, b.post, b.comb);
+    }
+
+    void run(const T* x, T* out, float* scores, int64_t* chosen, float* weights) {
+        static thread_local Room room;
+        Needed needed;
+        lay(needed);
+        room.open(needed.bytes);
+        lay(Taken{room});
+        enter(x, l.attn);
+        attend();
+        CALL(hyper_write)(x, b.y, BF, s.n, int(l.streams), l.width, b.post, b.comb, b.streams);
+        enter(b.streams, l.ffn);
+        route(scores, chosen, weights);
+        CALL(hyper_write)(b.streams, b.y, BF, s.n, int(l.streams), l.width, b.post, b.comb, out);
+    }
+};
+
+}  // namespace
+
+// Streams x [n, N, M] -> out, both FP32 or BF16; what the gate decided: scores [n, X], chosen and weights [n, k]. turn
+// [n, pairs]: the rotations of this kind of layer; ids [n]: of the tokens.
+EXPORT(block)
+(const Layer* layer, const Step* step, const Groups* groups, const float* turn, const int64_t* ids, const void* x, void* out,
+ float* scores, int64_t* chosen, float* weights) {
+    if (layer->is_bf16)
+        Block<bf16>{*layer, *step, groups, turn, ids, {}}.run(
+            static_cast<const bf16*>(x), static_cast<bf16*>(out), scores, chosen, weights);
+    else
+        Block<float>{*layer, *step, groups, turn, ids, {}}.run(
+            static_cast<const float*>(x), static_cast<float*>(out), scores, chosen, weights);
+}
+
+#if !defined(__AVX512F__)  // once: block.py compares
+extern "C" __attribute__((visibility("default"))) long dsv4_sizes(int which) {
+    const long sizes[] = {sizeof(Layer), sizeof(Step), sizeof(Groups)};
+    return sizes[which];
+}
+#endif

@@ -1,0 +1,216 @@
+"""Failures caught here: a block in one call that is not, to the bit, the block op by op, in what it gives or in what it
+leaves in the memory; one that goes on with weights or stores that have moved, or passes by whoever watches.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsv4 import ops
+from dsv4.measure.subjects import randomise, small_config, small_model, tokens
+from dsv4.model import Transformer, step
+from dsv4.ops.weights import pack_matrix
+
+library = pytest.importorskip("dsv4.ops.cpu.library", exc_type=ImportError)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@contextmanager
+def op_by_op() -> Iterator[None]:
+    few, step.FEW = step.FEW, 0
+    try:
+        yield
+    finally:
+        step.FEW = few
+
+
+def model_of(dtype: torch.dtype, mtp: int = 0, **changes: int) -> Transformer:
+    """A hash layer, all kinds of layers, entries that are chosen from 32 tokens on."""
+    return randomise(Transformer(small_config((0, 4, 128, 4), mtp=mtp, **changes), dtype)).eval()
+
+
+def with_packed_weights(model: Transformer) -> Transformer:
+    """FP8 matrices and FP4 experts, as released."""
+    for name, module in list(model.layers.named_modules()):
+        leaf = name.rpartition(".")[2]
+        if leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3") and "compressor" not in name:
+            matrix = module.weight
+            del module.weight
+            module.weight = pack_matrix(matrix, "fp8")
+        if leaf == "experts":
+            w13, w2 = module.w13, module.w2
+            del module.w13, module.w2
+            module.w13 = pack_matrix(w13.reshape(-1, w13.shape[-1]), "fp4")
+            module.w2 = pack_matrix(w2.reshape(-1, w2.shape[-1]), "fp4")
+    return model
+
+
+@torch.inference_mode()
+def steps(model: Transformer, format: str, counts: list[list[int]]) -> tuple[list[Tensor], list[Tensor], int]:
+    """Logits of every call and what the memories are in the end; `counts` has the tokens of each sequence, call by call
+    (0: it waits). And how many blocks ran in one call."""
+    memories = model.new_cache(batch=len(counts[0]), format=format)
+    logits, ids = [], tokens(model, 4096)
+    with library.watched() as called:
+        for now in counts:
+            given = [(n, m) for n, m in zip(now, memories, strict=True) if n]
+            part = torch.cat([ids[i * 500 + m.length :][:n] for i, (n, m) in enumerate(given)])
+            logits.append(model(part, segments=given))
+    left = [t for m in memories for _, t in sorted(m.snapshot().items())]
+    return logits, left, called.count("block")
+
+
+def check(model: Transformer, format: str, counts: list[list[int]], fused: int) -> None:
+    """Equal bits, and `fused` calls of whole blocks."""
+    got, kept, blocks = steps(model, format, counts)
+    assert blocks == fused
+    with op_by_op():
+        want, wanted, blocks = steps(model, format, counts)
+    assert blocks == 0
+    for a, b in zip(got + kept, want + wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+# one sequence whose calls end at every residue mod 4, across the edges of windows, HCA groups and pages
+ALONE = [[n] for n in (1, 1, 1, 1, 2, 3, 5, 60, 54, 1, 1, 64, 63, 1, 1, 200, *[1] * 9)]
+# three whose groups close at different calls, and which do not all take part
+SIDE_BY_SIDE = [
+    [3, 20, 40],
+    [1, 1, 1],
+    [0, 1, 1],
+    [2, 0, 7],
+    [1, 1, 1],
+    [1, 1, 1],
+    [30, 1, 30],
+    [1, 1, 1],
+    [20, 20, 20],
+]
+
+
+@pytest.mark.parametrize("isa", library.AVAILABLE)
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "packed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_in_one_call_is_the_block_op_by_op(dtype: torch.dtype, format: str, isa: str) -> None:
+    """Also with memories in another dtype than that of the activations."""
+    model = model_of(dtype)
+    with library.using_isa(isa):
+        check(model, format, ALONE, 4 * (len(ALONE) - 1))  # the call of 200 tokens is too long
+        check(model, format, SIDE_BY_SIDE, 4 * len([c for c in SIDE_BY_SIDE if sum(c) <= step.FEW]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_in_fp8_and_fp4(dtype: torch.dtype) -> None:
+    model = model_of(dtype, hidden_size=128, moe_intermediate_size=128, o_lora_rank=128)
+    check(with_packed_weights(model), "packed", ALONE, 4 * (len(ALONE) - 1))
+
+
+@torch.inference_mode()
+def test_the_mtp_block_and_what_gates_decide() -> None:
+    model = model_of(torch.float32, mtp=1)
+    ids = tokens(model, 60)
+
+    def drafted() -> list[Tensor]:
+        memory = model.new_cache(mtp=True)[0]
+        out = []
+        for at in range(0, 50, 10):
+            trunk = model.trunk(ids[at : at + 10], model._cut(ids[at : at + 10], None, [(10, memory)])[1])
+            hidden, routing = model.draft(trunk, ids[at + 1 : at + 11])
+            out += [hidden, *(t for r in (*trunk.routing, routing) for t in (r.scores, r.chosen, r.weights))]
+        return out
+
+    got = drafted()
+    with op_by_op():
+        want = drafted()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return model_of(torch.float32)
+
+
+@torch.inference_mode()
+def test_what_has_moved_is_noticed(model: Transformer) -> None:
+    """A parameter's numbers, a part of the block, and stores that grow with the pool."""
+    ids, memory = tokens(model, 400), model.new_cache()[0]
+
+    def both(at: int) -> Tensor:
+        """The next token's logits, which are those op by op."""
+        with op_by_op():
+            want = model(ids[at : at + 1], segments=[(1, memory)])
+        memory.rewind(1)
+        with library.watched() as called:
+            got = model(ids[at : at + 1], segments=[(1, memory)])
+        assert torch.equal(got, want) and called.count("block") == 4
+        return got
+
+    both(0)
+    layer = model.layers[1]
+    layer.attn.wkv.weight.data = layer.attn.wkv.weight.data * 2
+    both(1)
+    layer.ffn = model_of(torch.float32).layers[3].ffn
+    both(2)
+    layer.attn.indexer.wq_b.weight = nn.Parameter(layer.attn.indexer.wq_b.weight * -1)
+    both(3)
+    for at in range(4, 140):  # pages are added, and those before them move
+        both(at)
+    held = [memory.pool.new() for _ in range(3)]  # slots, too
+    both(140)
+    assert len(held) == 3
+
+
+@torch.inference_mode()
+def test_nobody_who_watches_is_passed_by(model: Transformer) -> None:
+    """A hook on a part of a block, ops that are wrapped, another backend that was asked for."""
+    ids, memory = tokens(model, 40), model.new_cache()[0]
+    model(ids[:20], segments=[(20, memory)])
+    seen: list[str] = []
+    hook = model.layers[2].attn.register_forward_hook(lambda *_: seen.append("attn"))
+    with library.watched() as called:
+        model(ids[20:21], segments=[(1, memory)])
+    assert seen == ["attn"] and called.count("block") == 3
+    hook.remove()
+    around = model.layers[2].register_forward_hook(lambda *_: seen.append("block"))
+    with library.watched() as called:
+        model(ids[21:22], segments=[(1, memory)])
+    assert seen == ["attn", "block"] and called.count("block") == 4
+    around.remove()
+    model.layers[2].ffn.forward = lambda *args, run=model.layers[2].ffn.forward: (seen.append("ffn"), run(*args))[1]
+    with library.watched() as called:
+        model(ids[22:23], segments=[(1, memory)])
+    assert seen.pop() == "ffn" and called.count("block") == 3
+    del model.layers[2].ffn.forward
+
+    def wrap(name, op):
+        return lambda *args: (seen.append(name), op(*args))[1]
+
+    with ops.wrapped(("project_in",), wrap), library.watched() as called:
+        model(ids[23:24], segments=[(1, memory)])
+    assert seen.count("project_in") == 4 and "block" not in called
+    for backend in ("reference", "blocked"):
+        with ops.using(backend), library.watched() as called:
+            model(ids[24:25], segments=[(1, memory)])
+        assert not called
+
+
+@torch.inference_mode()
+def test_what_the_library_does_not_serve_runs_op_by_op(model: Transformer) -> None:
+    """Another residual or attention, a memory in FP16, maps that were cast with the whole model."""
+    changed = [{"residual": "hc"}, {"residual": "plain"}, {"attention": "dense"}]
+    others = [(small_model((0, 4), **c), "float32") for c in changed]
+    for other, format in [*others, (model, "float16"), (model_of(torch.float32).bfloat16(), "float32")]:
+        memory = other.new_cache(format=format)[0]
+        with library.watched() as called:
+            other(tokens(other, 5), segments=[(5, memory)])
+        assert called.count("block") == (other.config.attention == "dense")  # its first layer is V4's
+
+
+def test_a_model_with_gradients_on_still_serves_a_memory(model: Transformer) -> None:
+    """A memory's call has no gradients, whoever asks for them; the blocks notice that themselves."""
+    with library.watched() as called:
+        model(tokens(model, 5), segments=[(5, model.new_cache()[0])])
+        model(tokens(model, 5))
+    assert called.count("block") == 4
