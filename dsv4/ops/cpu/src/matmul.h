@@ -202,45 +202,87 @@ INLINE void store4(bf16* p, __m128 v) {  // rounded as `narrow` does
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(out, out));
 }
 
-// out[m][n] for M rows of x (stride ldx) and NR rows w; the first `wanted` columns of out (stride ldo) are written. `ahead`:
-// bytes from a row to the one that a later tile will read.
-template <int M, class X, class Row, class Out>
-INLINE void tile(const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long ahead = 0) {
+// The sums of M rows of x with four rows of weights. A row's sums are members, not an array: an array that a loop indexes
+// may end up in memory, and then a tile runs at a third of its speed.
+template <int M, class X> struct Sums {
     typedef Dot<X> D;
-    vf acc[M][NR] = {};
+    typedef typename D::reg reg;
+    vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    Sums<M - 1, X> below;
+
+    INLINE void add(const X* x, long ldx, const reg& w0, const reg& w1, const reg& w2, const reg& w3) {
+        reg a = D::get(x);
+        s0 = D::add(s0, a, w0), s1 = D::add(s1, a, w1), s2 = D::add(s2, a, w2), s3 = D::add(s3, a, w3);
+        below.add(x + ldx, ldx, w0, w1, w2, w3);
+    }
+    // The last columns, from k on
+    INLINE void add_last(const X* x, long ldx, long k, long K, const reg& w0, const reg& w1, const reg& w2, const reg& w3) {
+        reg a = last_piece<X>(PlainRow<X>{x}, k, K);
+        s0 = D::add(s0, a, w0), s1 = D::add(s1, a, w1), s2 = D::add(s2, a, w2), s3 = D::add(s3, a, w3);
+        below.add_last(x + ldx, ldx, k, K, w0, w1, w2, w3);
+    }
+    template <class Out> INLINE void write(Out* out, long ldo, int wanted) const {
+        const vf sums[] = {s0, s1, s2, s3};
+        Out part[4];
+        store4(part, sum4(sums));
+        if (wanted == 4) std::memcpy(out, part, sizeof part);
+        else std::memcpy(out, part, wanted * sizeof(Out));
+        below.write(out + ldo, ldo, wanted);
+    }
+};
+template <class X> struct Sums<0, X> {
+    typedef typename Dot<X>::reg reg;
+    INLINE void add(const X*, long, const reg&, const reg&, const reg&, const reg&) {}
+    INLINE void add_last(const X*, long, long, long, const reg&, const reg&, const reg&, const reg&) {}
+    template <class Out> INLINE void write(Out*, long, int) const {}
+};
+
+// out[m][n] for M rows of x (stride ldx) and NR rows w; the first `wanted` columns of out (stride ldo) are written. Few rows
+// of x wait for the memory that weights come from: with FETCH the row that lies `ahead` bytes after each is called, too.
+template <int M, bool FETCH, class X, class Row, class Out>
+__attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long ahead) {
+    static_assert(NR == 4, "Sums has four columns");
+    Sums<M, X> sums;
+    const Row w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
     long k = 0;
-    for (; k + D::STEP <= K; k += D::STEP) {
-        typename D::reg row[NR];
-        for (int n = 0; n < NR; n++) row[n] = piece<X>(w[n], k);
-        if (M == 1)  // memory is what one row of x waits for: the next weights are called before they are needed
-            for (int n = 0; n < NR; n++) _mm_prefetch(w[n].bytes(k) + ahead, _MM_HINT_T0);
-        for (int m = 0; m < M; m++) {
-            typename D::reg a = D::get(x + m * ldx + k);
-            for (int n = 0; n < NR; n++) acc[m][n] = D::add(acc[m][n], a, row[n]);
+    for (; k + Dot<X>::STEP <= K; k += Dot<X>::STEP) {
+        if (FETCH) {
+            _mm_prefetch(w0.bytes(k) + ahead, _MM_HINT_T0), _mm_prefetch(w1.bytes(k) + ahead, _MM_HINT_T0);
+            _mm_prefetch(w2.bytes(k) + ahead, _MM_HINT_T0), _mm_prefetch(w3.bytes(k) + ahead, _MM_HINT_T0);
         }
+        sums.add(x + k, ldx, piece<X>(w0, k), piece<X>(w1, k), piece<X>(w2, k), piece<X>(w3, k));
     }
-    if (k < K) {
-        typename D::reg row[NR];
-        for (int n = 0; n < NR; n++) row[n] = last_piece<X>(w[n], k, K);
-        for (int m = 0; m < M; m++) {
-            typename D::reg a = last_piece<X>(PlainRow<X>{x + m * ldx}, k, K);
-            for (int n = 0; n < NR; n++) acc[m][n] = D::add(acc[m][n], a, row[n]);
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        Out part[NR];
-        store4(part, sum4(acc[m]));
-        if (wanted == NR) std::memcpy(out + m * ldo, part, sizeof part);
-        else std::memcpy(out + m * ldo, part, wanted * sizeof(Out));
-    }
+    if (k < K)
+        sums.add_last(x, ldx, k, K, last_piece<X>(w0, k, K), last_piece<X>(w1, k, K), last_piece<X>(w2, k, K),
+                      last_piece<X>(w3, k, K));
+    sums.write(out, ldo, wanted);
 }
 
-template <class X, class Row, class Out>
+// How many of `left` rows the next tile takes: the last ones are shared out, so that none is left alone.
+INLINE long next_tile(long left) {
+    if (left == MR || left > MR + 2 || MR < 6) return std::min<long>(left, MR);
+    return left > 6 ? 4 : left == 5 ? 3 : left;
+}
+
+// The same for any number of rows of x; with FETCH the first tile calls for what all of them will need.
+template <bool FETCH = false, class X, class Row, class Out>
 INLINE void tiles(long M, const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long ahead = 0) {
-    long m = 0;
-    for (; m + MR <= M; m += MR) tile<MR>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
-    for (; m + 2 <= M; m += 2) tile<2>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
-    for (; m < M; m++) tile<1>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
+    for (long m = 0; m < M;) {
+        auto run = [&](auto rows) {
+            constexpr int R = decltype(rows)::value;
+            if (FETCH && !m) tile<R, true>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
+            else tile<R, false>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
+            m += R;
+        };
+        long rows = next_tile(M - m);
+        if (rows == MR) run(std::integral_constant<int, MR>());
+        else if (rows == 1) run(std::integral_constant<int, 1>());
+        else if constexpr (MR == 6) {
+            if (rows == 4) run(std::integral_constant<int, 4>());
+            else if (rows == 3) run(std::integral_constant<int, 3>());
+            else run(std::integral_constant<int, 2>());
+        }
+    }
 }
 
 constexpr long PANEL = 1 << 15;  // numbers of weights that are widened at a time: they stay in the second cache
