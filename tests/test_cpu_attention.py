@@ -367,6 +367,32 @@ def test_index_reads_a_memory_of_v4(isa):
         assert len(set(got[i].tolist()) & set(want[i].tolist())) >= 69 and (a - b).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, width", [(1, 32), (8, 64), (9, 32), (16, 128), (40, 64), (64, 128)])
+def test_index_multiplies_rounded_queries_as_whole_numbers(isa, heads, width, dtype):
+    """Queries that were rounded as FP4 keys are, beside some that were not, and one that is no number: every choice is of
+    the best by the reference's scores, and its bits are those of the query alone."""
+    format = Packed(width, "fp4", 32, rotated=True, numbers=dtype)
+    n, count, k = 12, 1500, 70
+    q, weights = format.as_query(normal(n, heads, width).to(dtype) * 3), normal(n, heads, seed=2)
+    q[1] = 0
+    q[3], q[7] = normal(heads, width, seed=3).to(dtype), q[7] * 1.375  # not in the grid; in a finer one
+    q[9, 0, 0] = NAN
+    rows = normal(count, width, seed=1) * torch.logspace(-8, 8, count, base=2)[:, None]
+    keys, visible = paged(rows.to(dtype), format), spans([(0, count - n + i) for i in range(n)])
+    got = cpu.index_scores_topk(q, weights, keys, visible, k)
+    scores = reference.index_scores(q.float(), weights, keys[:].float())
+    for i in (i for i in range(n) if i != 9):
+        own = scores[i, : visible.stop[i]]
+        least = own.sort(descending=True).values[k - 1]
+        assert own[got[i]].min() >= least - 1e-5 * own.abs().max() and len(set(got[i].tolist())) == k
+    for threads in (1, 2):
+        for i in range(n):
+            some = Spans(visible.start[i : i + 1], visible.stop[i : i + 1])
+            with on_threads(threads):
+                assert torch.equal(cpu.index_scores_topk(q[i : i + 1], weights[i : i + 1], keys, some, k)[0], got[i])
+
+
 def test_index_scales_at_the_ends_of_their_range(isa):
     """Scale bytes next to 0 and 254 take numbers out of what a shortcut in BF16 can hold."""
     format = Packed(32, "fp4", 32, numbers=torch.bfloat16)

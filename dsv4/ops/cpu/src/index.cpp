@@ -6,6 +6,7 @@
 #include "choose.h"
 #include "heads.h"
 #include "pool.h"
+#include "whole.h"
 
 namespace {
 
@@ -23,6 +24,23 @@ struct Call {
 
     INLINE long first(long i) const { return std::clamp<long>(start[i], 0, keys.rows); }
     INLINE long last(long i) const { return std::max(first(i), std::min<long>(stop[i], keys.rows)); }
+};
+
+// What queries and keys are multiplied as: FP32, BF16, or whole numbers (int8_t).
+template <class X> struct Multiplied_as {
+    typedef X Key;
+    static long column(long D) { return D; }  // numbers of a panel for one head
+    template <int M, int N, class V> static INLINE void spread(const X* panel, const Key* const* keys, long D, V (*acc)[N]) {
+        ::spread<M, N>(panel, keys, D, acc);
+    }
+};
+template <> struct Multiplied_as<int8_t> {
+    typedef uint8_t Key;
+    static long column(long D) { return whole_panels_size(1, D); }
+    template <int M, int N, class V>
+    static INLINE void spread(const int8_t* panel, const Key* const* keys, long D, V (*acc)[N]) {
+        spread_whole<M, N>(panel, keys, D, acc);
+    }
 };
 
 INLINE v8 both_halves(vf v) {
@@ -43,7 +61,8 @@ INLINE v8 sums(const v8* t) {
 
 // Scores of a panel: relu, times the heads' weights, summed over heads; a query's heads may go on in the next panel.
 template <class X> struct Score {
-    const X* const* keys;
+    typedef Multiplied_as<X> As;
+    const typename As::Key* const* keys;
     long count, D, heads;
     const float* weights;  // [columns]
     vf* partial;           // [TILE]: of the query whose heads go on
@@ -55,7 +74,7 @@ template <class X> struct Score {
         for (int n = 0; n < N; n++) w[n] = load_as<V>(weights + c + n * L);
         for (long k = 0; k < count; k += KEYS) {
             V acc[KEYS][N];
-            spread<KEYS, N>(panel, keys + k, D, acc);
+            As::template spread<KEYS, N>(panel, keys + k, D, acc);
             for (int n = 0; n < N; n++) {
                 long column = c + n * L, query = column / heads, head = column % heads;
                 float* to = scores + query * TILE + k;
@@ -98,6 +117,8 @@ template <class X> struct Score {
 };
 
 template <class T, class X> struct Index {
+    typedef Multiplied_as<X> As;
+    static constexpr bool WHOLE = std::is_same<X, int8_t>::value, AS_FP32 = std::is_same<X, float>::value;
     const Call& call;
     long most;  // queries in a block
     long H = call.H, D = call.D, heads = padded_heads(H), width = (D + LANES - 1) / LANES * LANES;
@@ -108,20 +129,24 @@ template <class T, class X> struct Index {
         float *weights, *scores, *wide;
         vf* partial;
         bf16* half;
-        const X* keys[TILE + KEYS];
+        uint8_t* whole;
+        const typename As::Key* keys[TILE + KEYS];
         const uint8_t* found[TILE];
     };
     long work_size() const {
-        return most * (heads * (D * sizeof(X) + 4) + TILE * 4) + TILE * (width * 6 + sizeof(vf)) + 6 * 64;
+        return most * (heads * (As::column(D) * sizeof(X) + 4) + TILE * 4) + TILE * (width * 8 + sizeof(vf)) + 7 * 64;
     }
     Work work_in(Room& room) const {
         Work work;
-        work.panels = room.take<X>(most * heads * D);
+        work.panels = room.take<X>(most * heads * As::column(D));
         work.weights = room.take<float>(most * heads);
         work.scores = room.take<float>(most * TILE);
         work.wide = room.take<float>(TILE * width);
         work.partial = room.take<vf>(TILE);
         work.half = room.take<bf16>(TILE * width);
+        work.whole = room.take<uint8_t>(TILE * 2 * width);
+        if constexpr (WHOLE)
+            for (long r = 0; r < TILE; r++) work.keys[r] = work.whole + r * whole_size(D);
         return work;
     }
 
@@ -140,13 +165,17 @@ template <class T, class X> struct Index {
                 rows[(a - i) * heads + h] = static_cast<const T*>(call.q) + (a * H + h) * D;
                 work.weights[(a - i) * heads + h] = call.weights[a * H + h];
             }
-        lay_panels(rows.data(), (j - i) * heads, D, work.panels);
+        if constexpr (WHOLE) lay_whole_panels(rows.data(), (j - i) * heads, D, work.panels);
+        else lay_panels(rows.data(), (j - i) * heads, D, work.panels);
     }
 
     void find_keys(Work& work, long from, long count) const {
         const Pool& pool = call.keys;
-        constexpr bool as_fp32 = std::is_same<X, float>::value;
-        bool in_place = pool.kind == (as_fp32 ? F32 : BF16);
+        if constexpr (WHOLE) return whole_keys(pool, from, count, D, work.whole);
+        else find_numbers(work, pool, from, count);
+    }
+    void find_numbers(Work& work, const Pool& pool, long from, long count) const {
+        bool in_place = pool.kind == (AS_FP32 ? F32 : BF16);
         pool.addresses(from, count, work.found);
         for (long r = 0; r < count; r++) {
             if (in_place) {
@@ -155,7 +184,7 @@ template <class T, class X> struct Index {
             }
             if (r + AHEAD < count) pool.prefetch(work.found[r + AHEAD]);
             float* row = work.wide + r * width;
-            if constexpr (as_fp32) {
+            if constexpr (AS_FP32) {
                 pool.widen_row(work.found[r], row, width);
                 work.keys[r] = row;
             } else {
@@ -172,7 +201,7 @@ template <class T, class X> struct Index {
             long count = std::min(TILE, hi - from);
             find_keys(work, from, count);
             Score<X> score{work.keys, count, D, heads, work.weights, work.partial, work.scores};
-            for_panels(work.panels, (j - i) * heads, D, score);
+            for_panels(work.panels, (j - i) * heads, As::column(D), score);
             for (long a = i; a < j; a++)
                 best[a - i].offer(work.scores + (a - i) * TILE, from, std::min(count, call.last(a) - from));
         }
@@ -238,10 +267,28 @@ template <class T, class X> struct Index {
     }
 };
 
-template <class T, class X> void choose(const Call& call) {
+template <class T, class X> void choose_as(const Call& call) {
     long query = padded_heads(call.H) * call.D * sizeof(X);
     long shared = (call.n + 4 * omp_get_max_threads() - 1) / (4 * omp_get_max_threads());
     Index<T, X>{call, std::clamp<long>(std::min((1L << 18) / query, shared), 1, 32)}.run();
+}
+
+// FP4 keys and queries that were rounded as they are: multiplied as whole numbers. Each query decides for itself.
+template <class T, class X> void choose(const Call& call) {
+    const Pool& keys = call.keys;
+    if (keys.kind != FP4 || keys.tail || keys.block != BLOCK || call.D % BLOCK) return choose_as<T, X>(call);
+    long size = call.H * call.D;
+    auto rows = [&](long i) { return static_cast<const T*>(call.q) + i * size; };
+    std::vector<uint8_t> whole(call.n);
+#pragma omp parallel for schedule(static) if (call.n * size > 100000)
+    for (long i = 0; i < call.n; i++) whole[i] = is_whole(rows(i), call.H, call.D);
+    for (long i = 0, j; i < call.n; i = j) {
+        for (j = i + 1; j < call.n && whole[j] == whole[i];) j++;
+        Call some{rows(i), j - i, call.H, call.D, call.weights + i * call.H, keys, call.start + i, call.stop + i, call.k,
+                  call.out + i * call.k};
+        if (whole[i]) choose_as<T, int8_t>(some);
+        else choose_as<T, X>(some);
+    }
 }
 
 }  // namespace

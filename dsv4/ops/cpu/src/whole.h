@@ -1,0 +1,157 @@
+// Products of queries with FP4 keys as whole numbers. A key's number is half a small whole number times the scale of its
+// block, and a query that was rounded in the same way (ops/formats.py, as_query) is whole numbers times a scale, too. So a
+// block of 32 is multiplied and summed exactly in int32, at twice the rate of BF16, and scaled once.
+//
+// Heads lie in the lanes of a vector, as in heads.h; a lane takes four numbers of a head at a time. A key's even columns
+// come before its odd ones, as its nibbles give them, and so do those of queries.
+#pragma once
+
+#include "heads.h"
+#include "pool.h"
+
+namespace {
+
+constexpr long BLOCK = 32;
+constexpr int OFFSET = 12;  // is added to twice a key's numbers, since what is multiplied must not be negative
+
+template <class V> struct Ints;  // as many whole numbers as V has numbers
+template <> struct Ints<vf> { typedef vi type; };
+#if defined(__AVX512F__)
+template <> struct Ints<v8> { typedef int32_t type __attribute__((vector_size(32))); };
+#endif
+
+// acc + the sum of four products: bytes of `key` from 0 to 24, of `heads` from -127 to 127
+template <class I> INLINE I four_products(I acc, I heads, const uint8_t* key) {
+    int32_t bytes = load_as<int32_t>(key);
+#if defined(__AVX512VNNI__)
+    if constexpr (sizeof(I) == 64) return (I)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(bytes), (__m512i)heads);
+    else return (I)_mm256_dpbusd_epi32((__m256i)acc, _mm256_set1_epi32(bytes), (__m256i)heads);
+#else
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(bytes), (__m256i)heads);  // below 2^13
+    return acc + (I)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+
+// A key: D bytes of numbers, then the scales of its blocks in FP32.
+INLINE long whole_size(long D) { return D + D / BLOCK * 4; }
+INLINE void whole_key(const uint8_t* row, long D, uint8_t* out) {
+    const __m128i nibble = _mm_set1_epi8(15);
+    const __m128i numbers = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    const uint8_t* scales = row + D / 2;
+    float* to = reinterpret_cast<float*>(out + D);
+    for (long b = 0; b < D / BLOCK; b++) {
+        __m128i codes = load_as<__m128i>(row + b * 16);
+        __m128i even = _mm_shuffle_epi8(numbers, _mm_and_si128(codes, nibble));
+        __m128i odd = _mm_shuffle_epi8(numbers, _mm_and_si128(_mm_srli_epi16(codes, 4), nibble));
+        std::memcpy(out + b * BLOCK, &even, 16), std::memcpy(out + b * BLOCK + 16, &odd, 16);
+        uint32_t bits = uint32_t(scales[b]) << 23;
+        float scale;
+        std::memcpy(&scale, &bits, 4);
+        to[b] = scale * 0.5f;
+    }
+}
+
+// The keys from..from+count-1 of a pool, one after the other.
+void whole_keys(const Pool& pool, long from, long count, long D, uint8_t* out) {
+    for (long i = 0; i < count;) {
+        long left = pool.table ? std::min(count - i, pool.per_page - (from + i) % pool.per_page) : count;
+        const uint8_t* row = pool.at(from + i);
+        for (long end = i + left; i < end; i++, row += pool.stride, out += whole_size(D)) {
+            _mm_prefetch(row + 2048, _MM_HINT_T0);  // pages most often follow each other
+            whole_key(row, D, out);
+        }
+    }
+}
+
+// Queries in panels like those of heads.h. Of each panel and block: [8][columns][4] bytes; what the offset adds to a sum,
+// to be taken away, int32 [columns]; and scales, FP32 [columns].
+INLINE long whole_panels_size(long columns, long D) { return columns * (D + D / BLOCK * 8); }
+
+// A head's block as whole numbers and their scale; false where it is not such.
+template <class T> bool whole_block(const T* row, int8_t* numbers, float& scale) {
+    float top = 0;
+    for (long i = 0; i < BLOCK; i++) top = std::max(top, std::fabs(widen(row[i])));
+    if (!(top < 0x1p120f)) return false;  // nor is NaN
+    uint32_t bits;
+    std::memcpy(&bits, &top, 4);
+    int exponent = int(bits >> 23) - 6;  // the largest number is then from 64 to 127
+    if (top == 0) exponent = 127;
+    if (exponent < 1) return false;
+    uint32_t up = uint32_t(254 - exponent) << 23, down = uint32_t(exponent) << 23;
+    float inverse;
+    std::memcpy(&inverse, &up, 4), std::memcpy(&scale, &down, 4);
+    bool exact = true;
+    for (long i = 0; i < BLOCK; i++) {
+        float x = widen(row[i]) * inverse;
+        int n = int(x);
+        exact &= float(n) == x;
+        numbers[i / 2 + i % 2 * 16] = int8_t(n);
+    }
+    return exact;
+}
+
+// Whether all heads of a query are whole numbers.
+template <class T> bool is_whole(const T* rows, long H, long D) {
+    int8_t numbers[BLOCK];
+    float scale;
+    for (long i = 0; i < H * D; i += BLOCK)
+        if (!whole_block(rows + i, numbers, scale)) return false;
+    return true;
+}
+
+// As lay_panels: `rows` has `columns` addresses, null for a head that is not there.
+template <class T> void lay_whole_panels(const T* const* rows, long columns, long D, int8_t* out) {
+    for (long c = 0; c < columns; c += panel_columns(columns - c)) {
+        long wide = panel_columns(columns - c);
+        for (long b = 0; b < D / BLOCK; b++) {
+            int8_t* block = out + c * (D + D / BLOCK * 8) + b * wide * (BLOCK + 8);
+            int32_t* corrections = reinterpret_cast<int32_t*>(block + wide * BLOCK);
+            float* scales = reinterpret_cast<float*>(corrections + wide);
+            for (long i = 0; i < wide; i++) {
+                int8_t numbers[BLOCK] = {};
+                scales[i] = 0;
+                if (rows[c + i]) whole_block(rows[c + i] + b * BLOCK, numbers, scales[i]);
+                int total = 0;
+                for (long k = 0; k < BLOCK; k++) {
+                    block[(k / 4 * wide + i) * 4 + k % 4] = numbers[k];
+                    total += numbers[k];
+                }
+                corrections[i] = -OFFSET * total;
+            }
+        }
+    }
+}
+
+// acc[m][n]: the products of M keys with N vectors of heads, a panel that is N vectors wide.
+template <int M, int N, class V>
+INLINE void spread_whole(const int8_t* panel, const uint8_t* const* keys, long D, V (*acc)[N]) {
+    if constexpr (M * N > (LANES == 8 ? 4 : 8)) {  // more sums than there are registers
+        spread_whole<M / 2, N>(panel, keys, D, acc);
+        spread_whole<M / 2, N>(panel, keys + M / 2, D, acc + M / 2);
+    } else {
+        typedef typename Ints<V>::type I;
+        constexpr int L = lanes<V>(), wide = N * L;
+        V totals[M][N] = {};
+        for (long b = 0; b < D / BLOCK; b++, panel += wide * (BLOCK + 8)) {
+            I sums[M][N], heads[N];
+            V scales[N];
+            for (int n = 0; n < N; n++) {
+                for (int m = 0; m < M; m++) sums[m][n] = load_as<I>(panel + wide * BLOCK + n * L * 4);
+                scales[n] = load_as<V>(panel + wide * (BLOCK + 4) + n * L * 4);
+            }
+            for (int g = 0; g < BLOCK / 4; g++) {
+                for (int n = 0; n < N; n++) heads[n] = load_as<I>(panel + (g * wide + n * L) * 4);
+                for (int m = 0; m < M; m++)
+                    for (int n = 0; n < N; n++) sums[m][n] = four_products(sums[m][n], heads[n], keys[m] + b * BLOCK + g * 4);
+            }
+            for (int m = 0; m < M; m++) {
+                float scale = load_as<float>(keys[m] + D + b * 4);
+                for (int n = 0; n < N; n++)
+                    totals[m][n] = fused(__builtin_convertvector(sums[m][n], V) * scales[n], scale - V{}, totals[m][n]);
+            }
+        }
+        std::memcpy(acc, totals, sizeof totals);
+    }
+}
+
+}  // namespace
