@@ -88,6 +88,38 @@ def frontier(
 
 
 @bench.command()
+def layer(
+    layers: Annotated[str, typer.Option(help="Models or kinds, such as flash:csa,pro,v3.2; default: all.")] = "",
+    context: Annotated[str, typer.Option(help="Tokens that are remembered, such as 64k or 1m.")] = "1m",
+    repeats: Annotated[int, typer.Option(min=1, help="Tokens decoded by each layer; figures are medians.")] = 9,
+    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/layer.json"),
+    as_json: AsJson = False,
+) -> None:
+    """One layer of each kind of V4-Flash, V4-Pro and V3.2 at its real width, decoding at the end of a million tokens.
+
+    Example: dsv4 bench layer --layers flash,v3.2 --context 256k
+    """
+    import torch
+
+    from dsv4.bench.layer import choose, lines, measure
+    from dsv4.cli.cost import parse_contexts
+    from dsv4.errors import UserError
+    from dsv4.files import make_folder, write_json
+
+    contexts = parse_contexts(context)
+    if len(contexts) != 1:
+        raise UserError(f"--context {context[:40]!r} must be one number of tokens, such as 1m")
+    chosen = choose(layers)
+    if threads:
+        torch.set_num_threads(threads)
+    make_folder(out.parent)
+    found = measure(chosen, contexts[0], repeats, _note)
+    write_json(out, found)
+    print(json.dumps(found) if as_json else "\n".join(lines(found)))
+
+
+@bench.command()
 def speed(
     preset: Preset = "",
     device: Device = "auto",
