@@ -31,14 +31,21 @@ from dsv4.measure.layer import (
     random_matrix,
     weight_bytes,
 )
+from dsv4.measure.roofline import Rates
 from dsv4.measure.rows import TOLERANCE, difference
 from dsv4.measure.slices import slices
 from dsv4.model.packed import pack_weights, released_code
 from dsv4.ops.weights import PackedMatrix, pack_matrix
 
 MODELS = {"v3.2": SMALL["small V3.2"], "pro": SMALL["small V4"]}
+RATES = Rates(1e12, 1e10)
 PARTS = {f"{name}:{part.place}": part.config for name, config in MODELS.items() for part in slices(config)}
 CONTEXT = 2048  # beyond every top-k
+
+
+@pytest.fixture(autouse=True)
+def no_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "machine_rates", lambda dtype: RATES)
 
 
 def in_numbers(block: nn.Module, config: AnyConfig, dtype: torch.dtype) -> nn.Module:
@@ -151,6 +158,7 @@ def test_the_report_adds_up_to_the_counted_models() -> None:
         assert row["cache_bytes"] == row["cache_bytes_counted"] and row["ms"] > 0
         assert row["attention_ms"] + row["experts_ms"] <= row["ms"] and row["indexer_ms"] <= row["attention_ms"]
         assert (row["indexer_ms"] > 0) == (row["model"] == "v3.2" or row["kind"] == "csa")
+        assert row["read_gb_s"] == 10 and not row["ops"]
         # fp32 where the model keeps it, which is not less than what is released
         assert row["weight_bytes_read"] >= 0.999 * row["weight_bytes_read_counted"]
     pro = next(m for m in found["models"] if m["model"] == "pro")
@@ -180,6 +188,16 @@ def test_a_model_is_summed_only_when_all_its_kinds_ran() -> None:
     found = bench.measure(bench.choose("pro", MODELS), CONTEXT, 1, lambda line: None)
     assert [m["cache_bytes_percent"] for m in found["models"]] == [None]
     assert "of V3.2" not in "\n".join(bench.lines(found))
+
+
+def test_each_op_of_a_layer_is_shown_on_request() -> None:
+    found = bench.measure(bench.choose("pro:csa", MODELS), CONTEXT, 1, lambda line: None, each_op=True)
+    (row,) = found["layers"]
+    by_name = {r["op"]: r for r in row["ops"]}
+    # without what the ends of a model do: the layer's products alone
+    assert by_name["step"]["flops"] == row["flops_counted"]
+    assert by_name["experts"]["calls"] == 1 and by_name["index_scores_topk"]["calls"] == 1
+    assert "ops of pro:csa, packed memory" in bench.lines(found)
 
 
 def test_what_does_not_fit_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ Weights and memories are random, so which experts and entries are chosen says no
 of every ratio closes.
 """
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from dsv4.bench.cost import MILLION, REAL, available_bytes
+from dsv4.bench.ops import machine_rates
 from dsv4.config import AnyConfig, ModelConfig
 from dsv4.cost import kv_bytes
 from dsv4.cost.compare import claims
 from dsv4.cost.flops import Work, decode, weighted
 from dsv4.cost.params import STORAGE_BYTES, Family, families
 from dsv4.errors import UserError, nearest
-from dsv4.measure.ceilings import read_rate
+from dsv4.measure import roofline
 from dsv4.measure.layer import (
     decode_step,
     filled_memory,
@@ -33,6 +35,7 @@ from dsv4.measure.layer import (
     stopwatch,
     weight_bytes,
 )
+from dsv4.measure.roofline import Rates, profile
 from dsv4.measure.rows import Row
 from dsv4.measure.slices import Slice, slices
 
@@ -100,16 +103,22 @@ def check(chosen: Sequence[Chosen], context: int, available: int) -> None:
             )
 
 
-def measure(chosen: Sequence[Chosen], context: int, repeats: int, say: Say) -> dict[str, list[Row]]:
-    """Rows of layers, one for each format of its memory, and of models of which every kind ran beside all of V3.2's."""
+def measure(
+    chosen: Sequence[Chosen], context: int, repeats: int, say: Say, *, each_op: bool = False
+) -> dict[str, list[Row]]:
+    """Rows of layers, one for each format of its memory, and of models of which every kind ran, beside V3.2.
+
+    each_op: a layer's row has under `ops` those of measure/roofline.py. UserError before any work as `check` says.
+    """
     check(chosen, context, available_bytes())
-    rate = read_rate(torch.device("cpu"))
-    say(f"this machine reads {rate / 1e9:.3g} GB/s, {torch.get_num_threads()} threads")
-    layers = [row for one in chosen for row in _measured(one, context, repeats, rate, say)]
+    say("what this machine can do at best is measured")
+    rates = machine_rates(DTYPE)
+    say(f"{rates.bytes / 1e9:.3g} GB/s read, {rates.flops / 1e12:.3g} TFLOP/s, {torch.get_num_threads()} threads")
+    layers = [row for one in chosen for row in _measured(one, context, repeats, rates, each_op, say)]
     return {"layers": layers, "models": list(_models(chosen, layers, context))}
 
 
-def _measured(one: Chosen, context: int, repeats: int, rate: float, say: Say) -> Iterator[Row]:
+def _measured(one: Chosen, context: int, repeats: int, rates: Rates, each_op: bool, say: Say) -> Iterator[Row]:
     config = one.part.config
     say(f"{one.name}: {weight_bytes(meta_block(config, DTYPE), config, read=False) / 1e9:.2f} GB of weights are drawn")
     block = random_block(config, DTYPE)
@@ -129,6 +138,10 @@ def _measured(one: Chosen, context: int, repeats: int, rate: float, say: Say) ->
             times.append(seconds)
         assert memory.bytes() == held, "a step takes no more memory"
         median = {name: 1e3 * statistics.median(t[name] for t in times[WARM:]) for name in times[0]}
+        each: list[Row] = []
+        if each_op:
+            again = itertools.cycle(inputs)
+            each = profile(lambda m=memory, x=again: decode_step(block, config, m, next(x)), repeats, rates)
         weights = weight_bytes(block, config, read=True)
         name = "published" if format == "packed" else format
         rows = sum(kv_bytes.read(config, context, name).values())
@@ -141,8 +154,8 @@ def _measured(one: Chosen, context: int, repeats: int, rate: float, say: Say) ->
             "cache_bytes_per_token": held / context, "cache_bytes_read_counted": rows,
             "flops_counted": layer_flops(config, context, "A"),
             "fp8_flops_counted": layer_flops(config, context, "C"),
-            "share_of_read": (weights + rows) / (median["ms"] / 1e3) / rate, "read_gb_s": rate / 1e9,
-            "threads": torch.get_num_threads(),
+            "share_of_read": (weights + rows) / (median["ms"] / 1e3) / rates.bytes, "read_gb_s": rates.bytes / 1e9,
+            "matmul_tflops": rates.flops / 1e12, "threads": torch.get_num_threads(), "ops": each,
         }  # fmt: skip
         del memory
         say(f"{one.name}: {median['ms']:.1f} ms")
@@ -229,6 +242,9 @@ def lines(found: dict[str, list[Row]]) -> list[str]:
             f"{r['share_of_read']:8.0%} {r['cache_bytes_per_token']:12.2f} {r['flops_counted'] / 1e9:8.3f} "
             f"{r['fp8_flops_counted'] / 1e9:8.3f}"
         )
+    for r in found["layers"]:
+        if r["ops"]:
+            out += ["", f"ops of {r['model']}:{r['kind']}, {r['cache']} memory", *roofline.lines(r["ops"])]
     for r in found["models"]:
         out.append("")
         out.append(f"all layers of {r['model']} at {r['context']:,} tokens, times over its {r['timed_over']} memory")
