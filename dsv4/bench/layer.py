@@ -4,7 +4,7 @@ in which the models are released: what that takes in time, bytes and FLOPs, V4 b
 Measured: milliseconds, and bytes of weights and memories (of what is allocated). Counted by dsv4/cost: FLOPs, and which
 rows of a memory a token reads. Each kind times the number of its layers adds up to the model's trunk, and so to the
 report's ratios; FLOPs that are executed are in `dsv4 bench cost`. V3.2 runs over two memories: its published FP8 rows,
-whose FP32 scales are read in torch, and BF16 rows, which the C++ ops read in place; times are compared with the faster.
+multiplied in FP32 because of their FP32 scales, and BF16 rows, multiplied as such; times are compared with the faster.
 Weights and memories are random, so which experts and entries are chosen says nothing. The step is one in which a group
 of every ratio closes.
 """

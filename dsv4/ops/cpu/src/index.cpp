@@ -251,7 +251,7 @@ EXPORT(index_scores_topk)
  const int64_t* stop, long k, int64_t* out) {
     Call call{q, n, H, D, weights, Pool(keys), start, stop, k, out};
 #if defined(__AVX512BF16__)
-    if (is_bf16 && D % 2 == 0 && call.keys.kind != F32) return choose<bf16, bf16>(call);
+    if (is_bf16 && D % 2 == 0 && call.keys.fits_bf16()) return choose<bf16, bf16>(call);
 #endif
     if (is_bf16) choose<bf16, float>(call);
     else choose<float, float>(call);
