@@ -6,7 +6,7 @@ rows of a memory a token reads. Each kind times the number of its layers adds up
 report's ratios; FLOPs that are executed are in `dsv4 bench cost`. V3.2 runs over two memories: its published FP8 rows,
 multiplied in FP32 because of their FP32 scales, and BF16 rows, multiplied as such; times are compared with the faster.
 Weights and memories are random, so which experts and entries are chosen says nothing. The step is one in which a group
-of every ratio closes.
+of every ratio closes, and before it other memory is read, so that nothing of the layer is in a cache.
 """
 
 import itertools
@@ -30,6 +30,7 @@ from dsv4.measure.layer import (
     filled_memory,
     memory_bytes,
     meta_block,
+    other_memory,
     random_block,
     random_inputs,
     stopwatch,
@@ -125,6 +126,7 @@ def _measured(one: Chosen, context: int, repeats: int, rates: Rates, each_op: bo
     watched = {"ms": block, "attention_ms": block.get_submodule("attn"), "experts_ms": block.get_submodule("ffn")}
     if getattr(watched["attention_ms"], "indexer", None) is not None:
         watched["indexer_ms"] = block.get_submodule("attn.indexer")
+    forget = other_memory()
     inputs = random_inputs(config, DTYPE, WARM + repeats)
     for format in one.formats:
         say(f"{one.name}: a {format} memory of {context:,} tokens is filled")
@@ -132,6 +134,7 @@ def _measured(one: Chosen, context: int, repeats: int, rates: Rates, each_op: bo
         held = memory.bytes()
         times: list[dict[str, float]] = []
         for x in inputs:
+            forget()
             with stopwatch(watched) as seconds:
                 decode_step(block, config, memory, x)
             seconds["rest_ms"] = seconds["ms"] - seconds["attention_ms"] - seconds["experts_ms"]
@@ -141,7 +144,9 @@ def _measured(one: Chosen, context: int, repeats: int, rates: Rates, each_op: bo
         each: list[Row] = []
         if each_op:
             again = itertools.cycle(inputs)
-            each = profile(lambda m=memory, x=again: decode_step(block, config, m, next(x)), repeats, rates)
+            each = profile(
+                lambda m=memory, x=again: decode_step(block, config, m, next(x)), repeats, rates, before=forget
+            )
         weights = weight_bytes(block, config, read=True)
         name = "published" if format == "packed" else format
         rows = sum(kv_bytes.read(config, context, name).values())

@@ -8,7 +8,7 @@ memory than its codes and scales.
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -157,6 +157,17 @@ def random_inputs(config: AnyConfig, dtype: torch.dtype, count: int, seed: int =
     streams = (config.num_streams,) if isinstance(config, ModelConfig) else ()
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(1, *streams, config.hidden_size, generator=generator).to(dtype) for _ in range(count)]
+
+
+def other_memory(size: int = 1 << 28) -> Callable[[], None]:
+    """A function that reads so many bytes of something else, as the other layers of a model are between two tokens: the
+    caches then hold nothing of this one."""
+    source = torch.ones(size // 4)  # zeros that nobody wrote would all be one page
+
+    def read() -> None:
+        source.sum()
+
+    return read
 
 
 @contextmanager

@@ -193,11 +193,14 @@ def _calls(see: Callable[[str, Sequence[Any], Any, float], None]) -> Iterator[No
         yield
 
 
-def profile(step: Callable[[], object], repeats: int, rates: Rates) -> list[Row]:
+def profile(
+    step: Callable[[], object], repeats: int, rates: Rates, before: Callable[[], object] = lambda: None
+) -> list[Row]:
     """A row for each op that a step calls, dearest first; then what lies between ops, and the whole step.
 
     The step runs once to warm and to look at its calls, then `repeats` times; it calls the same ops every time. ms: the
-    median of an op's time in a step, of all its calls. share_of_roofline: the least time over that.
+    median of an op's time in a step, of all its calls. share_of_roofline: the least time over that. before: called
+    before each step that is timed.
     """
     works: list[tuple[str, Work]] = []
     with _calls(lambda name, args, out, seconds: works.append((name, work_of(name, args, out)))):
@@ -210,6 +213,7 @@ def profile(step: Callable[[], object], repeats: int, rates: Rates) -> list[Row]
         def add(name: str, args: Any, out: Any, seconds: float, spent: dict[str, float] = spent) -> None:
             spent[name] += seconds
 
+        before()
         with _calls(add):
             began = time.perf_counter()
             step()
