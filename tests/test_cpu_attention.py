@@ -9,6 +9,7 @@ choices are compared exactly, on small integers, whose scores are exact and tie 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,6 +214,8 @@ PACKED = {
     "fp4": Packed(64, "fp4", 32),
     "fp4 of an odd width": Packed(37, "fp4", 32, tail=2),
     "fp8 without a tail": Packed(50, "fp8", 64, align=16, numbers=torch.bfloat16),
+    "fp8 of V3.2": v32_rows(160, 16, 64, "packed")[0],
+    "fp4 with FP32 scales": Packed(70, "fp4", 32, tail=4, fp32_scales=True),
 }
 
 
@@ -393,6 +396,22 @@ def test_index_multiplies_rounded_queries_as_whole_numbers(isa, heads, width, dt
                 assert torch.equal(cpu.index_scores_topk(q[i : i + 1], weights[i : i + 1], keys, some, k)[0], got[i])
 
 
+def test_index_reads_a_memory_of_v32(isa):
+    """Rotated FP8 keys, each with an FP32 scale, which BF16 would round; a query of either dtype."""
+    _, format = v32_rows(64, 16, 128, "packed")
+    for dtype in (torch.float32, torch.bfloat16):
+        q = format.as_query(normal(3, 64, 128)).to(dtype)
+        keys, weights = paged(normal(900, 128, seed=1), format, per_page=30), normal(3, 64, seed=2)
+        assert ((keys[:].bfloat16().float() - keys[:]).abs() > 1e-3).any(), "BF16 would do as well"
+        visible = spans([(0, 900), (0, 899), (100, 850)])
+        got = cpu.index_scores_topk(q, weights, keys, visible, 70)
+        assert not cpu.LIMITS["index_scores_topk"].refuses(q, weights, keys, visible, 70)
+        scores = reference.index_scores(q, weights, keys[:])
+        for i, want in enumerate(reference.index_scores_topk(q, weights, keys, visible, 70)):
+            a, b = scores[i][got[i]].sort().values, scores[i][want].sort().values
+            assert len(set(got[i].tolist()) & set(want.tolist())) >= 69 and (a - b).abs().max() < 1e-3
+
+
 def test_index_scales_at_the_ends_of_their_range(isa):
     """Scale bytes next to 0 and 254 take numbers out of what a shortcut in BF16 can hold."""
     format = Packed(32, "fp4", 32, numbers=torch.bfloat16)
@@ -513,7 +532,9 @@ def test_what_is_refused():
     chosen = torch.zeros(4, 2, dtype=torch.int32)
     assert refuses(entries=kv, visible=window, chosen=chosen) == "chosen rows that are not int64"
     v32, keys32 = v32_rows(48, 16, 64, "packed")
-    assert refuses(entries=paged(kv, v32), visible=window) == "packed rows with FP32 scales"
+    narrow = "packed rows with FP32 scales that are read in less than FP32"
+    assert refuses(entries=paged(kv, v32), visible=window) == ""
+    assert refuses(entries=paged(kv, replace(v32, numbers=torch.bfloat16)), visible=window) == narrow
     assert refuses(entries=paged(kv, Packed(64, "fp8", 24)), visible=window) == "blocks of 24 numbers"
     half = paged(kv, Plain((64,), torch.float16))
     assert refuses(entries=half, visible=window) == "a memory in float16"
@@ -522,7 +543,8 @@ def test_what_is_refused():
     gaps = paged(kv, Plain((64,), torch.float32), per_page=1)
     gaps.table = gaps.table.repeat_interleave(2)[::2]
     assert refuses(entries=gaps, visible=window) == "a page table with gaps"
-    assert index.refuses(q, normal(4, 3), paged(kv, keys32), window, 2) == "packed rows with FP32 scales"
+    assert index.refuses(q, normal(4, 3), paged(kv, keys32), window, 2) == ""
+    assert index.refuses(q, normal(4, 3), paged(kv, replace(keys32, numbers=torch.bfloat16)), window, 2) == narrow
     assert index.refuses(q.requires_grad_(), normal(4, 3), kv, window, 2) == "", "a choice has no gradient"
     whole = torch.arange(5)
     assert cpu.LIMITS["topk_lowest"].refuses(whole, 2) == "scores that are whole numbers"

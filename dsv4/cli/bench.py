@@ -88,6 +88,78 @@ def frontier(
 
 
 @bench.command()
+def layer(
+    layers: Annotated[str, typer.Option(help="Models or kinds, such as flash:csa,pro,v3.2; default: all.")] = "",
+    context: Annotated[str, typer.Option(help="Tokens that are remembered, such as 64k or 1m.")] = "1m",
+    repeats: Annotated[int, typer.Option(min=1, help="Tokens decoded by each layer; figures are medians.")] = 9,
+    each_op: Annotated[
+        bool, typer.Option("--ops", help="Also the time of each op, as a share of its roofline.")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/layer.json"),
+    as_json: AsJson = False,
+) -> None:
+    """One layer of each kind of V4-Flash, V4-Pro and V3.2 at its real width, decoding at the end of a million tokens.
+
+    Example: dsv4 bench layer --layers flash,v3.2 --context 256k
+    """
+    import torch
+
+    from dsv4.bench.layer import choose, lines, measure
+    from dsv4.files import make_folder, write_json
+
+    tokens, chosen = _one_context(context), choose(layers)
+    if threads:
+        torch.set_num_threads(threads)
+    make_folder(out.parent)
+    found = measure(chosen, tokens, repeats, _note, each_op=each_op)
+    write_json(out, found)
+    print(json.dumps(found) if as_json else "\n".join(lines(found)))
+
+
+@bench.command()
+def ops(
+    preset: Preset = "bench",
+    context: Annotated[str, typer.Option(help="Tokens at whose end the step and the chunk stand.")] = "8k",
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
+    cache: Annotated[str, typer.Option(help="Its format: float32, bfloat16, packed; default: that of the dtype.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Steps and chunks; figures are medians.")] = 9,
+    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/ops.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Every op of a decode step and of a chunk of prefill, timed in place, as a share of this processor's best.
+
+    Example: dsv4 bench ops --context 8k --dtype bfloat16 --cache packed
+    """
+    import torch
+
+    from dsv4.bench.ops import lines, measure
+    from dsv4.cache import format_name
+    from dsv4.cli.common import resolve_dtype
+    from dsv4.files import make_folder, write_json
+
+    tokens, number = _one_context(context), resolve_dtype(dtype)
+    format = format_name(cache or dtype)
+    if threads:
+        torch.set_num_threads(threads)
+    make_folder(out.parent)
+    rows = measure(preset, number, format, tokens, repeats, _note)
+    write_json(out, {"rows": rows})
+    print(json.dumps({"rows": rows}) if as_json else "\n".join(lines(rows)))
+
+
+def _one_context(text: str) -> int:
+    from dsv4.cli.cost import parse_contexts
+    from dsv4.errors import UserError
+
+    contexts = parse_contexts(text)
+    if len(contexts) != 1:
+        raise UserError(f"--context {text[:40]!r} must be one number of tokens, such as 8k")
+    return contexts[0]
+
+
+@bench.command()
 def speed(
     preset: Preset = "",
     device: Device = "auto",

@@ -86,8 +86,10 @@ class Absorbed(nn.Module):
     def forward(self, x: Tensor, half: Literal["key", "value"]) -> Tensor:
         """key: query parts x [T, H, nope] -> [T, H, C]; value: mixed latents x [T, H, C] -> [T, H, value]."""
         by_head = self.weight.to(x.dtype).unflatten(0, (self.heads, -1))
-        matrix = by_head[:, : self.nope] if half == "key" else by_head[:, self.nope :].transpose(1, 2)
-        return torch.bmm(x.transpose(0, 1), matrix).transpose(0, 1)
+        # the weight never stands transposed, and x lies in order: else bmm copies all of it for a single token
+        if half == "key":
+            return torch.bmm(x.transpose(0, 1).contiguous(), by_head[:, : self.nope]).transpose(0, 1)
+        return torch.bmm(by_head[:, self.nope :], x.permute(1, 2, 0)).permute(2, 0, 1)
 
 
 class LatentAttention(nn.Module):
@@ -137,7 +139,7 @@ class LatentAttention(nn.Module):
             return attend_all(q[i:j, None], seen, seen[..., : self.latent], start + i, self.scale)
 
         def chosen_rows(i: int, j: int) -> Tensor:
-            read = rows[chosen[i:j]]
+            read = rows[chosen[i:j]].float()  # once, for keys and values
             return attend(q[early + i : early + j], read, read[..., : self.latent], self.scale)
 
         out = list(in_blocks(all_rows, early, self.heads * (start + early)))

@@ -5,10 +5,10 @@ mistake would not change a logit. `randomise` gives every parameter and buffer a
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv4.cache import SequenceMemory
 from dsv4.cache.layer import Entries, Ring
@@ -17,6 +17,8 @@ from dsv4.controls.memory import ControlMemory, Rows
 from dsv4.errors import UserError
 from dsv4.model import Transformer
 from dsv4.ops.formats import Packed
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Ratios of the trunk by the name of what it exercises.
 KINDS: dict[str, tuple[int, ...]] = {"window": (0,), "csa": (4,), "hca": (128,), "whole": (0, 4, 128)}
@@ -46,7 +48,7 @@ def small_model(
 
 
 @torch.no_grad()
-def randomise(model: Transformer, seed: int = 0, std: float | None = 0.1) -> Transformer:
+def randomise(model: Module, seed: int = 0, std: float | None = 0.1) -> Module:
     """Random weights from `seed` alone, drawn on the CPU; norm gains around 1, what is no matrix of order 1/2.
 
     std: of matrices; None: such that each keeps the size of what it multiplies.

@@ -106,7 +106,7 @@ def _fits(block: Block, x: Tensor, view: LayerMemory) -> bool:
     """Whether this is V4's block, of plain parameters, with stores in known formats that are read in x's dtype."""
     plain = all(type(p) is nn.Parameter for p in block.parameters())
     formats = [store.format for _, store in view.stores()]
-    read = all(type(f) is Plain or (type(f) is Packed and f.numbers == x.dtype) for f in formats)
+    read = all(type(f) is Plain or (type(f) is Packed and f.numbers == x.dtype and not f.fp32_scales) for f in formats)
     return type(block.attn) is Attention and block.config.residual == "mhc" and plain and read
 
 

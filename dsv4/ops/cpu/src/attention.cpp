@@ -377,7 +377,7 @@ template <class T, class X> struct Attention {
 
 template <class T> void attend(const Call& call) {
 #if defined(__AVX512BF16__)
-    if (std::is_same<T, bf16>::value && call.D % 2 == 0 && call.pools[0].kind != F32 && call.pools[1].kind != F32)
+    if (std::is_same<T, bf16>::value && call.D % 2 == 0 && call.pools[0].fits_bf16() && call.pools[1].fits_bf16())
         return Attention<T, bf16>{call}.run();
 #endif
     Attention<T, float>{call}.run();

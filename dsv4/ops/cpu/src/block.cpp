@@ -155,11 +155,11 @@ template <class T> struct Block {
 
     // A pool as pool.h takes it.
     struct Numbers {
-        int64_t numbers[9];
+        int64_t numbers[10];
         Numbers(const Store& store, const void* data, const int64_t* table, long rows)
             : numbers{int64_t(data), int64_t(table), rows, table ? store.per_page : 1, store.row_bytes, store.kind,
                       store.packed() ? store.width - store.tail : store.width, store.packed() ? store.tail : 0,
-                      store.packed() ? store.block : store.width} {}
+                      store.packed() ? store.block : store.width, 0} {}
     };
     Numbers pages(const Store& store) const { return {store, store.data, s.table, s.pages * store.per_page}; }
 

@@ -276,7 +276,7 @@ template <class T, class X> void choose_as(const Call& call) {
 // FP4 keys and queries that were rounded as they are: multiplied as whole numbers. Each query decides for itself.
 template <class T, class X> void choose(const Call& call) {
     const Pool& keys = call.keys;
-    if (keys.kind != FP4 || keys.tail || keys.block != BLOCK || call.D % BLOCK) return choose_as<T, X>(call);
+    if (keys.kind != FP4 || keys.fp32_scales || keys.tail || keys.block != BLOCK || call.D % BLOCK) return choose_as<T, X>(call);
     long size = call.H * call.D;
     auto rows = [&](long i) { return static_cast<const T*>(call.q) + i * size; };
     std::vector<uint8_t> whole(call.n);
@@ -299,7 +299,7 @@ EXPORT(index_scores_topk)
  const int64_t* stop, long k, int64_t* out) {
     Call call{q, n, H, D, weights, Pool(keys), start, stop, k, out};
 #if defined(__AVX512BF16__)
-    if (is_bf16 && D % 2 == 0 && call.keys.kind != F32) return choose<bf16, bf16>(call);
+    if (is_bf16 && D % 2 == 0 && call.keys.fits_bf16()) return choose<bf16, bf16>(call);
 #endif
     if (is_bf16) choose<bf16, float>(call);
     else choose<float, float>(call);

@@ -23,11 +23,15 @@ struct Pool {
     const int64_t* table;           // the pages' numbers, or null where rows lie one after the other
     long rows, per_page, stride;    // stride: bytes from row to row of `data`
     long kind, coded, tail, block;  // kind: a Dtype; numbers in codes, in the BF16 tail, in a block of a scale
+    bool fp32_scales;               // else UE8M0
 
     // As pools.py lays it out.
     explicit Pool(const int64_t* p)
         : data(reinterpret_cast<const uint8_t*>(p[0])), table(reinterpret_cast<const int64_t*>(p[1])), rows(p[2]),
-          per_page(p[3]), stride(p[4]), kind(p[5]), coded(p[6]), tail(p[7]), block(p[8]) {}
+          per_page(p[3]), stride(p[4]), kind(p[5]), coded(p[6]), tail(p[7]), block(p[8]), fp32_scales(p[9]) {}
+
+    // Whether BF16 holds all its numbers exactly.
+    bool fits_bf16() const { return kind != F32 && !fp32_scales; }
 
     INLINE const uint8_t* at(long row) const {
         return data + (table ? table[row / per_page] * per_page + row % per_page : row) * stride;
@@ -52,7 +56,7 @@ struct Pool {
         }
     }
 
-    // The same in BF16, of rows that BF16 holds exactly (any but those in FP32); `wide` has room for a row.
+    // The same in BF16, of rows that BF16 holds exactly (`fits_bf16`); `wide` has room for a row.
     INLINE void narrow_row(const uint8_t* row, bf16* out, float* wide, long padded) const {
 #if defined(__AVX512BF16__)
         if (kind == FP4 && tail == 0 && coded % 32 == 0 && block == 32 && narrow_fp4(row, out)) {
@@ -101,14 +105,18 @@ struct Pool {
         for (; k < padded; k += LANES) store(out + k, vf{});
     }
 
-    // [codes | tail in BF16 | scales, UE8M0]
+    // [codes | tail in BF16 | scales, UE8M0 or FP32]
     template <int K> INLINE void packed(const uint8_t* row, float* out, long padded) const {
         long bytes = K == FP8 ? coded : (coded + 1) / 2;
         const uint8_t* scales = row + bytes + 2 * tail;
         for (long first = 0; first < coded; first += block) {
-            uint32_t bits = uint32_t(*scales++) << 23;
             float scale;
-            std::memcpy(&scale, &bits, 4);
+            if (fp32_scales) {
+                std::memcpy(&scale, scales, 4), scales += 4;
+            } else {
+                uint32_t bits = uint32_t(*scales++) << 23;
+                std::memcpy(&scale, &bits, 4);
+            }
             long last = std::min(first + block, coded), k = first;  // a block is a multiple of LANES (LIMITS)
             for (; k + LANES <= last; k += LANES) store(out + k, codes<K>(row, k) * scale);
             if (k < last) {  // the row's end: what is read must not be beyond it
