@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsv4 import ops
 from dsv4.measure.subjects import randomise, small_config, small_model, tokens
 from dsv4.model import Transformer, step
-from dsv4.ops.weights import pack_matrix
+from dsv4.model.packed import pack_weights
 
 library = pytest.importorskip("dsv4.ops.cpu.library", exc_type=ImportError)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,22 +30,6 @@ def op_by_op() -> Iterator[None]:
 def model_of(dtype: torch.dtype, mtp: int = 0, **changes: int) -> Transformer:
     """A hash layer, all kinds of layers, entries that are chosen from 32 tokens on."""
     return randomise(Transformer(small_config((0, 4, 128, 4), mtp=mtp, **changes), dtype)).eval()
-
-
-def with_packed_weights(model: Transformer) -> Transformer:
-    """FP8 matrices and FP4 experts, as released."""
-    for name, module in list(model.layers.named_modules()):
-        leaf = name.rpartition(".")[2]
-        if leaf in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3") and "compressor" not in name:
-            matrix = module.weight
-            del module.weight
-            module.weight = pack_matrix(matrix, "fp8")
-        if leaf == "experts":
-            w13, w2 = module.w13, module.w2
-            del module.w13, module.w2
-            module.w13 = pack_matrix(w13.reshape(-1, w13.shape[-1]), "fp4")
-            module.w2 = pack_matrix(w2.reshape(-1, w2.shape[-1]), "fp4")
-    return model
 
 
 @torch.inference_mode()
@@ -104,7 +88,8 @@ def test_a_block_in_one_call_is_the_block_op_by_op(dtype: torch.dtype, format: s
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_in_fp8_and_fp4(dtype: torch.dtype) -> None:
     model = model_of(dtype, hidden_size=128, moe_intermediate_size=128, o_lora_rank=128)
-    check(with_packed_weights(model), "packed", ALONE, 4 * (len(ALONE) - 1))
+    pack_weights(model)
+    check(model, "packed", ALONE, 4 * (len(ALONE) - 1))
 
 
 @torch.inference_mode()
