@@ -7,6 +7,8 @@ runs op by op.
 """
 
 from collections.abc import Iterator
+from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,12 +59,16 @@ def run_block(
 
 
 class Outline:
-    """Where everything lies that a block and its memory are made of: by it is known that nothing has moved."""
+    """Where everything lies that a block and its memory are made of: by it is known that nothing has moved.
+
+    It is asked at every step, so its loops are those of the interpreter's own functions.
+    """
 
     def __init__(self, block: nn.Module, view: LayerMemory):
-        modules = list(block.modules())
-        self.parts = [m._modules for m in modules]
-        self.tensors = [d for m in modules for d in (m._parameters, m._buffers)]
+        self.modules = modules = list(block.modules())  # held, or another could come to lie where one was
+        every = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self.held = [d for d in every if d]  # what is empty is only filled by taking away elsewhere
+        self.tensors = [t for d in self.held for t in d.values() if isinstance(t, Tensor)]
         self.stores = [store for _, store in view.stores()]
         # those of the block itself run around this call as around any other
         self.hooks = [d for m in modules[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
@@ -70,13 +76,15 @@ class Outline:
 
     def watched(self) -> bool:
         """Whether a part of the block must run by itself."""
-        return any(self.hooks) or any("forward" in attributes for attributes in self.own)
+        return any(self.hooks) or any(map(dict.__contains__, self.own, repeat("forward")))
 
     def places(self, x: Tensor) -> list[object]:
-        tensors: list[object] = [t.data_ptr() for d in self.tensors for t in d.values() if t is not None]
-        parts = [id(m) for d in self.parts for m in d.values()]
-        stores = [place for store in self.stores for place in (store.data.data_ptr(), id(store.format))]
-        return [x.dtype, *tensors, *parts, *stores]
+        parts = map(id, chain.from_iterable(map(dict.values, self.held)))
+        stores = map(Tensor.data_ptr, map(_data, self.stores))
+        return [x.dtype, *parts, *map(Tensor.data_ptr, self.tensors), *stores, *map(id, map(_format, self.stores))]
+
+
+_data, _format = attrgetter("data"), attrgetter("format")
 
 
 class Laid:

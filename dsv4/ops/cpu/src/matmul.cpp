@@ -8,8 +8,8 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
     typedef decltype(w.row<D>(0)) Row;
     constexpr bool plain = std::is_same<Row, PlainRow<X>>::value;
     long K = w.columns;
-    // few rows, which stay in the first cache: each weight is read once, straight from where it lies
-    if (M <= 2 || (plain && M <= 24 && M * K <= 1 << 13)) {
+    // few rows, of one tile or such as stay in the first cache: each weight is read once, straight from where it lies
+    if (M <= MR || (plain && M <= 24 && M * K <= 1 << 13)) {
         long ahead = NR * (w.row<D>(n0 + 1).bytes(0) - w.row<D>(n0).bytes(0));
         for (long n = n0; n < n1; n += NR) {
             Row rows[NR];

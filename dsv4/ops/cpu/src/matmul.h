@@ -141,8 +141,46 @@ using DSV4_ISA::Matrix;
 
 namespace {
 
+#if defined(__AVX512BF16__)
+// 32 numbers of a packed row in BF16, which holds them exactly as long as the scale leaves them normal: the exponent is
+// added to the codes' own. False where it does not.
+INLINE bool narrow_codes(const Fp4Row& row, long k, __m512i& out) {
+    const __m512i numbers = _mm512_castsi256_si512(_mm256_setr_epi16(
+        0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000), short(0xbf00), short(0xbf80), short(0xbfc0),
+        short(0xc000), short(0xc040), short(0xc080), short(0xc0c0)));
+    int scale = row.scales[k / 32];
+    if (__builtin_expect(scale < 2 || scale > 252, 0)) return false;
+    __m512i scaled = _mm512_mask_add_epi16(numbers, 0xfefe, numbers, _mm512_set1_epi16(short((scale - 127) * 128)));
+    __m128i pair = load_as<__m128i>(row.p + k / 2), nibble = _mm_set1_epi8(15);
+    __m128i low = _mm_and_si128(pair, nibble), high = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
+    __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+    out = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), scaled);
+    return true;
+}
+INLINE bool narrow_codes(const Fp8Row& row, long k, __m512i& out) {
+    const __m512i small = _mm512_castsi128_si512(_mm_setr_epi16(  // codes without an exponent: steps of 2^-9
+        0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    int scale = row.scales[k / 128];
+    if (__builtin_expect(scale < 10 || scale > 246, 0)) return false;
+    __m512i exponent = _mm512_set1_epi16(short((scale - 127) * 128));
+    __m512i codes = _mm512_cvtepi8_epi16(load_as<__m256i>(row.p + k)), size = _mm512_and_si512(codes, _mm512_set1_epi16(127));
+    __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_add_epi16(exponent, _mm512_set1_epi16(120 * 128)));
+    __m512i few = _mm512_mask_add_epi16(small, 0xfe, small, exponent);
+    __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+    normal = _mm512_mask_permutexvar_epi16(normal, is_small, size, few);
+    out = _mm512_ternarylogic_epi32(normal, codes, _mm512_set1_epi16(short(0x8000)), 0xf8);  // a | (b & c)
+    return true;
+}
+#endif
+
 // A vector of what is multiplied, from k on: of a plain row of the same numbers, or widened from any other.
 template <class X, class Row> INLINE typename Dot<X>::reg piece(const Row& row, long k) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same<X, bf16>::value && (std::is_same<Row, Fp8Row>::value || std::is_same<Row, Fp4Row>::value)) {
+        __m512i numbers;
+        if (narrow_codes(row, k, numbers)) return (__m512bh)numbers;
+    }
+#endif
     if constexpr (std::is_same<Row, PlainRow<X>>::value) return Dot<X>::get(row.p + k);
     else {
         vf parts[Dot<X>::STEP / LANES];

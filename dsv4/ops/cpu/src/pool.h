@@ -59,9 +59,14 @@ struct Pool {
     // The same in BF16, of rows that BF16 holds exactly (`fits_bf16`); `wide` has room for a row.
     INLINE void narrow_row(const uint8_t* row, bf16* out, float* wide, long padded) const {
 #if defined(__AVX512BF16__)
-        if (kind == FP4 && tail == 0 && coded % 32 == 0 && block == 32 && narrow_fp4(row, out)) {
-            for (long k = coded; k < padded; k++) out[k] = 0;
-            return;
+        if (kind == FP4 && tail == 0 && coded % 32 == 0 && block == 32) {
+            Fp4Row codes{row, row + coded / 2};
+            long k = 0;
+            for (__m512i some; k < coded && narrow_codes(codes, k, some); k += 32) std::memcpy(out + k, &some, sizeof some);
+            if (k >= coded) {
+                for (; k < padded; k++) out[k] = 0;
+                return;
+            }
         }
 #endif
         widen_row(row, wide, padded);
@@ -75,29 +80,6 @@ struct Pool {
     }
 
   private:
-#if defined(__AVX512BF16__)
-    // False where a scale takes a number out of BF16's normal ones.
-    INLINE bool narrow_fp4(const uint8_t* row, bf16* out) const {
-        const uint8_t* scales = row + coded / 2;
-        const __m512i numbers = _mm512_castsi256_si512(_mm256_setr_epi16(
-            0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000), short(0xbf00), short(0xbf80),
-            short(0xbfc0), short(0xc000), short(0xc040), short(0xc080), short(0xc0c0)));
-        for (long k = 0; k < coded; k += 32) {
-            int scale = *scales++;
-            if (scale < 2 || scale > 252) return false;
-            // a power of two is added to the exponents, but for zeros
-            __m512i exponent = _mm512_set1_epi16(short((scale - 127) * 128));
-            __m512i scaled = _mm512_mask_add_epi16(numbers, 0xfefe, numbers, exponent);
-            __m128i pair = load_as<__m128i>(row + k / 2), nibble = _mm_set1_epi8(15);
-            __m128i low = _mm_and_si128(pair, nibble), high = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
-            __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
-            __m512i found = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), scaled);
-            std::memcpy(out + k, &found, sizeof found);
-        }
-        return true;
-    }
-#endif
-
     template <class T> INLINE void plain(const T* row, float* out, long padded) const {
         long k = 0;
         for (; k + LANES <= coded; k += LANES) store(out + k, load(row + k));
