@@ -371,13 +371,14 @@ def test_index_reads_a_memory_of_v4(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, width", [(1, 32), (8, 64), (9, 32), (16, 128), (40, 64), (64, 128)])
+@pytest.mark.parametrize("heads, width", [(1, 32), (8, 64), (9, 32), (16, 128), (40, 64), (3, 96), (64, 128)])
 def test_index_multiplies_rounded_queries_as_whole_numbers(isa, heads, width, dtype):
     """Queries that were rounded as FP4 keys are, beside some that were not, and one that is no number: every choice is
     of the best by the reference's scores, and its bits are those of the query alone."""
-    format = Packed(width, "fp4", 32, rotated=True, numbers=dtype)
+    format = Packed(width, "fp4", 32, numbers=dtype)
     n, count, k = 12, 1500, 70
-    q, weights = format.as_query(normal(n, heads, width).to(dtype) * 3), normal(n, heads, seed=2)
+    q = format.as_read(normal(n * heads, width).to(dtype) * 3).view(n, heads, width)
+    weights = normal(n, heads, seed=2)
     q[1] = 0
     q[3], q[7] = normal(heads, width, seed=3).to(dtype), q[7] * 1.375  # not in the grid; in a finer one
     q[9, 0, 0] = NAN

@@ -32,22 +32,29 @@ template <class I> INLINE I four_products(I acc, I heads, const uint8_t* key) {
 #endif
 }
 
-// A key: D bytes of numbers, then the scales of its blocks in FP32.
+// A key: D bytes of numbers, then the scales of its blocks in FP32. Two blocks lie together, the even columns of both before
+// the odd ones of both, as one vector gives them; a last one lies alone.
 INLINE long whole_size(long D) { return D + D / BLOCK * 4; }
 INLINE void whole_key(const uint8_t* row, long D, uint8_t* out) {
-    const __m128i nibble = _mm_set1_epi8(15);
-    const __m128i numbers = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    const __m128i few = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    const __m256i numbers = _mm256_set_m128i(few, few), nibble = _mm256_set1_epi8(15);
     const uint8_t* scales = row + D / 2;
-    float* to = reinterpret_cast<float*>(out + D);
-    for (long b = 0; b < D / BLOCK; b++) {
-        __m128i codes = load_as<__m128i>(row + b * 16);
-        __m128i even = _mm_shuffle_epi8(numbers, _mm_and_si128(codes, nibble));
-        __m128i odd = _mm_shuffle_epi8(numbers, _mm_and_si128(_mm_srli_epi16(codes, 4), nibble));
+    uint32_t* to = reinterpret_cast<uint32_t*>(out + D);
+    long blocks = D / BLOCK, b = 0;
+    for (; b + 2 <= blocks; b += 2) {
+        __m256i codes = load_as<__m256i>(row + b * 16);
+        __m256i even = _mm256_shuffle_epi8(numbers, _mm256_and_si256(codes, nibble));
+        __m256i odd = _mm256_shuffle_epi8(numbers, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
+        std::memcpy(out + b * BLOCK, &even, 32), std::memcpy(out + b * BLOCK + 32, &odd, 32);
+        __m128i pair = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(load_as<uint16_t>(scales + b)));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + b), _mm_slli_epi32(pair, 23));
+    }
+    if (b < blocks) {
+        __m128i codes = load_as<__m128i>(row + b * 16), low = _mm256_castsi256_si128(nibble);
+        __m128i even = _mm_shuffle_epi8(few, _mm_and_si128(codes, low));
+        __m128i odd = _mm_shuffle_epi8(few, _mm_and_si128(_mm_srli_epi16(codes, 4), low));
         std::memcpy(out + b * BLOCK, &even, 16), std::memcpy(out + b * BLOCK + 16, &odd, 16);
-        uint32_t bits = uint32_t(scales[b]) << 23;
-        float scale;
-        std::memcpy(&scale, &bits, 4);
-        to[b] = scale * 0.5f;
+        to[b] = uint32_t(scales[b]) << 23;
     }
 }
 
@@ -76,7 +83,7 @@ template <class T> bool whole_block(const T* row, int8_t* numbers, float& scale)
     std::memcpy(&bits, &top, 4);
     int exponent = int(bits >> 23) - 6;  // the largest number is then from 64 to 127
     if (top == 0) exponent = 127;
-    if (exponent < 1) return false;
+    if (exponent < 2) return false;
     uint32_t up = uint32_t(254 - exponent) << 23, down = uint32_t(exponent) << 23;
     float inverse;
     std::memcpy(&inverse, &up, 4), std::memcpy(&scale, &down, 4);
@@ -111,6 +118,7 @@ template <class T> void lay_whole_panels(const T* const* rows, long columns, lon
                 int8_t numbers[BLOCK] = {};
                 scales[i] = 0;
                 if (rows[c + i]) whole_block(rows[c + i] + b * BLOCK, numbers, scales[i]);
+                scales[i] *= 0.5f;  // since keys are doubled
                 int total = 0;
                 for (long k = 0; k < BLOCK; k++) {
                     block[(k / 4 * wide + i) * 4 + k % 4] = numbers[k];
@@ -133,6 +141,8 @@ INLINE void spread_whole(const int8_t* panel, const uint8_t* const* keys, long D
         constexpr int L = lanes<V>(), wide = N * L;
         V totals[M][N] = {};
         for (long b = 0; b < D / BLOCK; b++, panel += wide * (BLOCK + 8)) {
+            bool paired = (b | 1) < D / BLOCK;
+            long even = paired ? b / 2 * 64 + b % 2 * 16 : b * BLOCK, odd = even + (paired ? 32 : 16);
             I sums[M][N], heads[N];
             V scales[N];
             for (int n = 0; n < N; n++) {
@@ -142,7 +152,7 @@ INLINE void spread_whole(const int8_t* panel, const uint8_t* const* keys, long D
             for (int g = 0; g < BLOCK / 4; g++) {
                 for (int n = 0; n < N; n++) heads[n] = load_as<I>(panel + (g * wide + n * L) * 4);
                 for (int m = 0; m < M; m++)
-                    for (int n = 0; n < N; n++) sums[m][n] = four_products(sums[m][n], heads[n], keys[m] + b * BLOCK + g * 4);
+                    for (int n = 0; n < N; n++) sums[m][n] = four_products(sums[m][n], heads[n], keys[m] + (g < 4 ? even : odd) + g % 4 * 4);
             }
             for (int m = 0; m < M; m++) {
                 float scale = load_as<float>(keys[m] + D + b * 4);
