@@ -44,5 +44,7 @@ def pair_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) 
 
 def turns(freq: Tensor, positions: Tensor) -> Tensor:
     """exp(i position frequency): complex64 [n, pairs] for positions int64 [n]."""
+    if not len(positions):
+        return torch.empty(0, len(freq), dtype=torch.complex64, device=positions.device)
     angle = positions.float()[:, None] * freq.to(positions.device)
     return torch.polar(torch.ones_like(angle), angle)

@@ -254,22 +254,25 @@ def _groups(
     else:
         per_page = pool.page_tokens // r
         base = page_base * per_page
-        place = np.repeat(page_base, closing) + group // per_page
-        entry = to_device(part.pages[place] * per_page + group % per_page)
+        entry = group  # none, most often
+        if len(group):
+            entry = part.pages[np.repeat(page_base, closing) + group // per_page] * per_page + group % per_page
         carried = np.where(closing > 0, start % r + np.where(existing > 0, r if kind.overlap else 0, 0), 0)
         own = np.where(closing > 0, count, 0)
         first = _before(carried + own) + carried
         size = r * (2 if kind.overlap else 1) + pool.max_rewind
         rows = _ring_rows(size, slot, start, count, carried, to_device, own)
+    base = np.repeat(base, count)
+    token = group * r  # the first of each group, by whose position an entry rotates
     return Groups(
         kind=kind,
         closing=len(group),
-        first_row=to_device(group * r + np.repeat(first - start, closing)),
+        first_row=to_device(token + np.repeat(first - start, closing) if len(group) else token),
         has_previous=to_device(group > 0),
-        turn=turns(freq, to_device(group * r)),  # an entry rotates at the position of its group's first token
-        visible=_spans(np.repeat(base, count), np.repeat(base, count) + stop),
+        turn=turns(freq, to_device(token)),
+        visible=_spans(base, base + stop),
         rows=rows,
-        entry=entry,
+        entry=None if entry is None else to_device(entry),
     )
 
 
@@ -330,11 +333,15 @@ def _ring_rows(
 
 def _ragged(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """start_i .. start_i + count_i - 1 for every i, one after the other, int64."""
+    if len(count) == 1:  # one sequence: nothing to spread
+        return np.arange(first := int(start[0]), first + int(count[0]))
     return np.repeat(start - _before(count), count) + np.arange(int(count.sum()))
 
 
 def _before(count: np.ndarray) -> np.ndarray:
     """For every i the sum of the counts before it."""
+    if len(count) == 1:
+        return np.zeros(1, dtype=np.int64)
     return count.cumsum() - count
 
 

@@ -34,7 +34,8 @@ def run_block(
     block: Block, x: Tensor, ids: Tensor, run: Run, views: list[LayerMemory | None]
 ) -> tuple[Tensor, Routing] | None:
     """What `Block.forward` gives, or None: it is to run op by op."""
-    if len(x) > FEW or len(views) > 1 or views[0] is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    n = x.shape[0]
+    if n > FEW or len(views) > 1 or views[0] is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     backend = ops.whole_blocks(x.device)
     if backend is None or ids.dtype != torch.int64:
@@ -46,8 +47,8 @@ def run_block(
     step, groups = part.derived.get("step") or _step(run, part, backend)
     gate, kind = block.ffn.gate, view.kind
     x, ids, turn = x.contiguous(), ids.contiguous(), run.turn["compressed" if kind.ratio else "window"]
-    out, scores = torch.empty_like(x), x.new_empty(len(x), gate.weight.shape[0], dtype=torch.float32)
-    chosen, weights = ids.new_empty(len(x), gate.topk), x.new_empty(len(x), gate.topk, dtype=torch.float32)
+    out, scores = torch.empty_like(x), x.new_empty(n, gate.weight.shape[0], dtype=torch.float32)
+    chosen, weights = ids.new_empty(n, gate.topk), x.new_empty(n, gate.topk, dtype=torch.float32)
     backend.run(
         laid.layer, step, groups.get(kind.name), turn.data_ptr(), ids.data_ptr(), x.data_ptr(), out.data_ptr(),
         scores.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
@@ -226,17 +227,17 @@ def _step(run: Run, part: Part, b: Any) -> tuple[Any, dict[str, Any]]:
     """The part's plan as the backend takes it, and that of the groups of each kind of layer."""
 
     def ring(rows: RingRows, own: int) -> Any:
-        before = len(rows.read)
-        joined = before + own if rows.order is None else len(rows.order)
+        before = rows.read.shape[0]
+        joined = before + own if rows.order is None else rows.order.shape[0]
         places = map(b.address, (rows.read, rows.order, rows.write, rows.kept))
-        return b.RingRows(*places, before, joined, len(rows.write))
+        return b.RingRows(*places, before, joined, rows.write.shape[0])
 
     def laid(g: Groups) -> Any:
         assert g.rows is not None
         places = (g.first_row, g.entry, g.visible.start, g.visible.stop, g.has_previous, g.turn)
         return b.Groups(g.closing, g.visible.longest, *map(b.address, places), ring(g.rows, n))
 
-    n = len(run.positions)
+    n = run.positions.shape[0]
     assert part.ring is not None
     places = map(b.address, (run.positions, part.window.start, part.window.stop, part.table))
     step = b.Step(n, run.turn["window"].shape[1], len(part.pages), *places, ring(part.ring, n))
