@@ -4,6 +4,7 @@ GGUF file lacks a number. The peers themselves are not installed here; who has t
 """
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_who_stops_listening_stops_the_process(tmp_path: Path) -> None:
     assert process.poll() is None
     running.close()
     assert process.poll() is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the count of the program alone is Linux's")
+def test_a_peer_is_not_charged_for_our_memory() -> None:
+    held = torch.ones(1 << 26)  # 256 MiB here
+    code = f"import runpy; print(runpy.run_path({str(ROOT / 'dsv4/bench/peerside.py')!r})['peak_rss']())"
+    told = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 2**20 < int(told) < 2**27 < held.nbytes
 
 
 def test_a_peer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

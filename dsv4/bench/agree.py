@@ -42,6 +42,7 @@ class Judge:
         exact.load_state_dict(model.state_dict())
         self.exact = {n: logprobs(exact, "float32", self.ids[:n]) for n in LENGTHS}
         self.number = min(BEST, model.config.vocab_size)
+        self.known: dict[str, float] = {}  # of `ours`
 
     def apart(self, found: Mapping[int, Best]) -> float:
         """The median over the prompts of the tokens' mean distance from the exact log-probabilities."""
@@ -49,8 +50,11 @@ class Judge:
         return statistics.median(one.mean().item() for one in away)
 
     def ours(self, format: str) -> float:
-        """The same for the timed model with a memory of that format."""
-        return self.apart({n: best(logprobs(self.model, format, self.ids[:n]), self.number) for n in LENGTHS})
+        """The same for the timed model with a memory of that format; computed once."""
+        if format not in self.known:
+            found = {n: best(logprobs(self.model, format, self.ids[:n]), self.number) for n in LENGTHS}
+            self.known[format] = self.apart(found)
+        return self.known[format]
 
     def check(self, who: str, found: Mapping[int, Best], format: str) -> tuple[float, float]:
         """How far the peer is away, and ours with that format; Skip if the peer computes something else."""

@@ -233,6 +233,7 @@ def _outside(
     samples, peak = Samples(plan.contexts), 0
     apart: Row = {}
     best_of: dict[int, Best] = {}
+    judge.ours(plan.format_of(peer.name))  # before the peer begins: it goes on to its timings while it is judged
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder, max_shard_bytes=1 << 62)
         job = {

@@ -6,6 +6,7 @@ gives one sentence that says what to install.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def _start(python: str, script: Path, what: str, environment: dict[str, str], sa
 
 
 def _last_words(said: Any, code: int) -> str:
-    """The last line that a process wrote to stderr, which for a Python is its exception."""
+    """The last exception that a process wrote to stderr, or else the last line."""
     said.seek(0)
     lines = [line for line in said.read().decode("utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else f"it ended with code {code} and said nothing"
+    errors = [found[0] for line in lines if (found := re.search(r"\b\w+(Error|Exception|Interrupt)\b.*", line))]
+    return (errors or lines or [f"it ended with code {code} and said nothing"])[-1].strip()[:300]

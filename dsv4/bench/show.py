@@ -62,7 +62,10 @@ def _panels(rows: Sequence[Row]) -> Any:
             axes.plot(x, [r[what] for r in mine], color=COLOURS[who], marker="o", label=who)
             if who == "dsv4":
                 axes.plot(x, [r[best] for r in mine], color=COLOURS[who], linestyle="--", label="at best here")
-        axes.set(title=title, xlabel="context, K tokens", xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        axes.set(title=title, xlabel="context, K tokens", xscale="log", ylim=(0, None))
+        ticks = sorted({r["ctx"] / 1024 for r in rows})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
         axes.legend()
     return figure
