@@ -6,8 +6,10 @@ GGUF file lacks a number. The peers themselves are not installed here; who has t
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from dsv4 import save
 from dsv4.bench import agree, frontier, llama_peer, outside, vllm_peer
 from dsv4.errors import UserError
 from dsv4.measure.clock import Skip
-from dsv4.measure.subjects import small_model
+from dsv4.measure.subjects import randomise, small_model
 from dsv4.model import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +162,32 @@ def test_the_judge_allows_roundings_and_nothing_else() -> None:
     judge = agree.Judge(coarse)
     theirs, ours = judge.check("coarse", found(coarse, "packed"), "packed")
     assert theirs == ours > judge.ours("bfloat16") > 0
+
+
+@pytest.mark.slow
+def test_how_far_away_mistakes_are() -> None:
+    """What agree.py says of the model that is timed: mistakes of ports stand far above the bounds in fp32, and of those
+    in bf16 only the great ones do.
+    """
+    planned = frontier.plan("bench", "float32", "", [1], 1, [], "")
+    model = randomise(Transformer(planned.config), std=None).eval()
+    judge = agree.Judge(model)
+
+    def away(change: dict[str, Any], wrong: Callable[[str, torch.Tensor], torch.Tensor]) -> float:
+        other = Transformer(planned.config.with_(**change)).eval()
+        other.load_state_dict({name: wrong(name, value) for name, value in model.state_dict().items()})
+        found = {n: agree.best(agree.logprobs(other, "float32", judge.ids[:n]), judge.number) for n in agree.LENGTHS}
+        return judge.apart(found)
+
+    close = agree.CLOSE
+    assert away({"sliding_window": 127}, lambda name, value: value) > 20 * close[torch.float32]
+    assert (
+        away({}, lambda name, value: value - 1e9 if name.endswith("attn_sink") else value) > 20 * close[torch.float32]
+    )
+    assert away({}, lambda name, value: 0 * value if name.endswith("gate.bias") else value) > close[torch.bfloat16]
+    rounded = Transformer(planned.config, torch.bfloat16).eval()
+    rounded.load_state_dict(model.state_dict())
+    assert agree.Judge(rounded).ours("bfloat16") < close[torch.bfloat16] / 2
 
 
 # --- vLLM: three requests of 5, 1 and 3 new tokens after 7, 11 and 0 --------------------------------------------------

@@ -1,7 +1,7 @@
 """nano-deepseek-v4 as a peer: its PyTorch model with its cache. Runs in its own Python (peerside.py).
 
 It reads our published folder by its own loader; every tensor has to find its place. The head runs for the last token of
-a chunk alone, as ours does. Version 0.2.0 has no YaRN, and is refused for computing something else.
+a chunk alone, as ours does. Version 0.2.0 is refused by agree.py: it computes another function.
 """
 
 import importlib
