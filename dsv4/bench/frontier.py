@@ -1,34 +1,118 @@
-"""Prefill and decode over the length of the context, ours and, on the same weights in the same run, a peer's.
+"""Prefill and decode over the length of the context, ours and, on the same weights in the same run, those of peers.
 
 A prompt of random ids is read once per repeat; at each context of the list it stands how long all tokens so far have
-taken, and a fork of the memory decodes some tokens. What stands in a row is the median over the repeats. Shares are of
-what this machine does at best, measured in the same run: square matrix products of the same dtype for prefill, and for
-decode the reading of memory (of the weights that one token uses, at least).
+taken, and a fork of the memory decodes some tokens. A peer that cannot fork reads each context from its beginning. What
+stands in a row is the median over the repeats. A peer is timed once it is seen to compute the same (agree.py).
+
+At best, by what this machine does in the same run: a prompt takes the FLOPs counted by dsv4/cost at the rate of square
+matrix products of the same dtype, or the reading of all weights and the writing of its memory, whichever is longer; a
+token takes the reading of the weights that it uses and of the rows that it attends to. Shares are of that.
 """
 
-import copy
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4 import cost
-from dsv4.bench.peers import memory_name, twin
+from dsv4.bench import outside
+from dsv4.bench.agree import LENGTHS, Best, Judge, best
+from dsv4.bench.peers import Theirs, installed, twin
+from dsv4.bench.show import machine_line
 from dsv4.config import ModelConfig
-from dsv4.cost import parameters
+from dsv4.cost import kv_bytes
+from dsv4.cost.params import active_bytes, weight_bytes
+from dsv4.errors import UserError, nearest
 from dsv4.measure.ceilings import measured_cpu, read_rate
+from dsv4.measure.clock import Skip
 from dsv4.measure.rows import Row
 from dsv4.measure.subjects import randomise, tokens
 from dsv4.model import Transformer
 
-CHUNK, PEER_CHUNK = 1024, 512  # tokens in a call: in one call the peer would hold tokens x tokens numbers
-STEPS = 16  # tokens decoded at each context
+CHUNK = 1024  # tokens in a call
+STEPS, WARM = 16, 2  # tokens decoded at each context; the first of them are not counted
+
+DTYPES = ("float32", "bfloat16")
+# Peers, and the format of their memory as ours name it; "": that of the dtype.
+PEERS = {"transformers": "", "nano": "", "llama": "", "vllm": "packed"}
+# The model that vLLM can run: a preset with the sizes that its kernels are made for.
+VLLM_SIZES: dict[str, Any] = {
+    "head_dim": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "index_topk": 512, "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+}  # fmt: skip
+_READ_AS = {"packed": "published"}  # our formats as dsv4/cost names them
+_VLLM_READS = "fp8"  # its index keys are FP8 where the packed ones are FP4
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, judged and with every peer found before any work; `plan` makes one."""
+
+    name: str
+    config: ModelConfig
+    dtype: torch.dtype
+    format: str
+    contexts: Sequence[int]
+    repeats: int = 3
+    against: dict[str, outside.Outside | None] = field(default_factory=dict)  # None: transformers, in this process
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Each peer with its version."""
+        return {name: peer.version if peer else f"transformers {installed()}" for name, peer in self.against.items()}
+
+    def format_of(self, who: str) -> str:
+        """The format of someone's memory, as ours would be."""
+        return self.format if who == "dsv4" else PEERS[who] or self.dtype_name
+
+
+def plan(
+    preset: str, dtype: str, format: str, contexts: Sequence[int], repeats: int, against: Sequence[str], python: str
+) -> Plan:
+    """A plan of the options; an empty dtype or format is what the peers ask for.
+
+    UserError for an unknown peer, one that is not there, and numbers that vLLM does not run.
+    """
+    for name in against:
+        if name not in PEERS:
+            raise UserError(f"--against {name} is unknown: use {', '.join(PEERS)}{nearest(name, PEERS)}")
+    config = ModelConfig.preset(preset)
+    config = config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
+    name = preset
+    if "vllm" in against:
+        if dtype not in ("", "bfloat16"):
+            raise UserError(f"--against vllm runs in bfloat16 alone, not in {dtype}: leave out --dtype")
+        config, name = config.with_(**VLLM_SIZES), f"{preset} in the sizes that vLLM can run"
+    dtype = dtype or ("bfloat16" if "vllm" in against else "float32")
+    format = format or ("packed" if "vllm" in against else dtype)
+    for option, value, known in (("dtype", dtype, DTYPES), ("cache", format, (*DTYPES, "packed"))):
+        if value not in known:
+            raise UserError(
+                f"--{option} {value} cannot be measured here: use {', '.join(known)}{nearest(value, known)}"
+            )
+    found: dict[str, outside.Outside | None] = {}
+    for peer in against:
+        if peer != "transformers":
+            found[peer] = outside.find(peer, python, torch.get_num_threads())
+            continue
+        try:
+            installed()
+        except Skip as reason:
+            raise UserError(f"{reason}: pip install 'transformers>=5.23,<5.25'") from None
+        found[peer] = None
+    return Plan(name, config, getattr(torch, dtype), format, contexts, repeats, found)
 
 
 class Ours:
@@ -55,38 +139,42 @@ class Ours:
         return self.memory.bytes()
 
 
-class Theirs:
-    """transformers' model with the same weights, fed in chunks."""
+def measure(plan: Plan, say: Say) -> Iterator[Row]:
+    """The rows of ours, then of each peer; for one that fails or computes something else {"who", "skipped": why}."""
+    config = plan.config
+    model = randomise(Transformer(config, plan.dtype), std=None).eval()
+    say(f"{plan.name}: {model.num_parameters():,} parameters, {plan.dtype_name}, memory {plan.format}")
+    judge = Judge(model) if plan.against else None
+    limits = machine(plan.dtype)
+    say(machine_line(limits))
+    for context, found in passes(Ours(model, plan.format, plan.contexts[-1]), plan.contexts, plan.repeats, say):
+        yield row(plan, "dsv4", context, found, limits)
+    for name, peer in plan.against.items():
+        assert judge
+        try:
+            timed = _outside(plan, peer, model, judge, say) if peer else _inside(plan, model, judge, say)
+            for context, found in timed:
+                yield row(plan, name, context, found, limits)
+        except Skip as reason:
+            yield {"who": name, "skipped": str(reason)}
 
-    name, chunk = "transformers", PEER_CHUNK
 
-    def __init__(self, model: Any):
-        self.model, self.key = model, memory_name(model)
-
-    def begin(self) -> None:
-        self.memory: Any = None
-
-    def read(self, ids: Tensor) -> Tensor:
-        given = {} if self.memory is None else {self.key: self.memory}
-        out = self.model(ids[None], **given, use_cache=True, logits_to_keep=1)
-        self.memory = out[self.key]
-        return out.logits[0, -1]
-
-    def decoding(self) -> Callable[[Tensor], Tensor]:
-        twin = Theirs(self.model)
-        twin.memory = copy.deepcopy(self.memory)
-        return twin.read
-
-    def bytes(self) -> int | None:
-        return None
+def machine(dtype: torch.dtype) -> Row:
+    """What this processor does at best, measured now: TFLOP/s of matrix products, GB/s read and copied."""
+    best = measured_cpu()
+    return {
+        "matmul_tflops": (best.bf16 if dtype == torch.bfloat16 else best.fp32) or 0.0,
+        "fp32_tflops": best.fp32 or 0.0, "bf16_tflops": best.bf16 or 0.0,
+        "read_gb_s": read_rate(torch.device("cpu")) / 1e9, "copy_gb_s": 1e3 * best.bandwidth,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
 @torch.inference_mode()
 def passes(who: Ours | Theirs, contexts: Sequence[int], repeats: int, say: Say) -> Iterator[tuple[int, Row]]:
     """For each context seconds of its prefill and of a decoded token, medians over the repeats."""
     ids = tokens(who.model, contexts[-1] + 1)
-    read: dict[int, list[float]] = {n: [] for n in contexts}
-    step: dict[int, list[float]] = {n: [] for n in contexts}
+    samples = Samples(contexts)
     size: dict[int, int | None] = {}
     for repeat in range(repeats):
         who.begin()
@@ -96,75 +184,107 @@ def passes(who: Ours | Theirs, contexts: Sequence[int], repeats: int, say: Say) 
                 end = min(at + who.chunk, context)
                 spent += _seconds(lambda a=at, b=end: who.read(ids[a:b]))
                 at = end
-            read[context].append(spent)
             decode = who.decoding()
-            times = [_seconds(lambda: decode(ids[-1:])) for _ in range(STEPS)]  # noqa: B023 (called at once)
-            step[context].append(statistics.median(times[2:]))
+            samples.add(context, spent, [_seconds(lambda: decode(ids[-1:])) for _ in range(STEPS)])  # noqa: B023
             size[context] = who.bytes()
             say(f"{who.name}: {context} tokens, repeat {repeat + 1} of {repeats}")
-    for n in contexts:
-        yield n, {
-            "prefill_seconds": statistics.median(read[n]), "decode_seconds": statistics.median(step[n]),
-            "cache_bytes": size[n],
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for context, found in samples.medians():
+        yield context, {**found, "cache_bytes": size[context], "peak_rss": peak}
+
+
+class Samples:
+    """Seconds of each repeat, by context."""
+
+    def __init__(self, contexts: Sequence[int]):
+        self.read: dict[int, list[float]] = {n: [] for n in contexts}
+        self.step: dict[int, list[float]] = {n: [] for n in contexts}
+
+    def add(self, context: int, prefill: float, steps: Sequence[float]) -> None:
+        self.read[context].append(prefill)
+        self.step[context].append(statistics.median(steps[WARM:]))
+
+    def medians(self) -> Iterator[tuple[int, Row]]:
+        for n, seconds in self.read.items():
+            decode = statistics.median(self.step[n])
+            yield n, {"prefill_seconds": statistics.median(seconds), "decode_seconds": decode}
+
+
+def _inside(plan: Plan, model: Transformer, judge: Judge, say: Say) -> Iterator[tuple[int, Row]]:
+    """transformers, in this process."""
+    who = Theirs(twin(model, plan.dtype))
+    found: dict[int, Best] = {}
+    with torch.inference_mode():
+        for length in LENGTHS:
+            who.begin()
+            parts = [who.read(part) for part in judge.ids[:length].split(who.chunk)]
+            found[length] = best(parts[-1].float().log_softmax(-1), judge.number)
+    apart = _checked(plan, who.name, found, judge, say)
+    for context, row in passes(who, plan.contexts, plan.repeats, say):
+        yield context, {**row, **apart}
+
+
+def _outside(
+    plan: Plan, peer: outside.Outside, model: Transformer, judge: Judge, say: Say
+) -> Iterator[tuple[int, Row]]:
+    """A peer in a Python of its own, which reads the weights from a folder."""
+    from dsv4.checkpoint import save  # needs safetensors
+
+    samples, peak = Samples(plan.contexts), 0
+    apart: Row = {}
+    best_of: dict[int, Best] = {}
+    judge.ours(plan.format_of(peer.name))  # before the peer begins: it goes on to its timings while it is judged
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, max_shard_bytes=1 << 62)
+        job = {
+            "folder": folder, "dtype": plan.dtype_name, "threads": torch.get_num_threads(), "chunk": CHUNK,
+            "longest": max(plan.contexts[-1], LENGTHS[-1]) + STEPS, "contexts": list(plan.contexts),
+            "repeats": plan.repeats, "steps": STEPS, "checks": LENGTHS, "best": judge.number,
+            "ids": tokens(model, plan.contexts[-1]).tolist(), "check_ids": judge.ids.tolist(),
         }  # fmt: skip
+        for found in peer.run(job):
+            if "length" in found:
+                best_of[found["length"]] = found["tokens"], found["logprobs"]
+                if len(best_of) == len(LENGTHS):
+                    apart = _checked(plan, peer.version, best_of, judge, say, peer.name)
+            else:
+                samples.add(found["context"], found["prefill_seconds"], found["step_seconds"])
+                peak = found["peak_rss"]
+                say(f"{peer.version}: {found['context']} tokens, repeat {found['repeat'] + 1} of {plan.repeats}")
+    for context, row in samples.medians():
+        yield context, {**row, **apart, "cache_bytes": None, "peak_rss": peak}
 
 
-def measure(
-    preset: str, dtype: torch.dtype, format: str, contexts: Sequence[int], repeats: int, against: str, say: Say
-) -> list[Row]:
-    """The rows of ours, then of the peer; Skip where the peer is not installed."""
-    config = ModelConfig.preset(preset)
-    config = config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
-    model = randomise(Transformer(config, dtype), std=None).eval()
-    machine = measured_cpu()
-    best = (machine.bf16 if dtype == torch.bfloat16 else machine.fp32) or 0.0
-    limits = {"matmul_tflops": best, "read_gb_s": read_rate(torch.device("cpu")) / 1e9}
-    say(f"this machine: {best:.3g} TFLOP/s, {limits['read_gb_s']:.3g} GB/s read, {torch.get_num_threads()} threads")
-    who: list[Ours | Theirs] = [Ours(model, format, contexts[-1])]
-    rows = []
-    if against:
-        who.append(Theirs(twin(model, dtype)))
-    for one in who:
-        for context, row in passes(one, contexts, repeats, say):
-            rows.append(_row(one, config, dtype, format, context, row, limits))
-    return rows
+def _checked(plan: Plan, who: str, found: dict[int, Best], judge: Judge, say: Say, name: str = "") -> Row:
+    """How far the peer and ours are from the exact function; Skip if it is another one."""
+    format = plan.format_of(name or who)
+    theirs, ours = judge.check(who, found, format)
+    say(f"{who}: log-probabilities {theirs:.2g} from the exact ones; ours with {format} memory {ours:.2g}")
+    return {"apart": theirs, "apart_ours": ours}
 
 
-def _row(
-    who: Ours | Theirs, config: ModelConfig, dtype: torch.dtype, format: str, context: int, found: Row, limits: Row
-) -> Row:
-    prefill, decode = context / found["prefill_seconds"], found["decode_seconds"]
-    flops = cost.weighted(cost.prefill(config, context)) / found["prefill_seconds"]
-    weights = dtype.itemsize * parameters(config)["active"] / decode
+def row(plan: Plan, who: str, context: int, found: Row, limits: Row) -> Row:
+    """A row of the report: what was found, and what the machine would do at best."""
+    best_prefill, best_decode = at_best(plan, who, context, limits)
     return {
-        "who": who.name, "dtype": str(dtype).removeprefix("torch."), "cache": format if who.name == "dsv4" else "",
-        "ctx": context, "prefill_tok_s": prefill, "decode_ms": 1e3 * decode, "cache_bytes": found["cache_bytes"],
-        "peak_rss": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "prefill_share": flops / 1e12 / limits["matmul_tflops"] if limits["matmul_tflops"] else None,
-        "decode_share": weights / 1e9 / limits["read_gb_s"], **limits,
+        "who": who, "dtype": plan.dtype_name, "cache": plan.format if who == "dsv4" else "", "ctx": context,
+        "prefill_tok_s": context / found["prefill_seconds"], "decode_ms": 1e3 * found["decode_seconds"],
+        "prefill_best_tok_s": context / best_prefill, "decode_best_ms": 1e3 * best_decode,
+        "prefill_share": best_prefill / found["prefill_seconds"], "decode_share": best_decode / found["decode_seconds"],
+        "cache_bytes": found["cache_bytes"], "peak_rss": found["peak_rss"],
+        "apart": found.get("apart"), "apart_ours": found.get("apart_ours"), **limits,
     }  # fmt: skip
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
-    """The rows for a person, under a head; a peer's come with how many times faster ours are."""
-    out = [
-        f"{'who':13s} {'ctx':>9s} {'prefill tok/s':>13s} {'of matmul':>9s} {'decode ms':>9s} {'of read':>8s} "
-        f"{'cache MiB':>9s} {'peak GiB':>8s}"
-    ]
-    ours = {r["ctx"]: r for r in rows if r["who"] == "dsv4"}
-    for r in rows:
-        cache = "" if r["cache_bytes"] is None else f"{r['cache_bytes'] / 2**20:.2f}"
-        share = "" if r["prefill_share"] is None else f"{r['prefill_share']:.0%}"
-        text = (
-            f"{r['who']:13s} {r['ctx']:9,d} {r['prefill_tok_s']:13,.0f} {share:>9s} {r['decode_ms']:9.2f} "
-            f"{r['decode_share']:8.0%} {cache:>9s} {r['peak_rss'] / 2**30:8.2f}"
-        )
-        if r["who"] != "dsv4":
-            mine = ours[r["ctx"]]
-            text += f"   ours: prefill {mine['prefill_tok_s'] / r['prefill_tok_s']:.1f} x"
-            text += f", decode {r['decode_ms'] / mine['decode_ms']:.1f} x as fast"
-        out.append(text)
-    return out
+def at_best(plan: Plan, who: str, context: int, limits: Row) -> tuple[float, float]:
+    """Seconds of a prompt and of a decoded token at the machine's rates, for the memory that someone has."""
+    config, format = plan.config, plan.format_of(who)
+    format = _VLLM_READS if who == "vllm" else _READ_AS.get(format, format)
+    bytes_per_second = 1e9 * limits["read_gb_s"]
+    moved = weight_bytes(config, plan.dtype_name) + sum(kv_bytes.held(config, context, format).values())
+    computing = cost.weighted(cost.prefill(config, context)) / (1e12 * limits["matmul_tflops"])
+    read = active_bytes(config, plan.dtype_name) + sum(kv_bytes.read(config, context, format).values())
+    return max(computing, moved / bytes_per_second), read / bytes_per_second
 
 
 def _seconds(work: Callable[[], object]) -> float:

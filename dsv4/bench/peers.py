@@ -5,6 +5,7 @@ bf16: a ratio of speeds means something only between models that compute the sam
 numbers, so long prompts are left to us.
 """
 
+import copy
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from dsv4.measure.rows import Row, difference
 from dsv4.measure.sizes import Sizes
 from dsv4.measure.subjects import tokens
 from dsv4.model import Transformer
+
+PEER_CHUNK = 512  # tokens in a call: in one call it would hold tokens x tokens numbers
 
 
 def installed() -> str:
@@ -87,6 +90,34 @@ def twin(ours: Transformer, dtype: torch.dtype) -> Any:
         save(ours, folder, "transformers")
         peer: Any = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=dtype)
     return peer.eval()
+
+
+class Theirs:
+    """transformers' model reading one prompt after the other, in chunks; as Ours of frontier.py."""
+
+    name, chunk = "transformers", PEER_CHUNK
+
+    def __init__(self, model: Any):
+        self.model, self.key = model, memory_name(model)
+
+    def begin(self) -> None:
+        self.memory: Any = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits of the last token, [vocab]."""
+        given = {} if self.memory is None else {self.key: self.memory}
+        out = self.model(ids[None], **given, use_cache=True, logits_to_keep=1)
+        self.memory = out[self.key]
+        return out.logits[0, -1]
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        """A function that reads one token after what was read, on a memory of its own."""
+        twin = Theirs(self.model)
+        twin.memory = copy.deepcopy(self.memory)
+        return twin.read
+
+    def bytes(self) -> int | None:
+        return None
 
 
 def _load(config: ModelConfig, device: torch.device) -> tuple[Any, float]:

@@ -48,43 +48,53 @@ def decode(
 def frontier(
     preset: Preset = "bench",
     context: Annotated[str, typer.Option(help="Tokens, such as 1k,8k,32k (k = 1024).")] = "1k,4k,8k,32k",
-    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
-    cache: Annotated[str, typer.Option(help="Its format: float32, bfloat16, packed; default: that of the dtype.")] = "",
-    against: Annotated[str, typer.Option(help="A peer beside ours on the same weights: transformers.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: float32, with vllm bfloat16.")] = "",
+    cache: Annotated[str, typer.Option(help="float32, bfloat16, packed; default: the dtype, with vllm packed.")] = "",
+    against: Annotated[str, typer.Option(help="Peers on the same weights: transformers,llama,vllm,nano.")] = "",
+    peer_python: Annotated[
+        str, typer.Option(help="The Python that has llama, vllm or nano; default: DSV4_LLAMA_PYTHON and so on.")
+    ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Passes over the prompt; figures are medians.")] = 3,
     threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    ceiling: Annotated[bool, typer.Option("--ceiling", help="Show what this machine would do at best.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw all who ran into this .svg.")] = None,
     out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/frontier.json"),
     as_json: AsJson = False,
 ) -> None:
     """Prefill and decode over the length of the context on this processor, as shares of what it can do at best.
 
-    Example: dsv4 bench frontier --context 1k,8k --against transformers
+    Example: dsv4 bench frontier --context 1k,8k --against transformers --ceiling --plot reports/frontier.svg
     """
     import torch
 
-    from dsv4.bench.frontier import lines, measure
-    from dsv4.cache import format_name
-    from dsv4.cli.common import resolve_dtype
+    from dsv4.bench import show
+    from dsv4.bench.frontier import measure, plan
     from dsv4.cli.cost import parse_contexts
     from dsv4.errors import UserError
-    from dsv4.files import make_folder, write_json
-    from dsv4.measure.clock import Skip
+    from dsv4.files import make_folder, write_json, write_text
 
-    if against not in ("", "transformers"):
-        raise UserError(f"--against {against} is unknown: use transformers")
     if not context.strip():
         raise UserError("--context is empty: give numbers of tokens, such as 1k,8k")
-    contexts, number = sorted(parse_contexts(context)), resolve_dtype(dtype)
-    format = format_name(cache or dtype)
+    if plot and plot.suffix != ".svg":
+        raise UserError(f"--plot {plot} is no .svg file: give one, such as reports/frontier.svg")
+    contexts = sorted(parse_contexts(context))
     if threads:
         torch.set_num_threads(threads)
-    make_folder(out.parent)
-    try:
-        rows = measure(preset, number, format, contexts, repeats, against, _note)
-    except Skip as reason:
-        raise UserError(f"{reason}") from None
-    write_json(out, {"rows": rows})
-    print(json.dumps({"rows": rows}) if as_json else "\n".join(lines(rows)))
+    names = list(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    planned = plan(preset, dtype, cache, contexts, repeats, names, peer_python)
+    for path in (out, plot):
+        if path:
+            make_folder(path.parent)
+    rows = []
+    report = {"model": planned.name, "config": planned.config.to_json(), "peers": planned.versions, "rows": rows}
+    for row in measure(planned, _note):
+        rows.append(row)
+        write_json(out, report)  # what is there when somebody stops it is kept
+    if plot:
+        write_text(plot, show.plot(rows))
+    print(json.dumps(report) if as_json else "\n".join(show.lines(rows, ceiling)))
+    if any("skipped" in row for row in rows):
+        raise typer.Exit(1)
 
 
 @bench.command()

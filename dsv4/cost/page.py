@@ -102,8 +102,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
-def _figure(name: str, draw: Callable[[], Any], caption: str) -> str:
-    """A matplotlib figure as inline SVG: text stays text, ids are its own, nothing is fetched."""
+def svg(name: str, draw: Callable[[], Any]) -> str:
+    """A matplotlib figure as SVG: text stays text, ids begin with its name, nothing is fetched."""
     import matplotlib
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif"}
@@ -111,14 +111,19 @@ def _figure(name: str, draw: Callable[[], Any], caption: str) -> str:
         figure = draw()
         text = io.StringIO()
         figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    drawn = text.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
     for known in ('id="', 'href="#', "url(#"):  # several figures share a page
-        svg = svg.replace(known, f"{known}{name}-")
-    return f'<figure id="{name}">{svg}<figcaption>{html.escape(caption)}</figcaption></figure>'
+        drawn = drawn.replace(known, f"{known}{name}-")
+    return drawn
 
 
-def _axes(columns: int, height: float = 3.4, rows: int = 1) -> tuple[Any, Any]:
+def _figure(name: str, draw: Callable[[], Any], caption: str) -> str:
+    return f'<figure id="{name}">{svg(name, draw)}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def panels(columns: int, height: float = 3.4, rows: int = 1) -> tuple[Any, Any]:
+    """A figure, and its axes as rows of columns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, height), layout="constrained")
@@ -126,7 +131,7 @@ def _axes(columns: int, height: float = 3.4, rows: int = 1) -> tuple[Any, Any]:
 
 
 def _against_context(scheme: report.Scheme) -> Any:
-    figure, ((left, right),) = _axes(2)
+    figure, ((left, right),) = panels(2)
     contexts = [max(1, n * 8 * 1024) for n in range(129)]
     for name in ("v3.2", "pro", "flash"):
         config, colour = report.KNOWN[name], COLOURS[name]
@@ -141,7 +146,7 @@ def _against_context(scheme: report.Scheme) -> Any:
 
 
 def _components(found: dict[str, Any]) -> Any:
-    figure, ((left, right),) = _axes(2, 4.2)
+    figure, ((left, right),) = panels(2, 4.2)
     for axes, what, unit, title in (
         (left, "components", 1e9, "GFLOP per decoded token"),
         (right, "cache_parts", 1e9, "cache, GB"),
@@ -165,7 +170,7 @@ def _stacked(axes: Any, models: dict[str, dict[str, float]], unit: float) -> Non
 
 
 def _causes(found: dict[str, Any]) -> Any:
-    figure, ((left, right),) = _axes(2, 3.6)
+    figure, ((left, right),) = panels(2, 3.6)
     for axes, what, title in ((left, "flops_causes", "FLOPs"), (right, "cache_causes", "cache")):
         causes = list(found[what]["pro"])
         for shift, name in ((-0.2, "pro"), (0.2, "flash")):
@@ -194,7 +199,7 @@ def _fits(config: AnyConfig, machines: Sequence[hardware.Machine]) -> Any:
     rows.sort(key=lambda m: m.usable_bytes)
     contexts = [c for c in MAP_CONTEXTS if c <= config.max_position_embeddings] or [config.max_position_embeddings]
     fits = report.what_fits(config, rows, contexts)
-    figure, ((axes,),) = _axes(1, 0.38 * len(rows) + 1.2)
+    figure, ((axes,),) = panels(1, 0.38 * len(rows) + 1.2)
     shades = [[float("nan") if n < 0 else min(4.0, len(str(n)) - (n == 0)) for n in row] for row in fits]
     axes.pcolormesh(shades, cmap="Blues", vmin=0, vmax=6, edgecolors="white")
     for i, row in enumerate(fits):
