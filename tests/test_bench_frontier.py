@@ -15,6 +15,7 @@ from dsv4.cli import main
 from dsv4.config import ModelConfig
 from dsv4.cost.params import parameters
 from dsv4.measure.subjects import small_model, tokens
+from dsv4.ops import PackedMatrix
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -27,9 +28,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 ROW = {
-    "who", "dtype", "cache", "ctx", "prefill_tok_s", "decode_ms", "prefill_best_tok_s", "decode_best_ms", "cache_bytes",
-    "peak_rss", "prefill_share", "decode_share", "apart", "apart_ours", "matmul_tflops", "fp32_tflops", "bf16_tflops",
-    "read_gb_s", "copy_gb_s", "threads",
+    "who", "dtype", "weights", "cache", "ctx", "batch", "batch_tok_s", "batch_times", "prefill_tok_s", "decode_ms",
+    "prefill_best_tok_s", "decode_best_ms", "cache_bytes", "peak_rss", "prefill_share", "decode_share", "apart",
+    "apart_ours", "matmul_tflops", "fp32_tflops", "bf16_tflops", "read_gb_s", "copy_gb_s", "threads",
 }  # fmt: skip
 
 
@@ -60,6 +61,31 @@ def test_every_context_has_a_row_of_ours_and_of_the_peer(
     assert drawn.startswith("<svg") and "http://www.w3.org" in drawn  # a name space; nothing is fetched
     for word in ("dsv4", "transformers", "at best here", "prefill, tokens/s", "a decoded token, ms"):
         assert f">{word}<" in drawn
+
+
+def test_released_weights_and_sequences_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that is timed has packed matrices, and a bound of their bytes; a batch has its own column."""
+    rates = dict.fromkeys(("matmul_tflops", "fp32_tflops", "bf16_tflops", "read_gb_s", "copy_gb_s"), 1.0)
+    monkeypatch.setattr(frontier, "machine", lambda dtype: {**rates, "threads": 1})
+    kinds: list[bool] = []
+    monkeypatch.setattr(
+        frontier.Ours, "begin", lambda self, begin=frontier.Ours.begin: (kinds.append(
+            isinstance(self.model.layers[0].ffn.experts.w2, PackedMatrix)), begin(self))[1],
+    )  # fmt: skip
+    options = ["--context", "40", "--repeats", "1", "--batch", "3", "--json", "--out", str(tmp_path / "r.json")]
+    found = []
+    for weights in ([], ["--weights", "released"]):
+        assert run(monkeypatch, "tiny", *options, *weights) == 0
+        found += json.loads(capsys.readouterr().out)["rows"]
+    assert kinds == [False, True] and [r["weights"] for r in found] == ["float32", "published"]
+    assert found[1]["decode_best_ms"] < found[0]["decode_best_ms"] / 2
+    for r in found:
+        assert r["batch"] == 3 and r["batch_times"] == pytest.approx(r["batch_tok_s"] * r["decode_ms"] / 1e3)
+    assert "batch 3:" in "\n".join(show.lines(found))
+    for wrong in (["--weights", "fp4"], ["--weights", "released", "--against", "transformers"]):
+        assert run(monkeypatch, "tiny", *options, *wrong) == 2
 
 
 def test_at_best_is_the_slower_of_computing_and_moving() -> None:

@@ -34,6 +34,7 @@ from dsv4.measure.clock import Skip
 from dsv4.measure.rows import Row
 from dsv4.measure.subjects import randomise, tokens
 from dsv4.model import Transformer
+from dsv4.model.packed import pack_weights
 
 CHUNK = 1024  # tokens in a call
 STEPS, WARM = 16, 2  # tokens decoded at each context; the first of them are not counted
@@ -63,6 +64,8 @@ class Plan:
     contexts: Sequence[int]
     repeats: int = 3
     against: dict[str, outside.Outside | None] = field(default_factory=dict)  # None: transformers, in this process
+    released: bool = False  # weights in FP8 and FP4
+    batch: int = 1  # sequences that also decode side by side
 
     @property
     def dtype_name(self) -> str:
@@ -73,18 +76,36 @@ class Plan:
         """Each peer with its version."""
         return {name: peer.version if peer else f"transformers {installed()}" for name, peer in self.against.items()}
 
+    @property
+    def weights(self) -> str:
+        """How weights are kept, as dsv4/cost names it."""
+        return "published" if self.released else self.dtype_name
+
     def format_of(self, who: str) -> str:
         """The format of someone's memory, as ours would be."""
         return self.format if who == "dsv4" else PEERS[who] or self.dtype_name
 
 
 def plan(
-    preset: str, dtype: str, format: str, contexts: Sequence[int], repeats: int, against: Sequence[str], python: str
+    preset: str,
+    dtype: str,
+    format: str,
+    contexts: Sequence[int],
+    repeats: int,
+    against: Sequence[str],
+    python: str,
+    *,
+    weights: str = "",
+    batch: int = 1,
 ) -> Plan:
-    """A plan of the options; an empty dtype or format is what the peers ask for.
+    """A plan of the options; an empty dtype or format is what the peers ask for. weights: released, or "": in the dtype.
 
     UserError for an unknown peer, one that is not there, and numbers that vLLM does not run.
     """
+    if weights not in ("", "released"):
+        raise UserError(f"--weights {weights} is unknown: use released, or leave it out for those of the dtype")
+    if weights and against:
+        raise UserError("--weights released has no peer here that runs the same: leave out --against")
     for name in against:
         if name not in PEERS:
             raise UserError(f"--against {name} is unknown: use {', '.join(PEERS)}{nearest(name, PEERS)}")
@@ -112,7 +133,7 @@ def plan(
         except Skip as reason:
             raise UserError(f"{reason}: pip install 'transformers>=5.23,<5.25'") from None
         found[peer] = None
-    return Plan(name, config, getattr(torch, dtype), format, contexts, repeats, found)
+    return Plan(name, config, getattr(torch, dtype), format, contexts, repeats, found, bool(weights), batch)
 
 
 class Ours:
@@ -120,8 +141,8 @@ class Ours:
 
     name, chunk = "dsv4", CHUNK
 
-    def __init__(self, model: Transformer, format: str, longest: int):
-        self.model, self.format, self.longest = model, format, longest
+    def __init__(self, model: Transformer, format: str, longest: int, batch: int = 1):
+        self.model, self.format, self.longest, self.batch = model, format, longest, batch
 
     def begin(self) -> None:
         self.memory = self.model.new_cache(format=self.format, capacity=self.longest + STEPS)[0]
@@ -135,6 +156,13 @@ class Ours:
         memory = self.memory.fork()
         return lambda token: self.model(token, segments=[(1, memory)], rows="last")[0]
 
+    def side_by_side(self) -> float:
+        """Seconds of a step in which `batch` sequences decode a token each, all from what was read; the median."""
+        ids = tokens(self.model, self.batch, seed=1)
+        segments = [(1, self.memory.fork()) for _ in ids]
+        steps = [_seconds(lambda: self.model(ids, segments=segments, rows="last")) for _ in range(STEPS)]
+        return statistics.median(steps[WARM:])
+
     def bytes(self) -> int | None:
         return self.memory.bytes()
 
@@ -143,11 +171,14 @@ def measure(plan: Plan, say: Say) -> Iterator[Row]:
     """The rows of ours, then of each peer; for one that fails or computes something else {"who", "skipped": why}."""
     config = plan.config
     model = randomise(Transformer(config, plan.dtype), std=None).eval()
-    say(f"{plan.name}: {model.num_parameters():,} parameters, {plan.dtype_name}, memory {plan.format}")
+    say(f"{plan.name}: {model.num_parameters():,} parameters, {plan.weights}, memory {plan.format}")
+    if plan.released:
+        pack_weights(model)
     judge = Judge(model) if plan.against else None
     limits = machine(plan.dtype)
     say(machine_line(limits))
-    for context, found in passes(Ours(model, plan.format, plan.contexts[-1]), plan.contexts, plan.repeats, say):
+    ours = Ours(model, plan.format, plan.contexts[-1], plan.batch)
+    for context, found in passes(ours, plan.contexts, plan.repeats, say):
         yield row(plan, "dsv4", context, found, limits)
     for name, peer in plan.against.items():
         assert judge
@@ -176,6 +207,7 @@ def passes(who: Ours | Theirs, contexts: Sequence[int], repeats: int, say: Say) 
     ids = tokens(who.model, contexts[-1] + 1)
     samples = Samples(contexts)
     size: dict[int, int | None] = {}
+    together: dict[int, list[float]] = {n: [] for n in contexts}
     for repeat in range(repeats):
         who.begin()
         spent, at = 0.0, 0
@@ -186,11 +218,14 @@ def passes(who: Ours | Theirs, contexts: Sequence[int], repeats: int, say: Say) 
                 at = end
             decode = who.decoding()
             samples.add(context, spent, [_seconds(lambda: decode(ids[-1:])) for _ in range(STEPS)])  # noqa: B023
+            if isinstance(who, Ours) and who.batch > 1:
+                together[context].append(who.side_by_side())
             size[context] = who.bytes()
             say(f"{who.name}: {context} tokens, repeat {repeat + 1} of {repeats}")
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for context, found in samples.medians():
-        yield context, {**found, "cache_bytes": size[context], "peak_rss": peak}
+        batch = statistics.median(together[context]) if together[context] else None
+        yield context, {**found, "batch_seconds": batch, "cache_bytes": size[context], "peak_rss": peak}
 
 
 class Samples:
@@ -266,11 +301,14 @@ def _checked(plan: Plan, who: str, found: dict[int, Best], judge: Judge, say: Sa
 def row(plan: Plan, who: str, context: int, found: Row, limits: Row) -> Row:
     """A row of the report: what was found, and what the machine would do at best."""
     best_prefill, best_decode = at_best(plan, who, context, limits)
+    batch = plan.batch / found["batch_seconds"] if found.get("batch_seconds") else None
     return {
-        "who": who, "dtype": plan.dtype_name, "cache": plan.format if who == "dsv4" else "", "ctx": context,
+        "who": who, "dtype": plan.dtype_name, "weights": plan.weights, "cache": plan.format if who == "dsv4" else "",
+        "ctx": context, "batch": plan.batch, "batch_tok_s": batch,
         "prefill_tok_s": context / found["prefill_seconds"], "decode_ms": 1e3 * found["decode_seconds"],
         "prefill_best_tok_s": context / best_prefill, "decode_best_ms": 1e3 * best_decode,
         "prefill_share": best_prefill / found["prefill_seconds"], "decode_share": best_decode / found["decode_seconds"],
+        "batch_times": batch * found["decode_seconds"] if batch else None,
         "cache_bytes": found["cache_bytes"], "peak_rss": found["peak_rss"],
         "apart": found.get("apart"), "apart_ours": found.get("apart_ours"), **limits,
     }  # fmt: skip
@@ -281,9 +319,9 @@ def at_best(plan: Plan, who: str, context: int, limits: Row) -> tuple[float, flo
     config, format = plan.config, plan.format_of(who)
     format = _VLLM_READS if who == "vllm" else _READ_AS.get(format, format)
     bytes_per_second = 1e9 * limits["read_gb_s"]
-    moved = weight_bytes(config, plan.dtype_name) + sum(kv_bytes.held(config, context, format).values())
+    moved = weight_bytes(config, plan.weights) + sum(kv_bytes.held(config, context, format).values())
     computing = cost.weighted(cost.prefill(config, context)) / (1e12 * limits["matmul_tflops"])
-    read = active_bytes(config, plan.dtype_name) + sum(kv_bytes.read(config, context, format).values())
+    read = active_bytes(config, plan.weights) + sum(kv_bytes.read(config, context, format).values())
     return max(computing, moved / bytes_per_second), read / bytes_per_second
 
 

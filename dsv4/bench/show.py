@@ -37,6 +37,8 @@ def lines(rows: Sequence[Row], ceiling: bool = False) -> list[str]:
             f"{r['who']:13s} {r['ctx']:9,d} {r['prefill_tok_s']:13,.0f}{fast} {r['prefill_share']:6.0%} "
             f"{r['decode_ms']:9.2f}{soon} {r['decode_share']:6.0%} {cache:>9s} {r['peak_rss'] / 2**30:8.2f}"
         )
+        if r["batch_tok_s"] is not None:
+            text += f"   batch {r['batch']}: {r['batch_tok_s']:,.0f} tokens/s, {r['batch_times']:.1f} x batch 1"
         if r["who"] != "dsv4":
             mine = ours[r["ctx"]]
             text += f"   ours: prefill {mine['prefill_tok_s'] / r['prefill_tok_s']:.1f} x"

@@ -50,6 +50,8 @@ def frontier(
     context: Annotated[str, typer.Option(help="Tokens, such as 1k,8k,32k (k = 1024).")] = "1k,4k,8k,32k",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; default: float32, with vllm bfloat16.")] = "",
     cache: Annotated[str, typer.Option(help="float32, bfloat16, packed; default: the dtype, with vllm packed.")] = "",
+    weights: Annotated[str, typer.Option(help="released: in FP8 and FP4; default: in the dtype.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Also decode so many sequences side by side.")] = 1,
     against: Annotated[str, typer.Option(help="Peers on the same weights: transformers,llama,vllm,nano.")] = "",
     peer_python: Annotated[
         str, typer.Option(help="The Python that has llama, vllm or nano; default: DSV4_LLAMA_PYTHON and so on.")
@@ -81,7 +83,7 @@ def frontier(
     if threads:
         torch.set_num_threads(threads)
     names = list(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
-    planned = plan(preset, dtype, cache, contexts, repeats, names, peer_python)
+    planned = plan(preset, dtype, cache, contexts, repeats, names, peer_python, weights=weights, batch=batch)
     for path in (out, plot):
         if path:
             make_folder(path.parent)
