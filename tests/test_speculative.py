@@ -359,7 +359,7 @@ def test_the_end_of_the_context() -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_drafts_are_what_the_mtp_block_says_of_the_whole_text(model: Transformer, depth: int) -> None:
     """The first of each step, from the trunk's streams and the tokens that were drawn, whatever was refused before."""
-    engine, drafted = Engine(model, TOKENIZER, tokens_per_step=60, speculative=depth), dict[int, int]()
+    engine, drafted = Engine(model, TOKENIZER, tokens_per_step=64, speculative=depth), dict[int, int]()
     assert engine.speculation is not None
     choose = engine.speculation.choose
 
