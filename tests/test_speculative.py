@@ -243,6 +243,16 @@ def test_greedy_and_drawn_requests_side_by_side_are_each_alone() -> None:
     assert verify(torch.empty(0, 9), [], [], []) == []
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_draft_is_accepted_by_a_row_that_is_not_finite(bad: float, temperature: float) -> None:
+    """Not even the token on which an infinity stands."""
+    logits = torch.zeros(3, 5)
+    logits[0, 2], logits[1, 4] = 50, bad
+    drafts = [Draft(2), Draft(4)]
+    assert verify(logits, [SamplingParams(temperature=temperature)], [drafts], [[0.5] * 3]) == [[2, BROKEN]]
+
+
 def test_without_drafts_it_is_the_plain_draw() -> None:
     logits, params = torch.randn(30, 50), [SamplingParams(temperature=(i % 3) / 2, top_k=i % 4) for i in range(30)]
     generators = [torch.Generator().manual_seed(i) for i in range(30)]
@@ -417,9 +427,10 @@ def test_a_request_ends_where_plain_decoding_ends(
         assert "".join(e.text for e in events) == got.text
         assert [x for e in events for x in e.logprobs] == list(got.logprobs)
         steps = sum(1 for e in events if e.tokens)
-        cut = got.accepted == len(got.ids) - steps + 1  # the last step ended with a draft that was accepted
-        assert cut or got.accepted == len(got.ids) - steps
+        cut = 0 if way == "length" else int(got.accepted != len(got.ids) - steps)  # it ended with an accepted draft
+        assert got.accepted == len(got.ids) - steps + cut, "every other step adds a token to those accepted"
         assert got.drafted >= got.accepted and (got.accepted or len(got.ids) < 3)
+        assert got.drafted == got.accepted or way != "length", "nothing is drafted that has no place"
 
 
 def say(session: Session, text: str, params: SamplingParams) -> list[int]:
@@ -607,6 +618,30 @@ def test_a_step_that_is_stopped_half_way_loses_nothing(
         assert (done[number].drafted, done[number].accepted) == (one.drafted, one.accepted)
 
 
+@pytest.mark.parametrize("budget", [4, 5, 6])
+def test_lost_memories_are_computed_again_up_to_the_drafts(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """In chunks that would end among the drafts: these are verified together with the token before them."""
+    want = Engine(model, TOKENIZER, speculative=3).generate([prompt(9)], SEEDED)[0]
+    trunk = model.trunk
+    for lost in range(4, 9):
+        engine, calls = Engine(model, TOKENIZER, max_batch=1, tokens_per_step=budget, speculative=3), itertools.count()
+
+        def stopping(*args, lost=lost, calls=calls):
+            if next(calls) == lost:
+                raise KeyboardInterrupt
+            return trunk(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "trunk", stopping)
+            number = engine.add(prompt(9), SEEDED)
+            with pytest.raises(KeyboardInterrupt):
+                finish(engine, [number])
+            got = finish(engine, [number])[0]
+        assert told(got) == told(want) and (got.drafted, got.accepted) == (want.drafted, want.accepted)
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_request_whose_logits_are_not_finite_ends_alone(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, depth: int
@@ -657,7 +692,11 @@ def test_padded_vocabulary_is_neither_drafted_nor_drawn() -> None:
     choose, drafted = engine.speculation.choose, list[Draft]()  # type: ignore[union-attr]
     engine.speculation.choose = lambda a, x: [drafted.append(d) or d for d in choose(a, x)]  # type: ignore
     done = engine.generate(["a", "b"], params)
-    assert all(i < 258 for c in done for i in c.ids) and all(d.token < 258 for d in drafted) and drafted
+    assert all(i < 258 for c in done for i in c.ids) and all(d.token < 258 for d in drafted)
+    drawn = [d.probs for d in drafted if d.probs is not None]
+    assert 0 < len(drawn) < len(drafted), "the drawn request's drafts know their distribution, greedy ones have none"
+    assert all(len(q) == 258 and abs(q.sum().item() - 1) < 1e-9 for q in drawn)
+    assert all(d.probs is None or d.probs[d.token] > 0 for d in drafted)
 
 
 # --- wrong use -------------------------------------------------------------------------------------------------------

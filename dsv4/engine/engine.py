@@ -244,6 +244,7 @@ class Engine:
         """Enter drawn tokens until the request ends: the text that they let out, and whether it ends with one."""
         request = drawn.request
         text, reason, before = "", None, len(request.ids)
+        judged, request.drafts = request.drafts, ()  # first: those that are judged are not drafts of what comes next
         for token in drawn.tokens:
             more, reason = self._enter(request, token)
             text += more
@@ -252,11 +253,11 @@ class Engine:
         new = tuple(request.ids[before:])
         news = drawn.logprobs[: len(new)]
         request.logprobs += news
-        request.drafted += len(request.drafts)
+        request.drafted += len(judged)
         request.accepted += min(len(new), len(drawn.tokens) - 1)
         request.text += text
-        request.drafts = drawn.drafts
         if reason is None:
+            request.drafts = drawn.drafts
             return Event(request.number, new, text, logprobs=news)
         return Event(request.number, new, text, reason, self._end(request, reason), news)
 
@@ -277,10 +278,7 @@ class Engine:
 
     def _end(self, request: Request, reason: FinishReason) -> Completion:
         request.finish_reason = reason
-        request.drafts = ()
         self.scheduler.remove(request)
-        if request.memory is not None and request.behind < 1 and self.speculation is not None:
-            request.memory.rewind(1 - request.behind)  # accepted tokens after the one that ended it
         completion = request.completion()
         request.forget()
         return completion

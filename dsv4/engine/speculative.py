@@ -127,17 +127,18 @@ class Speculation:
             self._stand(ahead)
         going = [(ahead, row) for ahead, row in zip(all_ahead, rows, strict=True) if ahead.tokens and ahead.wanted > 0]
         while going:
-            drafts = self.choose([a for a, _ in going], self._logits(hidden, [row for _, row in going]))
-            going = [(a, row, d) for (a, row), d in zip(going, drafts, strict=True) if d is not None]
-            for ahead, _, draft in going:
-                ahead.drafts.append(draft)
-            deeper = [(a, row) for a, row, _ in going if len(a.drafts) < min(self.depth, a.wanted)]
+            drafts = self.choose([ahead for ahead, _ in going], self._logits(hidden, [row for _, row in going]))
+            deeper = []
+            for (ahead, row), draft in zip(going, drafts, strict=True):
+                if draft is not None:
+                    ahead.drafts.append(draft)
+                    deeper += [(ahead, row)] if len(ahead.drafts) < min(self.depth, ahead.wanted) else []
             if deeper:
                 chosen = torch.tensor([row for _, row in deeper], device=streams.device)
-                tokens = torch.tensor([a.drafts[-1].token for a, _ in deeper])
-                memories = [_memory(a.share) for a, _ in deeper]
+                tokens = torch.tensor([ahead.drafts[-1].token for ahead, _ in deeper])
+                memories = [_memory(ahead.share) for ahead, _ in deeper]
                 hidden, streams, _ = self.model.draft_deeper(streams[chosen], tokens, memories)
-            going = [(a, row) for row, (a, _) in enumerate(deeper)]
+            going = [(ahead, row) for row, (ahead, _) in enumerate(deeper)]
         for ahead in all_ahead:
             self._stand(ahead)
         return {ahead.request: ahead.drafts for ahead in all_ahead}

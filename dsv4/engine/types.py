@@ -133,7 +133,8 @@ class Request:
 
     Only ids count, and `drafts`, of the tokens after them: a memory that was lost is computed again. `kept` is what a
     request remembers that had to make room for others; `lasting`: the memory is still needed when the request has
-    ended. `limit` is the length that ids may reach.
+    ended, and may have seen more than ids then (accepted tokens after the one that ended it). `limit` is the length
+    that ids may reach.
     """
 
     number: int
