@@ -187,6 +187,39 @@ def test_dtype_and_device(run_folder):
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory) -> Path:
+    """A model with an MTP block."""
+    folder = tmp_path_factory.mktemp("drafting")
+    save(small_model(vocab_size=258, max_position_embeddings=300, mtp=1), folder)
+    ByteTokenizer().save(folder)
+    return folder
+
+
+def test_speculation_changes_no_greedy_text_and_is_accounted_for(drafting, run_folder, dsv4_run):
+    texts = ("one", "--prompt", "two two")
+    plain = dsv4_run("generate", drafting, *texts, *OPTIONS)
+    code, out, err = dsv4_run("generate", drafting, *texts, *OPTIONS, "--speculative", 2)
+    assert code == 0 and out == plain[1] and "accepted" not in plain[2]
+    done = Engine.open(drafting, speculative=2).generate(["one", "two two"], SamplingParams(**GREEDY))
+    drafted, accepted = sum(c.drafted for c in done), sum(c.accepted for c in done)
+    assert drafted and f"{accepted} of {drafted} drafted tokens were accepted (" in err and "for 16 new tokens" in err
+    code, out, _ = dsv4_run("generate", drafting, *texts, *OPTIONS, "--speculative", 2, "--json")
+    rows = json.loads(out)["completions"]
+    assert [(r["drafted"], r["accepted"]) for r in rows] == [(c.drafted, c.accepted) for c in done]
+    code, out, err = dsv4_run("generate", run_folder, *texts, *OPTIONS, "--speculative", 2)
+    assert code == 2 and "speculative=2, but the model has no MTP block" in err and err.count("\n") == 1 and not out
+    assert "too short" in dsv4_run("generate", drafting, "x", "--max-tokens", 1, "--speculative", 1)[2]
+
+
+def test_a_chat_with_speculation_is_the_same_chat(drafting, dsv4_run):
+    typed = "It was\n\nThen\n/undo\nThen\n/quit\n"
+    _, plain, _ = dsv4_run("chat", drafting, *OPTIONS, typed=typed)
+    code, out, _ = dsv4_run("chat", drafting, *OPTIONS, "--speculative", 1, typed=typed)
+    assert code == 0 and out.startswith(plain.removesuffix("\n")) and out != plain
+    assert "drafted tokens were accepted" in out.splitlines()[-1]
+
+
 # --- chat ------------------------------------------------------------------------------------------------------------
 
 

@@ -163,7 +163,7 @@ def test_plain_mtp(model, golden, name, with_memory) -> None:
     with torch.no_grad():
         if with_memory:
             memory = memory_of(model, "float32", len(ids))
-            hidden, routing = model.draft(model.trunk(ids[:-1], [Segment(len(ids) - 1, memory)]), ids[1:])
+            hidden, _, routing = model.draft(model.trunk(ids[:-1], [Segment(len(ids) - 1, memory)]), ids[1:])
         else:
             hidden, _, routing = model.predict_next(model.trunk(ids, [Segment(len(ids))]), ids)
         logits = model.logits(hidden[golden[f"mtp_positions/{name}"].long()])
@@ -303,7 +303,7 @@ def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
     following = torch.cat([ids[1:], ids[:1]])  # nothing is asked of the last row
     assert refused == 0
     with torch.no_grad():
-        hidden, routing = model.draft(seen.trunk, following)
+        hidden, _, routing = model.draft(seen.trunk, following)
         alone = replace(seen.trunk, run=plan(model.config, [Segment(len(ids))], torch.device("cpu")))
         unrounded, _, _ = model.predict_next(alone, ids)
         off, without = (

@@ -21,6 +21,7 @@ from dsv4.errors import UserError
 from dsv4.measure.replay import choices
 from dsv4.measure.subjects import KINDS, randomise, small_config, small_model, stream, tokens
 from dsv4.model import Segment, Transformer
+from dsv4.model.segments import plan
 
 CHUNKS = [1, 3, 4, 5, 127, 128, 129, 130]
 EXACT = 1e-5
@@ -616,6 +617,52 @@ def test_drafts_out_of_order_are_refused_and_write_nothing():
         model.draft(hole, ids[19:21])
     with pytest.raises(UserError, match="mtp=True"):
         model.draft(model.trunk(ids[:3], [Segment(3, model.new_cache()[0])]), ids[1:4])
+
+
+@pytest.mark.parametrize("start", [1, 15, 16, 17, 127, 128, 129, 150])
+def test_deeper_drafts_are_the_block_on_its_own_streams(start):
+    """Three of them with a memory are what the block makes, without one, of the trunk's streams and then its own; when
+    they are taken back, across the end of a page too, nothing of them is left."""
+    model = small_model(mtp=1, sliding_window=16)
+    ids, guesses = tokens(model, 220), tokens(model, 4, seed=1)
+    memory = model.new_cache(mtp=True, max_rewind=8)[0]
+    trunk = model.trunk(ids[:start], [Segment(start, memory)])
+    following = torch.cat([ids[1:start], guesses[:1]])
+    hidden, streams, _ = model.draft(trunk, following)
+    all_streams, last, got = trunk.streams, streams[-1:], [hidden]
+    for guess in guesses[1:].split(1):
+        hidden, fresh, _ = model.draft_deeper(last, guess, [memory])
+        all_streams, following, last = torch.cat([all_streams, last]), torch.cat([following, guess]), fresh
+        got.append(hidden)
+    run = plan(model.config, [Segment(start + 3)], model.device)
+    with torch.no_grad():
+        want, _, _ = model._mtp(all_streams, following, run, [None])
+    assert differ(want, torch.cat(got)) < EXACT
+    assert (memory.length, memory.newest, memory.drafted) == (start + 3, start + 3, start)
+    memory.rewind(3)
+    assert memory.length == memory.drafted == start
+    memory.rewind(1)  # its row had read a guess
+    whole = whole_drafts(model, ids)
+    assert differ(whole[start - 1 : 219], drafts(model, ids[start - 1 : 219], ids[219:], memory, 9)) < EXACT
+
+
+def test_deeper_drafts_of_many_are_each_alone_and_wrong_ones_write_nothing():
+    model = small_model(mtp=1, sliding_window=16)
+    ids = tokens(model, 40)
+    memories, streams, alone = model.new_cache(batch=3, mtp=True), [], []
+    for n, memory in zip((1, 17, 30), memories, strict=True):
+        _, made, _ = model.draft(model.trunk(ids[:n], [Segment(n, memory)]), ids[1 : n + 1])
+        streams.append(made[-1:])
+        alone.append(model.draft_deeper(streams[-1], (ids[:1] + n) % 97, [memory.fork()])[0])
+    before = [state_of(memory) for memory in memories]
+    wrong = torch.tensor([1, 2, 97])
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        model.draft_deeper(torch.cat(streams), wrong, list(memories))
+    with pytest.raises(UserError, match="mtp=True"):
+        model.draft_deeper(torch.cat(streams), ids[:3], [*memories[:2], model.new_cache()[0]])
+    assert all(same_state(a, state_of(m)) for a, m in zip(before, memories, strict=True))
+    together = model.draft_deeper(torch.cat(streams), (ids[:1] + torch.tensor([1, 17, 30])) % 97, list(memories))[0]
+    assert differ(torch.cat(alone), together) < EXACT
 
 
 def test_a_draft_that_was_stopped_half_way_leaves_the_memory_torn(monkeypatch):

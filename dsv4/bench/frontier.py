@@ -98,7 +98,7 @@ def plan(
     weights: str = "",
     batch: int = 1,
 ) -> Plan:
-    """A plan of the options; an empty dtype or format is what the peers ask for. weights: released, or "": in the dtype.
+    """A plan of the options; an empty dtype or format is what the peers ask for, empty weights those of the dtype.
 
     UserError for an unknown peer, one that is not there, and numbers that vLLM does not run.
     """

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -169,6 +169,59 @@ def _one_context(text: str) -> int:
     if len(contexts) != 1:
         raise UserError(f"--context {text[:40]!r} must be one number of tokens, such as 8k")
     return contexts[0]
+
+
+@bench.command()
+def speculative(
+    model: Annotated[str, typer.Argument(help="A run or checkpoint folder, or a preset with random weights.")],
+    drafts: Annotated[str, typer.Option(help="Tokens drafted a step, such as 1,2,3.")] = "1,2",
+    batch: Annotated[str, typer.Option(help="Prompts that decode together, such as 1,8.")] = "1,8",
+    temperature: Annotated[str, typer.Option(help="Such as 0,0.8; 0 is greedy.")] = "0,1",
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens of each prompt.")] = 128,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
+    cache: Annotated[str, typer.Option(help="Its format: float32, bfloat16, packed; default: that of the dtype.")] = "",
+    device: Device = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Of everything; figures are medians.")] = 3,
+    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/speculative.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Speculative decoding beside plain decoding: drafts accepted, tokens per model call, tokens per second.
+
+    A model accepts drafts when its MTP block was trained with it; random weights show what drafting costs.
+
+    Example: dsv4 bench speculative runs/mine --drafts 1,2,3 --batch 1
+    """
+    import torch
+
+    from dsv4.bench.speculative import lines, measure, open_subject
+    from dsv4.cache import format_name
+    from dsv4.cli.common import resolve_device, resolve_dtype
+    from dsv4.files import make_folder, write_json
+
+    depths, batches = _numbers("drafts", drafts, int), _numbers("batch", batch, int)
+    temperatures = _numbers("temperature", temperature, float)
+    number, place, format = resolve_dtype(dtype), resolve_device(device), format_name(cache or dtype)
+    if threads:
+        torch.set_num_threads(threads)
+    make_folder(out.parent)
+    subject = open_subject(model, number, place, format)
+    rows = measure(subject, depths, batches, temperatures, tokens, repeats, _note)
+    write_json(out, {"rows": rows})
+    print(json.dumps({"rows": rows}) if as_json else "\n".join(lines(rows)))
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _numbers(name: str, text: str, kind: type[Number]) -> list[Number]:
+    """Numbers with commas between them; UserError for anything else."""
+    from dsv4.errors import UserError
+
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name} {text!r} must be numbers with commas between them, such as 1,2") from None
 
 
 @bench.command()

@@ -7,7 +7,7 @@ from contextlib import closing
 import typer
 
 from dsv4.cli import common
-from dsv4.engine import SamplingParams, Session
+from dsv4.engine import Completion, SamplingParams, Session
 from dsv4.errors import UserError
 from dsv4.files import read_lines
 
@@ -27,14 +27,15 @@ def chat(
     device: common.Device = "auto",
     dtype: common.Dtype = "float32",
     cache: common.Cache = "",
+    speculative: common.Speculative = 0,
 ) -> None:
     """Write a text together with a model, turn by turn.
 
     Example: dsv4 chat runs/demo --temperature 0.8 --max-tokens 60
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
-    engine = common.open_engine(model_folder, device, dtype, cache, max_batch=1)
-    session = Session(engine)
+    engine = common.open_engine(model_folder, device, dtype, cache, max_batch=1, speculative=speculative)
+    session, done = Session(engine), list[Completion]()
     typer.echo(HELLO)
     piped = None if sys.stdin.isatty() else read_lines(sys.stdin.buffer, "stdin")
     while (line := _read(piped)) != "/quit":
@@ -47,7 +48,9 @@ def chat(
         elif line.startswith("/"):
             typer.echo(f"(there is no {line.split()[0]}: use /undo, /reset or /quit)")
         else:
-            _reply(session, line, params)
+            done += _reply(session, line, params)
+    if speculative:
+        typer.echo(f"({common.acceptance(done)})")
 
 
 def _read(piped: Iterator[tuple[int, str]] | None) -> str | None:
@@ -72,16 +75,22 @@ def _read(piped: Iterator[tuple[int, str]] | None) -> str | None:
         return None
 
 
-def _reply(session: Session, line: str, params: SamplingParams) -> None:
-    """Stream a reply. A later line starts on a new line of the text; an empty one adds nothing."""
+def _reply(session: Session, line: str, params: SamplingParams) -> list[Completion]:
+    """Stream a reply; its completion, if it came to its end.
+
+    A later line starts on a new line of the text; an empty one adds nothing.
+    """
+    done: list[Completion] = []
     text = "\n" + line if line and len(session.ids) > 1 else line
     try:
         with closing(session.generate(text, params)) as events:
             for event in events:
                 typer.echo(event.text, nl=False)
                 sys.stdout.flush()
+                done += [] if event.completion is None else [event.completion]
         typer.echo()
     except KeyboardInterrupt:
         typer.echo(" (stopped)")
     except UserError as error:
         typer.echo(f"({error})")
+    return done

@@ -1,5 +1,6 @@
 """What the verbs share: their common options, and what the texts given for them mean."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import torch
 from typer import Argument, Option
 
 from dsv4.cache import format_name
-from dsv4.engine import Engine
+from dsv4.engine import Completion, Engine
 from dsv4.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +25,8 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="Of the large matrices: float32, bfloat16 or float16.")]
 Cache = Annotated[str, Option(help="Of the memory: packed (FP8 and FP4), float32, bfloat16, float16; default: dtype.")]
 
+Speculative = Annotated[int, Option(help="Tokens that the model's MTP block drafts a step, such as 1; 0: off.")]
+
 
 def resolve_device(name: str) -> torch.device:
     """auto (cuda where there is one), cpu, cuda, or cuda:N; UserError naming what exists."""
@@ -39,6 +42,14 @@ def open_engine(path: Path, device: str, dtype: str, cache: str, **options: Any)
     """The engine of a run or checkpoint folder, as the options above say; all of them are judged first."""
     place, numbers, memory_format = resolve_device(device), resolve_dtype(dtype), resolve_cache(cache)
     return Engine.open(path, device=place, dtype=numbers, memory_format=memory_format, **options)
+
+
+def acceptance(done: Sequence[Completion]) -> str:
+    """What speculation came to, for a person."""
+    drafted, accepted, new = sum(c.drafted for c in done), sum(c.accepted for c in done), sum(len(c.ids) for c in done)
+    if not drafted:
+        return "nothing was drafted: the texts were too short"
+    return f"{accepted} of {drafted} drafted tokens were accepted ({accepted / drafted:.0%}), for {new} new tokens"
 
 
 def resolve_cache(name: str) -> str | None:

@@ -36,12 +36,13 @@ def generate(
     device: common.Device = "auto",
     dtype: common.Dtype = "float32",
     cache: common.Cache = "",
+    speculative: common.Speculative = 0,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object when all is done.")] = False,
 ) -> None:
     """Continue one prompt or many.
 
     The prompts run together, however their lengths differ, and are printed in order, each with its continuation.
-    Speed and the size of the memory go to stderr.
+    Speed, the size of the memory and how many drafts were accepted go to stderr.
 
     Example: dsv4 generate runs/demo "It was a dark" --max-tokens 200 --temperature 0.8 --seed 1
     Several lines: dsv4 generate runs/demo - < chapter.txt
@@ -52,13 +53,13 @@ def generate(
     texts = [] if prompt is None else [_from_stdin() if prompt == "-" else prompt]
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
-    engine = common.open_engine(model_folder, device, dtype, cache)
+    engine = common.open_engine(model_folder, device, dtype, cache, speculative=speculative)
     started = time.perf_counter()
     done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
     seconds = time.perf_counter() - started
     new, held = sum(len(c.ids) for c in done), sum(c.memory_bytes for c in done)
     if as_json:
-        rows = [_row(text, c) for text, c in zip(texts, done, strict=True)]
+        rows = [_row(text, c, speculative > 0) for text, c in zip(texts, done, strict=True)]
         speed = {"seconds": round(seconds, 4), "tokens_per_second": round(new / seconds, 2)}
         totals = {"new_tokens": new, "memory_bytes": held, **speed}
         typer.echo(json.dumps({"model": str(model_folder), "completions": rows, **totals}, ensure_ascii=False))
@@ -68,6 +69,8 @@ def generate(
         f"the memory held {held:,} bytes",
         err=True,
     )
+    if speculative:
+        typer.echo(common.acceptance(done), err=True)
     if any(c.finish_reason == "error" for c in done):
         typer.echo("the model's numbers are not finite: try --dtype float32, or check the weights", err=True)
         raise typer.Exit(1)
@@ -87,7 +90,7 @@ def _print_all(engine: Engine, texts: list[str], params: SamplingParams) -> list
     return done
 
 
-def _row(text: str, c: Completion) -> dict[str, object]:
+def _row(text: str, c: Completion, speculated: bool) -> dict[str, object]:
     return {
         "prompt": text,
         "text": c.text,
@@ -95,6 +98,7 @@ def _row(text: str, c: Completion) -> dict[str, object]:
         "prompt_tokens": len(c.prompt_ids),
         "ids": c.ids,
         "memory_bytes": c.memory_bytes,
+        **({"drafted": c.drafted, "accepted": c.accepted} if speculated else {}),
         **({"logprobs": [asdict(x) for x in c.logprobs]} if c.logprobs else {}),
     }
 

@@ -1,7 +1,8 @@
 """The engine: requests of any length run together, and each gets what it would get alone.
 
 `step` is the whole story: schedule, run, sample, finish. Who runs is scheduler.py, the model call runner.py, the
-draw sampler.py, text and stop strings writer.py; a conversation over one memory is session.py.
+draw sampler.py, both with drafts speculative.py, text and stop strings writer.py; a conversation over one memory is
+session.py.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 
-from dsv4.checkpoint import load, resolve_checkpoint
+from dsv4.checkpoint import load, read_config, resolve_checkpoint
 from dsv4.engine.runner import Runner
 from dsv4.engine.sampler import BROKEN, logprobs, sample
 from dsv4.engine.scheduler import Scheduler, Share
-from dsv4.engine.types import Completion, Event, FinishReason, Logprob, Request, SamplingParams
+from dsv4.engine.speculative import Speculation, check_depth
+from dsv4.engine.types import Completion, Drawn, Event, FinishReason, Request, SamplingParams
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
 from dsv4.model import LanguageModel, Memory
@@ -61,6 +63,12 @@ class Engine:
     caches (default: the model's). max_rewind: how many tokens a Session can go back without computing any again. pages:
     of 128 tokens, in which all caches lie, allocated at once: who finds no room waits, and the youngest gives way to
     those before it until there is room again; None: as many as are needed.
+
+    speculative: how many tokens a step drafts with the model's MTP block and verifies in the step after; 0 is off. The
+    tokens are those of plain decoding where a request is greedy (to the bit with the C++ ops; elsewhere the order of
+    sums depends on the batch, and a tie of two tokens may fall differently), and distributed as there where it is not:
+    the same seed draws the same text whatever else is in the batch, but not the text that it draws without speculation
+    or with another number of drafts.
     """
 
     def __init__(
@@ -73,17 +81,21 @@ class Engine:
         memory_format: torch.dtype | str | None = None,
         max_rewind: int = 0,
         pages: int | None = None,
+        speculative: int = 0,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens but the model {model.config.vocab_size}: "
                 "use the tokenizer that the model was trained with"
             )
+        check_depth(speculative, len(model.mtp))
         self.config, self.tokenizer = model.config, tokenizer
         self.stop_ids = frozenset((tokenizer.eos_id, *model.stop_ids))
-        self.pool = model.new_pool(memory_format, pages=pages, max_rewind=max_rewind)
-        self.scheduler = Scheduler(max_batch, tokens_per_step, self.pool)
+        back = max_rewind + Speculation.max_rewind(speculative)
+        self.pool = model.new_pool(memory_format, pages=pages, max_rewind=back, mtp=speculative > 0)
+        self.scheduler = Scheduler(max_batch, tokens_per_step, self.pool, drafts=speculative)
         self.runner = Runner(model)
+        self.speculation = Speculation(model, speculative, tokenizer.vocab_size) if speculative else None
         self._numbers = count()
         self._news: list[Event] = []  # events that nobody has been given yet
 
@@ -98,12 +110,14 @@ class Engine:
     ) -> "Engine":
         """The engine of a run folder (its latest checkpoint) or a checkpoint folder; `options` are those of Engine.
 
-        UserError, before any weight is read, if model or tokenizer is missing or damaged.
+        UserError, before any weight is read, if model or tokenizer is missing or damaged, or if the model has no MTP
+        block for speculative=n.
         """
         folder = resolve_checkpoint(path)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder} has no tokenizer.json: copy in the one that the model was trained with")
         tokenizer = load_tokenizer(folder)
+        check_depth(options.get("speculative", 0), getattr(read_config(folder), "num_nextn_predict_layers", 0))
         return cls(load(folder, dtype=dtype, device=device), tokenizer, **options)
 
     @property
@@ -112,19 +126,17 @@ class Engine:
         return self.runner.model
 
     def step(self) -> list[Event]:
-        """One call of the model for all running requests, and one event for each that got a token.
+        """One call of the model for all running requests, and one event for each that got a token; with speculation the
+        MTP block is called as well, and an event may have several tokens.
 
         If it fails or is stopped (out of memory, Ctrl-C), only time is lost: the memories it was filling are
         computed again, and the next step goes on.
         """
         shares = self.scheduler.schedule()
         with _recomputed_if_stopped(shares):
-            ready, logits = self.runner.run(shares)
-            logits, params = self._known(logits), [r.params for r in ready]
-            tokens = sample(logits, params, [r.generator for r in ready])
-            told = logprobs(logits, params, tokens)
-            for request, token, logprob in zip(ready, tokens, told, strict=True):
-                self._news.append(self._finish(request, token, logprob))
+            drawn = self._draw(shares) if self.speculation is None else self.speculation.draw(shares)
+            for one in drawn:
+                self._news.append(self._finish(one))
         news, self._news = self._news, []
         return news
 
@@ -217,44 +229,59 @@ class Engine:
         self.scheduler.add(request)
         return request.number
 
-    # --- the end of a step ---------------------------------------------------------------------------------------
+    # --- the rest of a step --------------------------------------------------------------------------------------
 
-    def _known(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of the tokens that the tokenizer has; a model's vocabulary may be padded."""
-        return logits[:, : self.tokenizer.vocab_size]
+    def _draw(self, shares: Sequence[Share]) -> list[Drawn]:
+        """Run the shares and draw a token for each request of which nothing is pending then."""
+        ready, logits = self.runner.run(shares)
+        logits = logits[:, : self.tokenizer.vocab_size]  # a model's vocabulary may be padded
+        params = [r.params for r in ready]
+        tokens = sample(logits, params, [r.generator for r in ready])
+        told = logprobs(logits, params, tokens)
+        return [Drawn(r, [t], () if x is None else (x,)) for r, t, x in zip(ready, tokens, told, strict=True)]
 
-    def _finish(self, request: Request, token: int, logprob: Logprob | None) -> Event:
-        """Enter a drawn token: the text that it lets out, and whether the request ends with it."""
-        if token == BROKEN:
-            return self._end(request, (), request.writer.flush(), "error")
-        request.ids.append(token)
-        news = () if logprob is None else (logprob,)
+    def _finish(self, drawn: Drawn) -> Event:
+        """Enter drawn tokens until the request ends: the text that they let out, and whether it ends with one."""
+        request = drawn.request
+        text, reason, before = "", None, len(request.ids)
+        judged, request.drafts = request.drafts, ()  # first: those that are judged are not drafts of what comes next
+        for token in drawn.tokens:
+            more, reason = self._enter(request, token)
+            text += more
+            if reason:
+                break
+        new = tuple(request.ids[before:])
+        news = drawn.logprobs[: len(new)]
         request.logprobs += news
+        request.drafted += len(judged)
+        request.accepted += min(len(new), len(drawn.tokens) - 1)
+        request.text += text
+        if reason is None:
+            request.drafts = drawn.drafts
+            return Event(request.number, new, text, logprobs=news)
+        return Event(request.number, new, text, reason, self._end(request, reason), news)
+
+    def _enter(self, request: Request, token: int) -> tuple[str, FinishReason | None]:
+        """Enter a drawn token: the text that it lets out, and why the request ends with it, if it does."""
+        if token == BROKEN:
+            return request.writer.flush(), "error"
+        request.ids.append(token)
         if token in self.stop_ids:  # not written, whether or not the tokenizer knows it as a special token
-            return self._end(request, (token,), request.writer.flush(), "stop", news)
+            return request.writer.flush(), "stop"
         text = request.writer.push(token)
         if request.writer.stopped:
-            return self._end(request, (token,), text, "stop", news)
+            return text, "stop"
         if len(request.ids) == request.limit:
             text += request.writer.flush()
-            return self._end(request, (token,), text, "stop" if request.writer.stopped else "length", news)
-        request.text += text
-        return Event(request.number, (token,), text, logprobs=news)
+            return text, "stop" if request.writer.stopped else "length"
+        return text, None
 
-    def _end(
-        self,
-        request: Request,
-        tokens: tuple[int, ...],
-        text: str,
-        reason: FinishReason,
-        news: tuple[Logprob, ...] = (),
-    ) -> Event:
-        request.text += text
+    def _end(self, request: Request, reason: FinishReason) -> Completion:
         request.finish_reason = reason
         self.scheduler.remove(request)
         completion = request.completion()
         request.forget()
-        return Event(request.number, tokens, text, reason, completion, news)
+        return completion
 
 
 @contextmanager

@@ -23,17 +23,35 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], generators: Sequenc
     A row that is not greedy takes exactly one number from its own CPU generator: what a request draws depends
     neither on its neighbours nor on the device.
     """
-    ids = logits.argmax(dim=1)  # ties: the lowest id
+    return draw(logits, params, generators)[0]
+
+
+def draw(
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+) -> tuple[list[int], Tensor | None]:
+    """As `sample`, with the distributions fp64 [n, V] that the ids were drawn from; None if all rows are greedy."""
+    ids, probs = logits.argmax(dim=1), None  # ties: the lowest id
     if any(p.temperature for p in params):
-        names = ("temperature", "top_k", "top_p", "min_p")
-        settings = torch.tensor([[getattr(p, name) for p in params] for name in names], dtype=torch.float64)
-        temperature, top_k, top_p, min_p = settings.to(logits.device)
-        probs = probabilities(logits, temperature, top_k, top_p, min_p)
+        probs = distributions(logits, params)
         # only now: had this failed above (out of memory), no number would have been lost
-        uniform = [torch.rand((), generator=g, dtype=torch.float64, device="cpu").item() for g in generators]
+        uniform = [numbers(g, 1)[0] for g in generators]
         drawn = pick(probs, torch.tensor(uniform, dtype=torch.float64, device=logits.device))
-        ids = ids.where(temperature == 0, drawn)
-    return ids.where(logits.isfinite().all(dim=1), BROKEN).tolist()
+        greedy = torch.tensor([p.temperature == 0 for p in params], device=logits.device)
+        ids = ids.where(greedy, drawn)
+    return ids.where(logits.isfinite().all(dim=1), BROKEN).tolist(), probs
+
+
+def numbers(generator: torch.Generator, count: int) -> list[float]:
+    """The next `count` numbers of a generator, uniform in [0, 1)."""
+    return [torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item() for _ in range(count)]
+
+
+def distributions(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The distribution fp64 [n, V] that each row of logits [n, V] is drawn from."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    settings = torch.tensor([[getattr(p, name) for p in params] for name in names], dtype=torch.float64)
+    temperature, top_k, top_p, min_p = settings.to(logits.device)
+    return probabilities(logits, temperature, top_k, top_p, min_p)
 
 
 def logprobs(logits: Tensor, params: Sequence[SamplingParams], tokens: Sequence[int]) -> list[Logprob | None]:

@@ -1,8 +1,9 @@
 """Who runs in this step, and how many of their tokens: first come, first served, as far as tokens and pages go.
 
-A step is one flat run: a token for each decoding request and chunks of prompts. A request gets its memory when it is
-admitted, with room for all that is known of it. Where those that run need more pages than there are, the youngest gives
-way: what it remembers is kept as a snapshot, and it goes on with the same bits when there is room again.
+A step is one flat run: a token for each decoding request, with the drafts of those after it, and chunks of prompts. A
+request gets its memory when it is admitted, with room for all that is known of it. Where those that run need more pages
+than there are, the youngest gives way: what it remembers is kept as a snapshot, and it goes on with the same bits when
+there is room again.
 """
 
 from collections import deque
@@ -30,15 +31,17 @@ class Share:
 class Scheduler:
     """Requests wait in line for one of `max_batch` places and for pages of the pool, and keep them until they end."""
 
-    def __init__(self, max_batch: int, tokens_per_step: int, pool: Pool):
+    def __init__(self, max_batch: int, tokens_per_step: int, pool: Pool, drafts: int = 0):
         if max_batch < 1:
             raise UserError(f"max_batch={max_batch} must be at least 1")
-        if tokens_per_step < max_batch:
+        if tokens_per_step < max_batch * (1 + drafts):
+            each = f" x (1 + {drafts} drafted)" if drafts else ""
             raise UserError(
-                f"tokens_per_step={tokens_per_step} must be at least max_batch={max_batch}: "
-                "every running request needs a token in a step"
+                f"tokens_per_step={tokens_per_step} must be at least max_batch={max_batch}{each}: "
+                "every running request needs a token in a step, and those drafted after it"
             )
         self.max_batch, self.tokens_per_step, self.pool = max_batch, tokens_per_step, pool
+        self.ahead = max(0, drafts - 1)  # tokens beyond what a step runs into which deeper drafts are written
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
 
@@ -64,7 +67,7 @@ class Scheduler:
         """This step's shares, empty if there is none.
 
         Who needs a single token goes first, so that a long prompt delays no one's next token; what is left of the
-        budget goes to prompts, oldest first. There is always some left: decoding takes max_batch - 1 at most then.
+        budget goes to prompts, oldest first. There is always some left: at most max_batch - 1 decode then.
         """
         self._let_wait([r for r in self.running if r.memory is None])  # a step was stopped, and their memories are lost
         shares = self._shares()
@@ -78,15 +81,20 @@ class Scheduler:
 
     def _shares(self) -> list[Share]:
         budget, shares = self.tokens_per_step, []
-        for request in sorted(self.running, key=lambda r: r.pending > 1):  # stable: oldest first in each half
+        for request in sorted(self.running, key=lambda r: r.behind > 1):  # stable: oldest first in each half
             count = min(request.pending, budget)
+            if request.behind <= count < request.pending:
+                count = request.behind - 1  # the last token and its drafts are verified together
             if count:
                 shares.append(Share(request, count))
             budget -= count
         return shares
 
     def _short(self, shares: list[Share]) -> bool:
-        return self.pool.shortage([(share.memory, share.count) for share in shares]) > 0
+        wanted = [
+            (share.memory, min(share.count + self.ahead, share.request.limit - share.memory.length)) for share in shares
+        ]
+        return self.pool.shortage(wanted) > 0
 
     def _admit(self, request: Request) -> bool:
         """Let the first of the line in, if there is room for what is known of it beside what the others need now."""

@@ -38,7 +38,9 @@ class Session:
         """
         self._close()
         ids = self.ids + self.engine.tokenizer.encode(text)
-        self._recall(len(ids) - 1)  # the model has to run the last token again, or there is nothing to draw from
+        # The model has to run the last token again, or there is nothing to draw from; and with speculation what the
+        # timeline ended with, after which the MTP block may have read another token (an eos, or what was taken back).
+        self._recall((len(ids) if self.engine.speculation is None else len(self.ids)) - 1)
         request = self.engine.prepare(ids, params or SamplingParams(), self.memory, lasting=True)
         self._turns.append(len(self.ids))
         self._before = self.memory.snapshot() if self.memory else None

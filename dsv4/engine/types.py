@@ -76,7 +76,8 @@ class Completion:
     """What came of a request. memory_bytes is what its memory had allocated at the end.
 
     ids are all tokens drawn, with a final eos and the tokens of a stop string; text has neither. logprobs has one for
-    each of ids if they were asked for, else none.
+    each of ids if they were asked for, else none. With speculation, drafted counts the tokens that the model was given
+    to verify, accepted those of them that are among ids.
     """
 
     request: int
@@ -86,15 +87,17 @@ class Completion:
     finish_reason: FinishReason
     memory_bytes: int
     logprobs: tuple[Logprob, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
 class Event:
     """One step's news of a request: the tokens drawn, the text that they let out; at the end, the completion.
 
-    tokens is empty only with finish_reason "error"; logprobs has one for each if they were asked for. text may be
-    empty: a character may be incomplete, or what is there may be the beginning of a stop string. All texts of a request
-    together are its completion's text.
+    A step draws one token, with speculation sometimes more. tokens is empty only with finish_reason "error"; logprobs
+    has one for each if they were asked for. text may be empty: a character may be incomplete, or what is there may be
+    the beginning of a stop string. All texts of a request together are its completion's text.
     """
 
     request: int
@@ -105,13 +108,33 @@ class Event:
     logprobs: tuple[Logprob, ...] = ()
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A guess at a token to come, and the distribution fp64 [V] that it was drawn from (None: all on it)."""
+
+    token: int
+    probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step drew for a request: at least one token, all but the last of them drafts that were accepted; their
+    log-probabilities, if they were asked for; and the drafts of the tokens after them."""
+
+    request: "Request"
+    tokens: list[int]
+    logprobs: tuple[Logprob, ...] = ()
+    drafts: tuple[Draft, ...] = ()
+
+
 @dataclass(eq=False)
 class Request:
     """A request on its way: `ids` is the prompt, then every token drawn; `memory` has seen the first of them.
 
-    Only ids count: a memory that was lost is computed again. `kept` is what a request remembers that had to make room
-    for others; `lasting`: the memory is still needed when the request has ended. `limit` is the length that ids may
-    reach.
+    Only ids count, and `drafts`, of the tokens after them: a memory that was lost is computed again. `kept` is what a
+    request remembers that had to make room for others; `lasting`: the memory is still needed when the request has
+    ended, and may have seen more than ids then (accepted tokens after the one that ended it). `limit` is the length
+    that ids may reach.
     """
 
     number: int
@@ -127,14 +150,22 @@ class Request:
     text: str = ""
     finish_reason: FinishReason | None = None
     logprobs: list[Logprob] = field(default_factory=list)
+    drafts: tuple[Draft, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.ids)
 
     @property
-    def pending(self) -> int:
-        """Tokens that the memory has not seen: what is left of the prompt, or the one token drawn last."""
+    def behind(self) -> int:
+        """Tokens of ids that the memory has not seen: what is left of the prompt, or the one token drawn last."""
         return len(self.ids) - (self.memory.length if self.memory else 0)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has to run before more can be drawn: those, and the drafts."""
+        return self.behind + len(self.drafts)
 
     def forget(self) -> None:
         """The request has ended: give its memory back, unless somebody goes on with it."""
@@ -146,7 +177,8 @@ class Request:
         assert self.finish_reason is not None
         ids, new = self.ids[: self.num_prompt], self.ids[self.num_prompt :]
         held = self.memory.bytes() if self.memory else 0
-        return Completion(self.number, ids, new, self.text, self.finish_reason, held, tuple(self.logprobs))
+        told, counts = tuple(self.logprobs), (self.drafted, self.accepted)
+        return Completion(self.number, ids, new, self.text, self.finish_reason, held, told, *counts)
 
 
 def _is_number(value: object) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsv4 import ops
-from dsv4.cache import BatchMemory, LayerMemory, Pool
+from dsv4.cache import BatchMemory, LayerMemory, Pool, SequenceMemory
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.model import hyper
@@ -152,12 +152,13 @@ class Transformer(LanguageModel):
         rows = keep.nonzero()[:, 0]
         following = ids.to(self.device)[rows + 1]
         run = plan(self.config, [Segment(n) for n in lengths], self.device)
-        hidden, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.parts))
+        hidden, _, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.parts))
         return hidden, rows, routing
 
     @torch.no_grad()
-    def draft(self, trunk: Trunk, following: Tensor) -> tuple[Tensor, Routing]:
-        """The MTP block over every row of a run with memories (made with mtp=True): hidden [T, M], routing.
+    def draft(self, trunk: Trunk, following: Tensor) -> tuple[Tensor, Tensor, Routing]:
+        """The MTP block over every row of a run with memories (made with mtp=True): hidden [T, M], the block's streams
+        [T, N, M], routing.
 
         following: int64 [T], the token after each row; row t sees the trunk's streams at t and that token and predicts
         the one after it. Reads and writes the block's window in the memories, so it follows every call of `trunk` once,
@@ -189,10 +190,33 @@ class Transformer(LanguageModel):
             memory.advance_drafts()
         return out
 
+    @torch.no_grad()
+    def draft_deeper(
+        self, streams: Tensor, following: Tensor, memories: Sequence[SequenceMemory]
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """The MTP block on its own streams [n, N, M], a row at the end of each of n memories: one more draft for each.
+
+        Returns what `draft` does. Row i takes the place of the trunk's at position memories[i].length; following: int64
+        [n], the token drafted last, which comes after it. Each memory is one token longer then, of which only the
+        block's window has a row: rewind it by as many as there were calls before anything else, and the next `draft`
+        writes those rows anew. Raises UserError, OutOfPages among them, before anything is written.
+        """
+        self._check_ids(following)
+        for memory in memories:
+            if memory.mtp is None:
+                raise UserError("a memory has no window for the MTP block: make it with new_cache(mtp=True)")
+        run = plan(self.config, [Segment(1, memory) for memory in memories], self.device)
+        for memory in memories:
+            memory.begin()
+        views = [None if part.pool is None else part.pool.mtp for part in run.parts]
+        out = self._mtp(streams, following.to(self.device), run, views)
+        for memory in memories:
+            memory.advance(1)
+        return out
+
     def _mtp(
         self, streams: Tensor, following: Tensor, run: Run, views: list[LayerMemory | None]
-    ) -> tuple[Tensor, Routing]:
+    ) -> tuple[Tensor, Tensor, Routing]:
         assert self.mtp, "the model has no MTP block"
-        block = self.mtp[0]
-        hidden, _, routing = block(streams, self.embed(following).to(self.compute_dtype), following, run, views)
-        return hidden, routing
+        embedded = self.embed(following).to(self.compute_dtype)
+        return self.mtp[0](streams, embedded, following, run, views)
