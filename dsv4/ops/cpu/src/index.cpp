@@ -116,7 +116,31 @@ template <class X> struct Score {
     }
 };
 
-template <class T, class X> struct Index {
+#if defined(__AVX512F__)
+// The same for pairs of keys and one query of eight heads, whose weights [16] come twice.
+void score_pairs(const int8_t* panel, const uint8_t* pairs, long count, long D, const float* weights, float* scores) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    vf w = load(weights);
+    for (long k = 0; k < count; k += KEYS) {
+        vf acc[KEYS / 2][1];
+        spread_pairs<KEYS / 2>(panel, pairs + k * whole_size(D), D, acc);
+        v8 folded[KEYS];
+        for (int p = 0; p < KEYS / 2; p += 2) {
+            __m512 part[2];
+            for (int i = 0; i < 2; i++) part[i] = (__m512)((acc[p + i][0] < 0.0f ? vf{} : acc[p + i][0]) * w);
+            __m512 first = _mm512_permutex2var_ps(part[0], evens, part[1]), second = _mm512_permutex2var_ps(part[0], odds, part[1]);
+            folded[2 * p] = (v8)_mm512_castps512_ps256(first), folded[2 * p + 1] = (v8)_mm512_castps512_ps256(second);
+            folded[2 * p + 2] = (v8)_mm512_extractf32x8_ps(first, 1), folded[2 * p + 3] = (v8)_mm512_extractf32x8_ps(second, 1);
+        }
+        v8 total = sums(folded);
+        std::memcpy(scores + k, &total, sizeof total);
+    }
+}
+#endif
+
+// PAIRS: of keys, for blocks of one query of eight heads.
+template <class T, class X, bool PAIRS = false> struct Index {
     typedef Multiplied_as<X> As;
     static constexpr bool WHOLE = std::is_same<X, int8_t>::value, AS_FP32 = std::is_same<X, float>::value;
     const Call& call;
@@ -134,12 +158,12 @@ template <class T, class X> struct Index {
         const uint8_t* found[TILE];
     };
     long work_size() const {
-        return most * (heads * (As::column(D) * sizeof(X) + 4) + TILE * 4) + TILE * (width * 8 + sizeof(vf)) + 7 * 64;
+        return most * ((1 + PAIRS) * heads * (As::column(D) * sizeof(X) + 4) + TILE * 4) + TILE * (width * 8 + sizeof(vf)) + 7 * 64;
     }
     Work work_in(Room& room) const {
         Work work;
-        work.panels = room.take<X>(most * heads * As::column(D));
-        work.weights = room.take<float>(most * heads);
+        work.panels = room.take<X>((1 + PAIRS) * most * heads * As::column(D));
+        work.weights = room.take<float>((1 + PAIRS) * most * heads);
         work.scores = room.take<float>(most * TILE);
         work.wide = room.take<float>(TILE * width);
         work.partial = room.take<vf>(TILE);
@@ -158,6 +182,19 @@ template <class T, class X> struct Index {
     }
 
     void lay(Work& work, long i, long j) const {
+        if constexpr (PAIRS) return lay_twice(work, i);
+        else lay_once(work, i, j);
+    }
+    void lay_twice(Work& work, long i) const {
+        std::vector<const T*> rows(2 * heads, nullptr);
+        for (long h = 0; h < 2 * heads; h++) {
+            bool there = h / 2 < H;
+            rows[h] = there ? static_cast<const T*>(call.q) + (i * H + h / 2) * D : nullptr;
+            work.weights[h] = there ? call.weights[i * H + h / 2] : 0.0f;
+        }
+        lay_whole_panels(rows.data(), 2 * heads, D, work.panels);
+    }
+    void lay_once(Work& work, long i, long j) const {
         std::vector<const T*> rows((j - i) * heads, nullptr);
         std::fill(work.weights, work.weights + (j - i) * heads, 0.0f);
         for (long a = i; a < j; a++)
@@ -199,9 +236,16 @@ template <class T, class X> struct Index {
     void offer(Work& work, long i, long j, long lo, long hi, Best* best) const {
         for (long from = lo; from < hi; from += TILE) {
             long count = std::min(TILE, hi - from);
-            find_keys(work, from, count);
-            Score<X> score{work.keys, count, D, heads, work.weights, work.partial, work.scores};
-            for_panels(work.panels, (j - i) * heads, As::column(D), score);
+            if constexpr (PAIRS) {
+#if defined(__AVX512F__)
+                whole_pairs(call.keys, from, count, D, work.found, work.whole);
+                score_pairs(work.panels, work.whole, count, D, work.weights, work.scores);
+#endif
+            } else {
+                find_keys(work, from, count);
+                Score<X> score{work.keys, count, D, heads, work.weights, work.partial, work.scores};
+                for_panels(work.panels, (j - i) * heads, As::column(D), score);
+            }
             for (long a = i; a < j; a++)
                 best[a - i].offer(work.scores + (a - i) * TILE, from, std::min(count, call.last(a) - from));
         }
@@ -270,7 +314,12 @@ template <class T, class X> struct Index {
 template <class T, class X> void choose_as(const Call& call) {
     long query = padded_heads(call.H) * call.D * sizeof(X);
     long shared = (call.n + 4 * omp_get_max_threads() - 1) / (4 * omp_get_max_threads());
-    Index<T, X>{call, std::clamp<long>(std::min((1L << 18) / query, shared), 1, 32)}.run();
+    long most = std::clamp<long>(std::min((1L << 18) / query, shared), 1, 32);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<X, int8_t>::value)
+        if (most == 1 && padded_heads(call.H) == 8 && call.D <= 8 * BLOCK) return Index<T, X, true>{call, 1}.run();
+#endif
+    Index<T, X>{call, most}.run();
 }
 
 // FP4 keys and queries that were rounded as they are: multiplied as whole numbers. Each query decides for itself.

@@ -32,27 +32,30 @@ template <class I> INLINE I four_products(I acc, I heads, const uint8_t* key) {
 #endif
 }
 
+// The numbers of two blocks' codes (of one, in the lower half): those of even columns, and of odd ones
+INLINE void whole_numbers(__m256i codes, __m256i& even, __m256i& odd) {
+    const __m128i few = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    const __m256i numbers = _mm256_set_m128i(few, few), nibble = _mm256_set1_epi8(15);
+    even = _mm256_shuffle_epi8(numbers, _mm256_and_si256(codes, nibble));
+    odd = _mm256_shuffle_epi8(numbers, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
+}
+
 // A key: D bytes of numbers, then the scales of its blocks in FP32. Two blocks lie together, the even columns of both before
 // the odd ones of both, as one vector gives them; a last one lies alone.
 INLINE long whole_size(long D) { return D + D / BLOCK * 4; }
 INLINE void whole_key(const uint8_t* row, long D, uint8_t* out) {
-    const __m128i few = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
-    const __m256i numbers = _mm256_set_m128i(few, few), nibble = _mm256_set1_epi8(15);
     const uint8_t* scales = row + D / 2;
     uint32_t* to = reinterpret_cast<uint32_t*>(out + D);
     long blocks = D / BLOCK, b = 0;
+    __m256i even, odd;
     for (; b + 2 <= blocks; b += 2) {
-        __m256i codes = load_as<__m256i>(row + b * 16);
-        __m256i even = _mm256_shuffle_epi8(numbers, _mm256_and_si256(codes, nibble));
-        __m256i odd = _mm256_shuffle_epi8(numbers, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
+        whole_numbers(load_as<__m256i>(row + b * 16), even, odd);
         std::memcpy(out + b * BLOCK, &even, 32), std::memcpy(out + b * BLOCK + 32, &odd, 32);
         __m128i pair = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(load_as<uint16_t>(scales + b)));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(to + b), _mm_slli_epi32(pair, 23));
     }
     if (b < blocks) {
-        __m128i codes = load_as<__m128i>(row + b * 16), low = _mm256_castsi256_si128(nibble);
-        __m128i even = _mm_shuffle_epi8(few, _mm_and_si128(codes, low));
-        __m128i odd = _mm_shuffle_epi8(few, _mm_and_si128(_mm_srli_epi16(codes, 4), low));
+        whole_numbers(_mm256_castsi128_si256(load_as<__m128i>(row + b * 16)), even, odd);
         std::memcpy(out + b * BLOCK, &even, 16), std::memcpy(out + b * BLOCK + 16, &odd, 16);
         to[b] = uint32_t(scales[b]) << 23;
     }
@@ -69,6 +72,72 @@ void whole_keys(const Pool& pool, long from, long count, long D, uint8_t* out) {
         }
     }
 }
+
+#if defined(__AVX512F__)
+// --- two keys at a time, for one query of eight heads: its heads take half of a vector, and so two keys fill one ---
+//
+// Four bytes of a key lie beside those of the other, and so do their scales. The query's panel has each head twice.
+
+INLINE void whole_pair(const uint8_t* a, const uint8_t* b, long D, uint8_t* out) {
+    auto both = [](uint8_t* to, __m256i x, __m256i y, long bytes) {
+        __m256i low = _mm256_unpacklo_epi32(x, y), high = _mm256_unpackhi_epi32(x, y);
+        std::memcpy(to, &low, bytes), std::memcpy(to + bytes, &high, bytes);
+    };
+    long blocks = D / BLOCK, i = 0;
+    const uint8_t *scales_a = a + D / 2, *scales_b = b + D / 2;
+    __m256i even[2], odd[2];
+    for (; i + 2 <= blocks; i += 2) {
+        whole_numbers(load_as<__m256i>(a + i * 16), even[0], odd[0]);
+        whole_numbers(load_as<__m256i>(b + i * 16), even[1], odd[1]);
+        both(out + i * 64, even[0], even[1], 32), both(out + i * 64 + 64, odd[0], odd[1], 32);
+        __m128i s = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(load_as<uint16_t>(scales_a + i)));
+        __m128i t = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(load_as<uint16_t>(scales_b + i)));
+        s = _mm_slli_epi32(_mm_unpacklo_epi32(s, t), 23);
+        std::memcpy(out + 2 * D + i * 8, &s, 16);
+    }
+    if (i < blocks) {
+        whole_numbers(_mm256_castsi128_si256(load_as<__m128i>(a + i * 16)), even[0], odd[0]);
+        whole_numbers(_mm256_castsi128_si256(load_as<__m128i>(b + i * 16)), even[1], odd[1]);
+        both(out + i * 64, even[0], even[1], 16), both(out + i * 64 + 32, odd[0], odd[1], 16);
+        uint32_t scales[] = {uint32_t(scales_a[i]) << 23, uint32_t(scales_b[i]) << 23};
+        std::memcpy(out + 2 * D + i * 8, scales, 8);
+    }
+}
+
+// The keys from..from+count-1 of a pool in pairs, the last with itself.
+void whole_pairs(const Pool& pool, long from, long count, long D, const uint8_t** found, uint8_t* out) {
+    pool.addresses(from, count, found);
+    for (long i = 0; i < count; i += 2, out += 2 * whole_size(D)) {
+        _mm_prefetch(found[i] + 2048, _MM_HINT_T0), _mm_prefetch(found[i] + 2112, _MM_HINT_T0);
+        whole_pair(found[i], found[std::min(i + 1, count - 1)], D, out);
+    }
+}
+
+// acc[m]: the products of M pairs with the heads of a panel, those of a pair side by side.
+template <int M> INLINE void spread_pairs(const int8_t* panel, const uint8_t* pairs, long D, vf (*acc)[1]) {
+    vf totals[M] = {};
+    for (long b = 0; b < D / BLOCK; b++, panel += LANES * (BLOCK + 8)) {
+        bool paired = (b | 1) < D / BLOCK;
+        const uint8_t* first = pairs + (paired ? b / 2 * 128 + b % 2 * 16 : b * 64);
+        long step = paired ? 32 : 16;
+        vi sums[M];
+        for (int m = 0; m < M; m++) sums[m] = load_as<vi>(panel + LANES * BLOCK);
+        for (int g = 0; g < BLOCK / 4; g++) {
+            __m512i heads = load_as<__m512i>(panel + g * LANES * 4);
+            for (int m = 0; m < M; m++) {
+                __m512i bytes = _mm512_set1_epi64(load_as<int64_t>(first + m * 2 * whole_size(D) + g / 2 * step + g % 2 * 8));
+                sums[m] = (vi)_mm512_dpbusd_epi32((__m512i)sums[m], bytes, heads);
+            }
+        }
+        vf scales = load_as<vf>(panel + LANES * (BLOCK + 4));
+        for (int m = 0; m < M; m++) {
+            vf both = (vf)_mm512_set1_epi64(load_as<int64_t>(pairs + m * 2 * whole_size(D) + 2 * D + b * 8));
+            totals[m] = fused(__builtin_convertvector(sums[m], vf) * scales, both, totals[m]);
+        }
+    }
+    for (int m = 0; m < M; m++) acc[m][0] = totals[m];
+}
+#endif
 
 // Queries in panels like those of heads.h. Of each panel and block: [8][columns][4] bytes; what the offset adds to a sum,
 // to be taken away, int32 [columns]; and scales, FP32 [columns].
