@@ -102,7 +102,7 @@ def test_the_mtp_block_and_what_gates_decide() -> None:
         out = []
         for at in range(0, 50, 10):
             trunk = model.trunk(ids[at : at + 10], model._cut(ids[at : at + 10], None, [(10, memory)])[1])
-            hidden, routing = model.draft(trunk, ids[at + 1 : at + 11])
+            hidden, _, routing = model.draft(trunk, ids[at + 1 : at + 11])
             out += [hidden, *(t for r in (*trunk.routing, routing) for t in (r.scores, r.chosen, r.weights))]
         return out
 

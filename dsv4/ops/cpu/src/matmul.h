@@ -57,21 +57,24 @@ INLINE float power_of_two(uint8_t code) {  // UE8M0
 struct Fp8Row {
     const uint8_t *p, *scales;
     INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k); }
-    // A code with its sign in the highest bit and the rest from bit 7 on is the same number * 2^-8, as an IEEE half.
-    INLINE vf numbers(const uint8_t* codes) const {
+    // LANES codes times `scale`. A code with its sign in the highest bit and the rest from bit 7 on is the same number
+    // * 2^-8, as an IEEE half; the scale makes up for it, unless that takes it out of its range.
+    static INLINE vf scaled(const uint8_t* codes, float scale) {
 #if defined(__AVX512F__)
         __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_as<__m128i>(codes)), 7);
-        return (vf)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(short(0xbf80)))) * 256.0f;
+        vf halves = (vf)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(short(0xbf80))));
 #else
         __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(load_as<int64_t>(codes))), 7);
-        return (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(short(0xbf80)))) * 256.0f;
+        vf halves = (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(short(0xbf80))));
 #endif
+        float up = scale * 256.0f;
+        return __builtin_expect(up < INFINITY, 1) ? halves * up : halves * 256.0f * scale;
     }
-    INLINE vf at(long k) const { return numbers(p + k) * power_of_two(scales[k / 128]); }
+    INLINE vf at(long k) const { return scaled(p + k, power_of_two(scales[k / 128])); }
     INLINE vf some(long k, int count) const {
         uint8_t part[LANES] = {};
         std::memcpy(part, p + k, count);
-        return numbers(part) * power_of_two(scales[k / 128]);
+        return scaled(part, power_of_two(scales[k / 128]));
     }
 };
 

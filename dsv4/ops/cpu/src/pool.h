@@ -6,10 +6,6 @@
 
 namespace {
 
-// LANES e4m3 codes as numbers, but for the two codes that are NaN.
-INLINE vf e4m3(const uint8_t* p) { return Fp8Row{nullptr, nullptr}.numbers(p); }
-INLINE vf e2m1(const uint8_t* p) { return Fp4Row{nullptr, nullptr}.numbers(p); }
-
 // Numbers that BF16 holds exactly, as BF16.
 INLINE void as_bf16(const float* row, bf16* out, long padded) {
     for (long k = 0; k < padded; k += LANES) {
@@ -100,11 +96,11 @@ struct Pool {
                 std::memcpy(&scale, &bits, 4);
             }
             long last = std::min(first + block, coded), k = first;  // a block is a multiple of LANES (LIMITS)
-            for (; k + LANES <= last; k += LANES) store(out + k, codes<K>(row, k) * scale);
+            for (; k + LANES <= last; k += LANES) store(out + k, codes<K>(row, k, scale));
             if (k < last) {  // the row's end: what is read must not be beyond it
                 uint8_t part[LANES] = {};
                 std::memcpy(part, row + (K == FP8 ? k : k / 2), bytes - (K == FP8 ? k : k / 2));
-                store_some(out + k, codes<K>(part, 0) * scale, int(last - k));
+                store_some(out + k, codes<K>(part, 0, scale), int(last - k));
             }
         }
         if (K == FP8) keep_nan(row, out);
@@ -125,17 +121,18 @@ struct Pool {
         vb found = {};
         long k = 0;
         for (; k + LANES <= coded; k += LANES) found |= (vb)((load_as<vb>(row + k) & 0x7f) == 0x7f);
-        uint8_t any[LANES], some = 0;
+        uint64_t any[LANES / 8], some = 0;
         std::memcpy(any, &found, LANES);
-        for (uint8_t byte : any) some |= byte;
+        for (uint64_t bytes : any) some |= bytes;
         for (; k < coded; k++) some |= (row[k] & 0x7f) == 0x7f;
         if (!some) return;
         for (k = 0; k < coded; k++)
             if ((row[k] & 0x7f) == 0x7f) out[k] = NAN;
     }
 
-    template <int K> static INLINE vf codes(const uint8_t* p, long k) {
-        return K == FP8 ? e4m3(p + k) : e2m1(p + k / 2);
+    // LANES numbers of a packed row, but for the two FP8 codes that are NaN
+    template <int K> static INLINE vf codes(const uint8_t* p, long k, float scale) {
+        return K == FP8 ? Fp8Row::scaled(p + k, scale) : Fp4Row{nullptr, nullptr}.numbers(p + k / 2) * scale;
     }
 };
 
