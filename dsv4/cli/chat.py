@@ -82,6 +82,12 @@ def _reply(session: Session, line: str, params: SamplingParams) -> None:
                 sys.stdout.flush()
         typer.echo()
     except KeyboardInterrupt:
-        typer.echo(" (stopped)")
+        read = len(session.ids) - session.unread
+        all_read = session.unread <= 1  # of a token that was drawn nothing is computed before the next one
+        typer.echo(" (stopped)" if all_read else _stopped_reading(read, len(session.ids)))
     except UserError as error:
         typer.echo(f"({error})")
+
+
+def _stopped_reading(read: int, of: int) -> str:
+    return f"(stopped after reading {read:,} of {of:,} tokens; an empty line reads on from there, /undo takes it back)"
