@@ -96,7 +96,10 @@ def measure(options: Options, say: Say, show: Show) -> Row:
         found["memory"] = reader.memory_report(options)
         found["growth"] = growth(config, options.format, options.context)
     if complete and at is not None:
-        found["needle"] = reader.needle(options, needles.unused(ids, config.vocab_size))
+        try:
+            found["needle"] = reader.needle(options, needles.unused(ids, config.vocab_size))
+        except KeyboardInterrupt:
+            found["stopped_at"] = reader.done
     return found
 
 
@@ -228,8 +231,9 @@ class Reader:
 
 
 def growth(config: ModelConfig, format: str, context: int) -> Row:
-    """What the pages of a memory come to that was made without a capacity and grows by half at a time: nothing is
-    allocated for it. peak_bytes: while the last growth copied its largest store."""
+    """What the pages of a memory come to that was made without a capacity and grows as tokens come: nothing is
+    allocated to find out. wasted: beside what it holds, at the end and at most from 32K tokens on. peak_bytes: while a
+    growth copied its largest store."""
     pool = Pool(config, format=format, device="meta", max_rewind=0, slots=1)
     memory, worst, peak = pool.new(), 0.0, 0
     for _, size in _chunks(context):
@@ -239,11 +243,10 @@ def growth(config: ModelConfig, format: str, context: int) -> Row:
         if pool.num_pages > before:
             largest = max(store.data.untyped_storage().nbytes() for _, _, store in pool.stores())
             peak = max(peak, pool.bytes() + largest * before // pool.num_pages)
-        # of less than a thousand tokens fixed parts are the larger ones
-        if memory.length > 1024:
+        if memory.length >= 1 << 15:
             worst = max(worst, pool.bytes() / memory.bytes() - 1)
     return {
-        "allocated_bytes": pool.bytes(), "wasted": pool.bytes() / memory.bytes() - 1, "wasted_at_most": worst,
+        "allocated_bytes": pool.bytes(), "held_bytes": memory.bytes(), "wasted": pool.bytes() / memory.bytes() - 1, "wasted_at_most": worst,
         "peak_bytes": peak,
     }  # fmt: skip
 
@@ -261,20 +264,22 @@ def lines(found: Row) -> list[str]:
         share = "" if r["share"] is None else f"{r['share']:.0%}"
         held = [f"{x / 2**20:.0f}" if x is not None else "?" for x in (r["resident_bytes"], r["rest_bytes"])]
         out.append(
-            f"{r['context']:9,d} {r['prefill_seconds']:9.1f} {r['tok_s']:7,.0f} {share:>9s} {1e3 * r['decode_seconds']:9.2f} "
-            f"{r['decode_seconds'] / found['marks'][0]['decode_seconds']:6.2f} {r['cache_bytes'] / 2**20:9.1f} "
+            f"{r['context']:9,d} {r['prefill_seconds']:9.1f} {r['tok_s']:7,.0f} {share:>9s} "
+            f"{1e3 * r['decode_seconds']:9.2f} {r['decode_seconds'] / found['marks'][0]['decode_seconds']:6.2f} {r['cache_bytes'] / 2**20:9.1f} "
             f"{held[0]:>8s} {held[1]:>10s}"
         )
+    if "memory" in found:
+        m, g = found["memory"], found["growth"]
+        out += [
+            f"cache: {m['allocated_per_token']:.2f} bytes a token are allocated, {m['counted_per_token']:.2f} counted "
+            f"({m['difference']:+.2%}); if it grew as tokens come it would take {g['wasted']:.1%} more than it holds "
+            f"({g['wasted_at_most']:.0%} at worst on the way)",
+            f"at most {m['peak_bytes'] / 2**20:,.0f} MiB of memory in {m['peak_is_of']}",
+        ]
+    out += needles.lines(found["needle"]) if "needle" in found else []
     if found["stopped_at"] is not None:
-        return [*out, f"stopped after {found['stopped_at']:,} of {found['context']:,} tokens"]
-    m, g = found["memory"], found["growth"]
-    out += [
-        f"cache: {m['allocated_per_token']:.2f} bytes a token are allocated, {m['counted_per_token']:.2f} counted "
-        f"({m['difference']:+.2%}); grown by half at a time it would take {g['wasted']:.0%} more than it holds "
-        f"({g['wasted_at_most']:.0%} at worst on the way)",
-        f"at most {m['peak_bytes'] / 2**20:,.0f} MiB of memory in {m['peak_is_of']}",
-    ]
-    return out + (needles.lines(found["needle"]) if "needle" in found else [])
+        out.append(f"stopped after {found['stopped_at']:,} of {found['context']:,} tokens of the prompt")
+    return out
 
 
 def _shares(config: ModelConfig, row: Row, best: float) -> Row:

@@ -23,7 +23,7 @@ from dsv4.measure.rows import Row
 from dsv4.model import Transformer
 
 LENGTH, QUERY = 16, 8  # tokens
-QUIET = 0.25  # of what sublayers add to the streams: a token then still resembles itself in the last layers
+QUIET = 0.1  # of what sublayers add to the streams: a token then still resembles itself in the last layers
 SHORT = 4096  # tokens of the prompt with less text
 
 Read = Callable[[Tensor, SequenceMemory], None]  # tokens into a memory, in chunks
