@@ -104,7 +104,9 @@ def place(config: ModelConfig, context: int, depth: float | None, seed: int) -> 
         first = context - context // 16 if context > 65536 else 1
         return int(torch.randint(first, last + 1, (), generator=torch.Generator().manual_seed(seed)))
     if not 1 <= int(depth * context) <= last:
-        raise UserError(f"--needle-depth {depth} must be between 0 and {last / context:.4f}, or windows reach the needle")
+        raise UserError(
+            f"--needle-depth {depth} must be between 0 and {last / context:.4f}, or windows reach the needle"
+        )
     return int(depth * context)
 
 

@@ -121,7 +121,9 @@ def layer(
 def million(
     preset: Preset = "bench",
     context: Annotated[str, typer.Option(help="Tokens of the prompt, such as 16k or 1m.")] = "1m",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: which the processor multiplies faster.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: which the processor multiplies faster.")
+    ] = "auto",
     cache: Annotated[str, typer.Option(help="Its format: packed, bfloat16, float32.")] = "packed",
     needle: Annotated[bool, typer.Option("--needle", help="Also whether a few tokens far back reach a query.")] = False,
     needle_depth: Annotated[
@@ -254,6 +256,40 @@ def cost(as_json: AsJson = False) -> None:
         print(json.dumps(out))
     else:
         tables.show(out, details=False)
+
+
+@bench.command()
+def count(
+    update: Annotated[
+        bool, typer.Option("--update", help="Commit what is found: rewrite dsv4/bench/counts.json.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Instructions of each C++ op in a chunk of prefill and a decode step, beside the committed ones (valgrind).
+
+    Fails where one grew by more than 5%.
+
+    Example: dsv4 bench count
+    """
+    from dsv4.bench.count import compare, lines, measure, worse
+    from dsv4.bench.count import committed as read_committed
+    from dsv4.bench.count import update as commit
+    from dsv4.errors import UserError
+
+    _note("counting, which takes about half a minute")
+    try:
+        found = measure()
+    except ImportError as error:
+        raise UserError(f"the C++ ops {error}") from None
+    before = read_committed()
+    rows = compare(found, before)
+    print(json.dumps(found | {"rows": rows}) if as_json else "\n".join(lines(found, before, rows)))
+    if update:
+        commit(found)
+    elif more := worse(rows):
+        names = ", ".join(f"{r['op']} ({r['phase']})" for r in more)
+        _note(f"more instructions than committed: {names}; if that is meant, dsv4 bench count --update")
+        raise typer.Exit(1)
 
 
 # Its own options, --help among them, are read there: it also has to run where typer is not installed.
