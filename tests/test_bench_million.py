@@ -1,6 +1,6 @@
-"""Failures caught here: a report on a long prompt that lacks a mark or a figure, counts other bytes than it allocates, or
-loses what it has when it is stopped; a cache that grows by more than it should; a needle that windows could carry, that
-the query's layers do not choose, or that does not reach the logits. Nothing here says how fast anything is.
+"""Failures caught here: a report on a long prompt that lacks a mark or a figure, counts other bytes than it allocates,
+or loses what it has when it is stopped; a cache that grows by more than it should; a needle that windows could carry,
+that the query's layers do not choose, or that does not reach the logits. Nothing here says how fast anything is.
 """
 
 import json
@@ -14,6 +14,7 @@ from dsv4.bench import million, needle
 from dsv4.bench.million import Options
 from dsv4.cache import Pool
 from dsv4.cli import main
+from dsv4.cli.progress import reading_progress
 from dsv4.config import ModelConfig
 from dsv4.cost import kv_bytes
 from dsv4.cost.hardware import Accelerator
@@ -181,8 +182,9 @@ def test_no_chain_of_windows_carries_the_needle() -> None:
     context = needle.least_context(model.config)
     assert needle.place(model.config, context, None, 0) == 1
     assert compared(model, context, 1, "float32")["largest_difference"] == 0
-    nearer = compared(model, context - 5, 1, "float32")["largest_difference"]
-    assert nearer == 0, "five tokens nearer no window sees it either: the query stands at the end"
+    last, nearer = (context - needle.QUERY + more for more in (1, 0))  # the query's last token is the one that asks
+    assert compared(model, last, 1, "float32")["largest_difference"] == 0
+    assert compared(model, nearer, 1, "float32")["largest_difference"] > 0
 
 
 def test_where_a_needle_is_placed() -> None:
@@ -201,3 +203,21 @@ def test_where_a_needle_is_placed() -> None:
     assert needle.unused(torch.tensor([0, 1, 3, 5]), 6) == (4, 2)
     with pytest.raises(UserError, match="all but 1 of 4 tokens"):
         needle.unused(torch.tensor([0, 1, 3]), 4)
+
+
+# --- what is shown meanwhile -----------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_in_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Now and then, and at the end, with the speed since the first token and what is left."""
+    clock = [100.0]
+    monkeypatch.setattr("dsv4.cli.progress.time.monotonic", lambda: clock[0])
+    with reading_progress() as show:
+        for seconds, done in ((50, 0), (1, 100), (9, 400), (30, 2000), (40, 4000)):  # a vocabulary takes the first 50
+            clock[0] += seconds
+            show("prompt", done, 4000)
+    assert capsys.readouterr().err.splitlines() == [
+        "prompt: 100/4,000 tokens  100 tokens/s  0:39 left",
+        "prompt: 2,000/4,000 tokens  50 tokens/s  0:40 left",
+        "prompt: 4,000/4,000 tokens  50 tokens/s  0:00 left",
+    ]

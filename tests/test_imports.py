@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "conform": {"measure", "config", "ops", "model", "cache", "checkpoint", "text"},
     "probe": {"measure", "engine", "train", "model", "text", "config", "cost"},
     "lab": {"measure", "engine", "train", "model", "text", "config", "cost"},
-    "bench": {"measure", "engine", "train", "model", "ops", "cache", "checkpoint", "config", "cost"},
+    "bench": {"measure", "engine", "train", "model", "ops", "cache", "checkpoint", "config", "cost", "data", "text"},
 }
 # The front doors: the command line, `python -m dsv4`, and the lazy public names of `dsv4/__init__.py`.
 ALLOWED["cli"] = ALLOWED["__main__"] = ALLOWED["__init__"] = {*ALLOWED, "cli", "__init__"}

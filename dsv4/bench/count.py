@@ -120,7 +120,7 @@ def compare(found: Row, before: Row) -> list[Row]:
 
 def worse(rows: Sequence[Row]) -> list[Row]:
     """Those that grew by more than is allowed."""
-    return [r for r in rows if r["more"] is not None and r["more"] > ALLOWED]
+    return [r for r in rows if r["then"] is not None and r["now"] > (1 + ALLOWED) * r["then"]]
 
 
 def lines(found: Row, before: Row, rows: Sequence[Row]) -> list[str]:

@@ -246,8 +246,8 @@ def growth(config: ModelConfig, format: str, context: int) -> Row:
         if memory.length >= 1 << 15:
             worst = max(worst, pool.bytes() / memory.bytes() - 1)
     return {
-        "allocated_bytes": pool.bytes(), "held_bytes": memory.bytes(), "wasted": pool.bytes() / memory.bytes() - 1, "wasted_at_most": worst,
-        "peak_bytes": peak,
+        "allocated_bytes": pool.bytes(), "held_bytes": memory.bytes(), "peak_bytes": peak,
+        "wasted": pool.bytes() / memory.bytes() - 1, "wasted_at_most": worst,
     }  # fmt: skip
 
 
@@ -263,9 +263,10 @@ def lines(found: Row) -> list[str]:
     for r in found["marks"]:
         share = "" if r["share"] is None else f"{r['share']:.0%}"
         held = [f"{x / 2**20:.0f}" if x is not None else "?" for x in (r["resident_bytes"], r["rest_bytes"])]
+        ratio = r["decode_seconds"] / found["marks"][0]["decode_seconds"]
         out.append(
             f"{r['context']:9,d} {r['prefill_seconds']:9.1f} {r['tok_s']:7,.0f} {share:>9s} "
-            f"{1e3 * r['decode_seconds']:9.2f} {r['decode_seconds'] / found['marks'][0]['decode_seconds']:6.2f} {r['cache_bytes'] / 2**20:9.1f} "
+            f"{1e3 * r['decode_seconds']:9.2f} {ratio:6.2f} {r['cache_bytes'] / 2**20:9.1f} "
             f"{held[0]:>8s} {held[1]:>10s}"
         )
     if "memory" in found:

@@ -1,8 +1,8 @@
-"""A needle in a long text: a few tokens, older than anything that windows can carry, reach the logits of a later query.
+"""A needle in a long text: a few tokens, older than all that windows can carry, reach the logits of a later query.
 
-Two prompts differ in the needle alone: `LENGTH` times one token or another, neither of which the text has. Both end with
-the first of them as a query. The needle stands so far back that no chain of windows, one a layer, leads from it to the
-query: what differs in the logits has come through compressed entries. The same prompt twice differs by 0 bits.
+Two prompts differ in the needle alone: `LENGTH` times one token or another, neither of which the text has. Both end
+with the first of them as a query. The needle stands so far back that no chain of windows, one a layer, leads from it to
+the query: what differs in the logits has come through compressed entries. The same prompt twice differs by 0 bits.
 
 The model is random, so it retrieves nothing by meaning; its indexers are constructed (`finder`), without training, so
 that a query chooses entries of tokens like itself. So that this can be seen, the needle is the same token as the query.

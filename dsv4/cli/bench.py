@@ -271,22 +271,20 @@ def count(
 
     Example: dsv4 bench count
     """
-    from dsv4.bench.count import compare, lines, measure, worse
-    from dsv4.bench.count import committed as read_committed
-    from dsv4.bench.count import update as commit
+    from dsv4.bench import count as counting
     from dsv4.errors import UserError
 
     _note("counting, which takes about half a minute")
     try:
-        found = measure()
+        found = counting.measure()
     except ImportError as error:
         raise UserError(f"the C++ ops {error}") from None
-    before = read_committed()
-    rows = compare(found, before)
-    print(json.dumps(found | {"rows": rows}) if as_json else "\n".join(lines(found, before, rows)))
+    before = counting.committed()
+    rows = counting.compare(found, before)
+    print(json.dumps(found | {"rows": rows}) if as_json else "\n".join(counting.lines(found, before, rows)))
     if update:
-        commit(found)
-    elif more := worse(rows):
+        counting.update(found)
+    elif more := counting.worse(rows):
         names = ", ".join(f"{r['op']} ({r['phase']})" for r in more)
         _note(f"more instructions than committed: {names}; if that is meant, dsv4 bench count --update")
         raise typer.Exit(1)
