@@ -5,6 +5,7 @@ wrongly. The standard is a slow loop that runs the whole model on all tokens for
 
 import itertools
 import math
+import signal
 from contextlib import closing
 from dataclasses import replace
 
@@ -379,6 +380,74 @@ def test_a_step_that_is_stopped_half_way_loses_nothing(model, by_itself, monkeyp
     assert [done[n].text for n in numbers] == [c.text for c in by_itself]
 
 
+def interrupted_in(monkeypatch: pytest.MonkeyPatch, model: Transformer, *calls: int, times: int = 1) -> None:
+    """A Ctrl-C, or several, in the middle of these calls of the model (its last layer), counted from 0."""
+    moe = model.layers[-1].ffn
+    whole, count = moe.forward, itertools.count()
+
+    def stopping(*args):
+        if next(count) in calls:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return whole(*args)
+
+    monkeypatch.setattr(moe, "forward", stopping)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 3])
+def test_ctrl_c_keeps_what_was_read(model, by_itself, monkeypatch, chunk):
+    """In a chunk of a prompt, and while tokens are drawn: it is raised, nothing is computed twice, nothing is lost."""
+    engine, got, stops = Engine(model, TOKENIZER, max_batch=4, tokens_per_step=40), {}, 0
+    numbers = [engine.add(*request) for request in BATCH]
+    sizes = computed(model, monkeypatch)
+    interrupted_in(monkeypatch, model, chunk, chunk + 4, 11)
+    while any(True for _ in engine.scheduler):
+        try:
+            got |= {e.request: e.completion for e in engine.step() if e.completion}
+        except KeyboardInterrupt:
+            stops += 1
+    got |= {e.request: e.completion for e in engine.step() if e.completion}  # if the last step was interrupted
+    assert stops == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert all(same(got[n], c) for n, c in zip(numbers, by_itself, strict=True))
+    assert sum(sizes) == sum(len(c.prompt_ids) + len(c.ids) - 1 for c in by_itself)
+
+
+def test_a_second_ctrl_c_stops_a_step_at_once_and_costs_only_time(model, by_itself, monkeypatch):
+    engine = Engine(model, TOKENIZER, tokens_per_step=40)
+    number = engine.add(*BATCH[0])
+    sizes = computed(model, monkeypatch)
+    interrupted_in(monkeypatch, model, 2, times=2)
+    engine.step()
+    engine.step()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert same(finish(engine)[number], by_itself[0])
+    assert sum(sizes) == 3 * 40 + 130 + len(by_itself[0].ids) - 1
+
+
+@pytest.mark.parametrize("at", [0, 3, 11])
+def test_tokens_of_an_interrupted_step_are_told_before_the_stream_ends(model, by_itself, monkeypatch, at):
+    """Those of the last step too, with the completion."""
+    engine, got = Engine(model, TOKENIZER), []
+    interrupted_in(monkeypatch, model, at)
+    with pytest.raises(KeyboardInterrupt):
+        for event in engine.stream(*BATCH[0]):
+            got.append(event)
+    assert [t for e in got for t in e.tokens] == by_itself[0].ids[: at + 1] and not list(engine.scheduler)
+    assert (got[-1].completion is not None) == (at + 1 == len(by_itself[0].ids))
+
+
+def test_who_has_a_handler_of_his_own_keeps_it(model, by_itself):
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        hook = model.layers[-1].register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        assert same(alone(model, *BATCH[1]), by_itself[1]) and len(seen) == len(by_itself[1].ids)
+        hook.remove()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_request_whose_logits_are_not_finite_ends_alone(model, by_itself, monkeypatch):
     engine = Engine(model, TOKENIZER)
     numbers = [engine.add(*request) for request in BATCH]
@@ -549,6 +618,13 @@ def test_what_no_pages_can_hold_is_refused_at_once(model) -> None:
         UserError, match="a prompt of 250 tokens and up to 12 new ones do not fit: the cache has pages for 256"
     ):
         engine.add(prompt(250), GREEDY)
+    with pytest.raises(UserError, match="do not fit"):
+        engine.generate([prompt(10), prompt(250)], GREEDY)
+    assert not list(engine.scheduler), "all are checked before any waits"
+    session = Session(engine)
+    with pytest.raises(UserError, match="make the engine with more pages"):
+        session.generate("x" * 250, GREEDY)
+    assert not session.undo(), "a turn that was refused is none"
     assert engine.generate([prompt(244)], GREEDY)[0].finish_reason in ("length", "stop")
 
 
@@ -644,6 +720,29 @@ def test_an_interrupted_reply_leaves_a_usable_timeline(model, monkeypatch, where
     reply = say(session, " on")
     assert sum(sizes) <= len(ids) - len(start) + len(reply), "the turns before were computed again"
     assert reply == fresh.generate([ids], SHORT)[0].ids
+    assert session.undo() and session.undo() and session.ids == start
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_long_text_that_is_interrupted_is_read_on(model, monkeypatch, turn, chunk):
+    """Only the rest is computed: what follows has the same bits, whatever comes next."""
+    session, text = Session(Engine(model, TOKENIZER, tokens_per_step=50)), "It was a dark and stormy night. " * 5
+    for _ in range(turn):
+        say(session, "Once upon a time.")
+    start, known = list(session.ids), session.memory.length if session.memory else 0
+    ids = start + TOKENIZER.encode(text)
+    want = Engine(model, TOKENIZER).generate([ids], replace(SHORT, logprobs=3))[0]
+    sizes = computed(model, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_in(patch, model, chunk)
+        list(session.generate(text, SHORT))
+    read = known + 50 * (chunk + 1)
+    assert session.ids == ids and session.unread == len(ids) - read and sum(sizes) == read - known
+    events = list(session.generate("", replace(SHORT, logprobs=3)))
+    assert [t for e in events for t in e.tokens] == want.ids
+    assert [x for e in events for x in e.logprobs] == list(want.logprobs)
+    assert sum(sizes) == len(ids) - known + len(want.ids) - 1, "a token was read twice"
     assert session.undo() and session.undo() and session.ids == start
 
 

@@ -4,6 +4,7 @@ engine says, or answer wrong use with anything but one sentence and exit code 2.
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,37 @@ def test_ctrl_c_stops_a_reply_and_the_chat_goes_on(run_folder, dsv4_run, monkeyp
     lines = chat_lines(out)
     assert code == 0 and lines[1].endswith(" (stopped)") and lines[2] == "(taken back)"
     assert lines[3].startswith(lines[1].removesuffix(" (stopped)")) and len(lines[3]) > 4
+
+
+def test_a_text_that_is_interrupted_while_it_is_read_is_read_on(run_folder, dsv4_run, monkeypatch):
+    from dsv4.cli import common
+    from dsv4.engine.runner import Runner
+
+    run, opened, text = Runner.run, common.open_engine, "It was a dark and stormy night. " * 4
+    monkeypatch.setattr(common, "open_engine", lambda *given, **more: opened(*given, **more, tokens_per_step=50))
+    _, out, _ = dsv4_run("chat", run_folder, *OPTIONS, typed=f"{text}\n")
+    want, calls = chat_lines(out)[0], []
+
+    def interrupted(self, shares):
+        calls.append(shares)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return run(self, shares)
+
+    monkeypatch.setattr(Runner, "run", interrupted)
+    code, out, _ = dsv4_run("chat", run_folder, *OPTIONS, typed=f"{text}\n\n/undo\n/undo\n/undo\n")
+    lines = chat_lines(out)
+    assert code == 0 and lines[0].startswith("(stopped after reading 50 of ") and "an empty line reads on" in lines[0]
+    assert lines[1:5] == [want, "(taken back)", "(taken back)", "(there is nothing to take back)"]
+
+
+def test_ctrl_c_ends_generate_with_one_sentence(run_folder, dsv4_run, monkeypatch):
+    from dsv4.engine.runner import Runner
+
+    run = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, shares: (signal.raise_signal(signal.SIGINT), run(self, shares))[1])
+    code, _, err = dsv4_run("generate", run_folder, "It was", "--max-tokens", "3")
+    assert code == 1 and "stopped; what was read is not kept: `dsv4 chat` goes on" in err and "Traceback" not in err
 
 
 def test_chat_needs_a_model(dsv4_run):

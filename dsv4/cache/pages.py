@@ -20,6 +20,7 @@ from dsv4.ops.formats import NAMES, v4_rows
 Store = TypeVar("Store", Ring, Entries)
 
 PAGE_TOKENS = 128  # at least; a multiple of it where the ratios ask for one
+FEW_PAGES = 64  # below so many a pool grows by half
 
 
 class Holder(Protocol):
@@ -43,7 +44,8 @@ class Pages:
     format: how rows are kept, float32, bfloat16, float16 or packed (FP8 rows with a BF16 tail, FP4 index keys); open
     rows of compressors are fp32 whatever it is. numbers: the dtype in which packed rows are read. max_rewind: rings
     hold so many rows more than the model reads, which is how far a memory can go back. mtp: with a window for the MTP
-    block. pages: how many there are, allocated at once; None: as many as are needed, growing by half at a time.
+    block. pages: how many there are, allocated at once; None: as many as are needed, growing by half at a time, a large
+    pool by an eighth.
     """
 
     def __init__(
@@ -221,7 +223,8 @@ class Pages:
                 f"the cache has {self.free_pages} of its {self.num_pages} pages of {self.page_tokens} tokens free, and "
                 f"{count} are needed: release a memory, or make the pool with more pages"
             )
-        self._add_pages(max(missing, self.num_pages // 2))
+        # Growing copies every store. Of a large pool that is little beside computing an eighth more, and room is dear
+        self._add_pages(max(missing, self.num_pages // (2 if self.num_pages < FEW_PAGES else 8)))
 
     # --- stores ------------------------------------------------------------------------------------------------------
 

@@ -130,6 +130,50 @@ def layer(
 
 
 @bench.command()
+def million(
+    preset: Preset = "bench",
+    context: Annotated[str, typer.Option(help="Tokens of the prompt, such as 16k or 1m.")] = "1m",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: which the processor multiplies faster.")
+    ] = "auto",
+    cache: Annotated[str, typer.Option(help="Its format: packed, bfloat16, float32.")] = "packed",
+    needle: Annotated[bool, typer.Option("--needle", help="Also whether a few tokens far back reach a query.")] = False,
+    needle_depth: Annotated[
+        float | None, typer.Option(help="Where it stands, 0 to 1; default: drawn, of a long context in the last 1/16.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the needle's place.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    out: Annotated[Path, typer.Option(help="The report, as JSON.")] = Path("reports/million.json"),
+    as_json: AsJson = False,
+) -> None:
+    """A million tokens of real text: prefill, decoding on the way, the cache beside its formula, memory in all.
+
+    Takes about ten minutes for 1m; Ctrl-C ends it with what was measured.
+
+    Example: dsv4 bench million --context 64k --needle
+    """
+    import torch
+
+    from dsv4.bench.million import Options, lines, measure
+    from dsv4.cache import format_name
+    from dsv4.cli.common import resolve_dtype
+    from dsv4.cli.progress import reading_progress
+    from dsv4.files import make_folder, write_json
+
+    tokens, number = _one_context(context), None if dtype == "auto" else resolve_dtype(dtype)
+    options = Options(preset, tokens, number, format_name(cache), needle, needle_depth, seed)
+    if threads:
+        torch.set_num_threads(threads)
+    make_folder(out.parent)
+    with reading_progress() as show:
+        found = measure(options, _note, show)
+    write_json(out, found)
+    print(json.dumps(found) if as_json else "\n".join(lines(found)))
+    if found["stopped_at"] is not None:
+        raise typer.Exit(1)
+
+
+@bench.command()
 def ops(
     preset: Preset = "bench",
     context: Annotated[str, typer.Option(help="Tokens at whose end the step and the chunk stand.")] = "8k",
@@ -277,6 +321,38 @@ def cost(as_json: AsJson = False) -> None:
         print(json.dumps(out))
     else:
         tables.show(out, details=False)
+
+
+@bench.command()
+def count(
+    update: Annotated[
+        bool, typer.Option("--update", help="Commit what is found: rewrite dsv4/bench/counts.json.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Instructions of each C++ op in a chunk of prefill and a decode step, beside the committed ones (valgrind).
+
+    Fails where one grew by more than 5%.
+
+    Example: dsv4 bench count
+    """
+    from dsv4.bench import count as counting
+    from dsv4.errors import UserError
+
+    _note("counting, which takes about half a minute")
+    try:
+        found = counting.measure()
+    except ImportError as error:
+        raise UserError(f"the C++ ops {error}") from None
+    before = counting.committed()
+    rows = counting.compare(found, before)
+    print(json.dumps(found | {"rows": rows}) if as_json else "\n".join(counting.lines(found, before, rows)))
+    if update:
+        counting.update(found)
+    elif more := counting.worse(rows):
+        names = ", ".join(f"{r['op']} ({r['phase']})" for r in more)
+        _note(f"more instructions than committed: {names}; if that is meant, dsv4 bench count --update")
+        raise typer.Exit(1)
 
 
 # Its own options, --help among them, are read there: it also has to run where typer is not installed.

@@ -90,7 +90,13 @@ def _reply(session: Session, line: str, params: SamplingParams) -> list[Completi
                 done += [] if event.completion is None else [event.completion]
         typer.echo()
     except KeyboardInterrupt:
-        typer.echo(" (stopped)")
+        read = len(session.ids) - session.unread
+        all_read = session.unread <= 1  # of a token that was drawn nothing is computed before the next one
+        typer.echo(" (stopped)" if all_read else _stopped_reading(read, len(session.ids)))
     except UserError as error:
         typer.echo(f"({error})")
     return done
+
+
+def _stopped_reading(read: int, of: int) -> str:
+    return f"(stopped after reading {read:,} of {of:,} tokens; an empty line reads on from there, /undo takes it back)"

@@ -55,7 +55,11 @@ def generate(
     texts = texts or [""]
     engine = common.open_engine(model_folder, device, dtype, cache, speculative=speculative)
     started = time.perf_counter()
-    done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
+    try:
+        done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; what was read is not kept: `dsv4 chat` goes on where a text was interrupted", err=True)
+        raise typer.Exit(1) from None
     seconds = time.perf_counter() - started
     new, held = sum(len(c.ids) for c in done), sum(c.memory_bytes for c in done)
     if as_json:

@@ -76,6 +76,40 @@ def preparation_progress() -> Iterator[Callable[[str, int, int | None], None]]:
     yield plain
 
 
+@contextmanager
+def reading_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function to call with (what is being read, tokens done, tokens in all); first with none done."""
+    began: dict[str, float] = {}
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    began[what], tasks[what] = time.monotonic(), bar.add_task(what, total=total, note="")
+                speed = done / max(1e-9, time.monotonic() - began[what])
+                bar.update(tasks[what], completed=done, note=f"{speed:,.0f} tokens/s")
+
+            yield show
+        return
+    shown = time.monotonic()
+
+    def plain(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        start = began.setdefault(what, now)
+        if done and (now - shown >= PLAIN_SECONDS or done == total):
+            shown, speed = now, done / max(1e-9, now - start)
+            left = _clock((total - done) / speed)
+            print(f"{what}: {done:,}/{total:,} tokens  {speed:,.0f} tokens/s  {left} left", file=sys.stderr, flush=True)
+
+    yield plain
+
+
 def shown_as_long_as_read(show: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
     """`show`, until its reader leaves: the work goes on then, and says so where it still can."""
     read = True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dsv4.checkpoint import load, read_config, resolve_checkpoint
+from dsv4.engine.interrupt import held_back
 from dsv4.engine.runner import Runner
 from dsv4.engine.sampler import BROKEN, logprobs, sample
 from dsv4.engine.scheduler import Scheduler, Share
@@ -129,14 +130,16 @@ class Engine:
         """One call of the model for all running requests, and one event for each that got a token; with speculation the
         MTP block is called as well, and an event may have several tokens.
 
-        If it fails or is stopped (out of memory, Ctrl-C), only time is lost: the memories it was filling are
-        computed again, and the next step goes on.
+        Ctrl-C is raised at its end: all that was computed is kept, and what is new comes with the next step. If it
+        fails, or a second Ctrl-C stops it half way, only time is lost: the memories it was filling are computed again,
+        and the next step goes on.
         """
-        shares = self.scheduler.schedule()
-        with _recomputed_if_stopped(shares):
-            drawn = self._draw(shares) if self.speculation is None else self.speculation.draw(shares)
-            for one in drawn:
-                self._news.append(self._finish(one))
+        with held_back():
+            shares = self.scheduler.schedule()
+            with _recomputed_if_stopped(shares):
+                drawn = self._draw(shares) if self.speculation is None else self.speculation.draw(shares)
+                for one in drawn:
+                    self._news.append(self._finish(one))
         news, self._news = self._news, []
         return news
 
@@ -163,9 +166,18 @@ class Engine:
     def events_of(self, number: int) -> Generator[Event, None, None]:
         """Step until a request ends, giving its events; nothing happens to it when the caller stops early."""
         while number in [*(r.number for r in self.scheduler), *(e.request for e in self._news)]:
-            news = self.step()
-            self._news = [e for e in news if e.request != number]
-            yield from (e for e in news if e.request == number)
+            try:
+                self._news = self.step()
+            except KeyboardInterrupt:  # after a whole step: what it brought is told first
+                yield from self._told(number)
+                raise
+            yield from self._told(number)
+
+    def _told(self, number: int) -> list[Event]:
+        """A request's news, which are given now."""
+        own = [e for e in self._news if e.request == number]
+        self._news = [e for e in self._news if e.request != number]
+        return own
 
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None) -> Events:
         """The events of a new request as they happen; the last one has its completion. Checked at once."""
@@ -221,7 +233,9 @@ class Engine:
         generator.manual_seed(generator.seed() if params.seed is None else params.seed)
         limit = min(len(ids) + params.max_tokens, context)
         writer = TextWriter(self.tokenizer, params.stop)
-        return Request(next(self._numbers), list(ids), params, limit, writer, generator, memory, lasting=lasting)
+        request = Request(next(self._numbers), list(ids), params, limit, writer, generator, memory, lasting=lasting)
+        self.scheduler.check(request)
+        return request
 
     def submit(self, request: Request) -> int:
         """Put a prepared request in line; returns its number."""

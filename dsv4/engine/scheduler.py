@@ -49,14 +49,17 @@ class Scheduler:
         yield from self.running
         yield from self.waiting
 
-    def add(self, request: Request) -> None:
-        """Put a request in line; UserError if the pool could not hold it even alone."""
+    def check(self, request: Request) -> None:
+        """UserError if the pool could not hold a request even alone."""
         most = self.pool.most_tokens
         if most is not None and request.limit > most:
             raise UserError(
                 f"a prompt of {request.num_prompt} tokens and up to {request.limit - request.num_prompt} new ones do "
                 f"not fit: the cache has pages for {most}; ask for fewer, or make the engine with more pages"
             )
+
+    def add(self, request: Request) -> None:
+        """Put a request in line that was checked."""
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:

@@ -34,7 +34,8 @@ class Session:
         """A turn: append a text ("" just goes on) and stream what follows it; UserError, at once, if it does not fit.
 
         Closed early, also before its first event, or interrupted, the turn is what was said until then; `undo` takes
-        back all of it, with the text. A final eos is not part of the timeline.
+        back all of it, with the text. A long text that Ctrl-C interrupts is read on from there by the next turn
+        (`unread` tokens are left). A final eos is not part of the timeline.
         """
         self._close()
         ids = self.ids + self.engine.tokenizer.encode(text)
@@ -60,6 +61,20 @@ class Session:
         turn = self._turn()
         if turn is not None:
             turn.close()
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the timeline that are not remembered: the last one, or what is left of an interrupted text."""
+        return len(self.ids) - self._seen()
+
+    def _seen(self) -> int:
+        if self.memory is not None:
+            try:
+                self.memory.refuse_torn()
+                return self.memory.length
+            except UserError:  # _recall will go back to the snapshot
+                pass
+        return 0 if self._before is None else int(self._before["length"][0])
 
     def undo(self) -> bool:
         """Take back the last turn; False if there is none."""
