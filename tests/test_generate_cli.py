@@ -67,6 +67,15 @@ def test_a_run_folder_means_its_latest_checkpoint(run_folder, dsv4_run):
     assert code == 0 and first.startswith("Call me") and first != out
 
 
+def test_threads_are_those_asked_for(run_folder, dsv4_run, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    plain = dsv4_run("generate", run_folder, "Call me", *OPTIONS)[1]
+    assert asked == [] and dsv4_run("generate", run_folder, "Call me", *OPTIONS, "--threads", 2)[1] == plain
+    assert dsv4_run("chat", run_folder, *OPTIONS, "--threads", 3, typed="/quit\n")[0] == 0
+    assert asked == [2, 3] and dsv4_run("generate", run_folder, "x", "--threads", -1)[0] == 2
+
+
 def test_several_prompts_in_order(run_folder, dsv4_run, tmp_path):
     (tmp_path / "prompts.txt").write_text("three three\n\nfour é\n", encoding="utf-8")
     more = ("--prompt", "two", "--prompt-file", tmp_path / "prompts.txt")

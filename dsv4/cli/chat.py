@@ -28,13 +28,14 @@ def chat(
     dtype: common.Dtype = "float32",
     cache: common.Cache = "",
     speculative: common.Speculative = 0,
+    threads: common.Threads = 0,
 ) -> None:
     """Write a text together with a model, turn by turn.
 
     Example: dsv4 chat runs/demo --temperature 0.8 --max-tokens 60
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
-    engine = common.open_engine(model_folder, device, dtype, cache, max_batch=1, speculative=speculative)
+    engine = common.open_engine(model_folder, device, dtype, cache, threads, max_batch=1, speculative=speculative)
     session, done = Session(engine), list[Completion]()
     typer.echo(HELLO)
     piped = None if sys.stdin.isatty() else read_lines(sys.stdin.buffer, "stdin")

@@ -27,6 +27,8 @@ Cache = Annotated[str, Option(help="Of the memory: packed (FP8 and FP4), float32
 
 Speculative = Annotated[int, Option(help="Tokens that the model's MTP block drafts a step, such as 1; 0: off.")]
 
+Threads = Annotated[int, Option(min=0, help="Of the processor, for one operation; 0: as torch has them.")]
+
 
 def resolve_device(name: str) -> torch.device:
     """auto (cuda where there is one), cpu, cuda, or cuda:N; UserError naming what exists."""
@@ -38,9 +40,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_engine(path: Path, device: str, dtype: str, cache: str, **options: Any) -> Engine:
+def open_engine(path: Path, device: str, dtype: str, cache: str, threads: int = 0, **options: Any) -> Engine:
     """The engine of a run or checkpoint folder, as the options above say; all of them are judged first."""
     place, numbers, memory_format = resolve_device(device), resolve_dtype(dtype), resolve_cache(cache)
+    if threads:
+        torch.set_num_threads(threads)
     return Engine.open(path, device=place, dtype=numbers, memory_format=memory_format, **options)
 
 

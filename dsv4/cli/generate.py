@@ -37,6 +37,7 @@ def generate(
     dtype: common.Dtype = "float32",
     cache: common.Cache = "",
     speculative: common.Speculative = 0,
+    threads: common.Threads = 0,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object when all is done.")] = False,
 ) -> None:
     """Continue one prompt or many.
@@ -53,7 +54,7 @@ def generate(
     texts = [] if prompt is None else [_from_stdin() if prompt == "-" else prompt]
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
-    engine = common.open_engine(model_folder, device, dtype, cache, speculative=speculative)
+    engine = common.open_engine(model_folder, device, dtype, cache, threads, speculative=speculative)
     started = time.perf_counter()
     try:
         done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
