@@ -101,8 +101,8 @@ def test_at_best_is_the_slower_of_computing_and_moving() -> None:
     assert 4e-9 * counts["active"] < decode < 4e-9 * counts["active"] + 0.002
     plain = frontier.at_best(frontier.plan("bench", "float32", "float32", [1024], 1, [], ""), "dsv4", 1024, limits)[1]
     assert decode < plain < decode + 0.01, "plain rows are more bytes than packed ones"
-    limits = {"matmul_tflops": 1e6, "read_gb_s": 1.0}  # moving is
-    assert frontier.at_best(planned, "dsv4", 1024, limits)[0] == pytest.approx(4e-9 * counts["total"], rel=0.02)
+    limits = {"matmul_tflops": 1e6, "read_gb_s": 1.0}  # moving is; the memory of 1,024 tokens is 0.3% of the weights
+    assert frontier.at_best(planned, "dsv4", 1024, limits)[0] == pytest.approx(4e-9 * counts["total"], rel=0.005)
 
 
 def test_the_model_that_vllm_can_run() -> None:

@@ -2,19 +2,22 @@
 leaves in the memory; one that goes on with weights or stores that have moved, or passes by whoever watches.
 """
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from dsv4 import ops
 from dsv4.measure.subjects import randomise, small_config, small_model, tokens
 from dsv4.model import Transformer, step
 from dsv4.model.packed import pack_weights
 
-library = pytest.importorskip("dsv4.ops.cpu.library", exc_type=ImportError)
+library = pytest.importorskip("dsv4.ops.cpu.library", reason="the C++ ops are not built", exc_type=ImportError)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -147,6 +150,27 @@ def test_what_has_moved_is_noticed(model: Transformer) -> None:
     assert len(held) == 3
 
 
+@pytest.mark.parametrize("first", ["model", "memory"])
+@torch.inference_mode()
+def test_a_model_and_its_memories_are_free_to_go(first: str) -> None:
+    """What is laid out once for all steps holds neither blocks nor stores, whichever of the two lives longer."""
+    model = model_of(torch.float32)
+    held: dict[str, object] = {"model": model, "memory": (memory := model.new_cache()[0])}
+    with library.watched() as called:
+        model(tokens(model, 5), segments=[(5, memory)])
+    assert called.count("block") == 4
+    of_model = [weakref.ref(x) for x in (*model.layers, model.layers[1].attn.wkv.weight)]
+    of_memory = [weakref.ref(x) for x in (memory.pool, *memory.layers, memory.layers[1].window)]
+    del model, memory
+    gone, left = (of_model, of_memory) if first == "model" else (of_memory, of_model)
+    del held[first]
+    gc.collect()
+    assert all(r() is None for r in gone) and not any(r() is None for r in left)
+    held.clear()
+    gc.collect()
+    assert all(r() is None for r in left)
+
+
 @torch.inference_mode()
 def test_nobody_who_watches_is_passed_by(model: Transformer) -> None:
     """A hook on a part of a block, ops that are wrapped, another backend that was asked for."""
@@ -163,6 +187,12 @@ def test_nobody_who_watches_is_passed_by(model: Transformer) -> None:
         model(ids[21:22], segments=[(1, memory)])
     assert seen == ["attn", "block"] and called.count("block") == 4
     around.remove()
+    everywhere = register_module_forward_hook(lambda *_: seen.append("any"))
+    with library.watched() as called:
+        model(ids[22:23], segments=[(1, memory)])
+    everywhere.remove()
+    assert "block" not in called and seen.count("any") > 20
+    memory.rewind(1)
     model.layers[2].ffn.forward = lambda *args, run=model.layers[2].ffn.forward: (seen.append("ffn"), run(*args))[1]
     with library.watched() as called:
         model(ids[22:23], segments=[(1, memory)])

@@ -11,7 +11,7 @@ Shares are of what this machine does at best in square matrix products of that d
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,8 +236,8 @@ def growth(config: ModelConfig, format: str, context: int) -> Row:
     growth copied its largest store."""
     pool = Pool(config, format=format, device="meta", max_rewind=0, slots=1)
     memory, worst, peak = pool.new(), 0.0, 0
-    for _, size in _chunks(context):
-        before = pool.num_pages
+    for at in range(0, context, CHUNK):
+        size, before = min(CHUNK, context - at), pool.num_pages
         pool.reserve([(memory, size)])
         memory.length += size
         if pool.num_pages > before:
@@ -302,10 +302,6 @@ def _check_room(config: ModelConfig, options: Options) -> None:
             f"{options.context} tokens need about {needed / 1e9:.1f} GB ({cache / 1e9:.1f} GB of cache) and "
             f"{there / 1e9:.1f} GB are free: give a smaller --context or --cache packed"
         )
-
-
-def _chunks(context: int) -> Iterator[tuple[int, int]]:
-    return ((at, min(CHUNK, context - at)) for at in range(0, context, CHUNK))
 
 
 def _repeated(text: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ bench = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object; what is shown meanwhile goes to stderr.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Preset = Annotated[str, typer.Argument(help="Of the model: tiny, small, bench or base; default: as the device bears.")]
+Threads = Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")]
 Minutes = Annotated[float, typer.Option(help="Budget; what does not fit is skipped, and said.")]
 
 
@@ -57,7 +58,7 @@ def frontier(
         str, typer.Option(help="The Python that has llama, vllm or nano; default: DSV4_LLAMA_PYTHON and so on.")
     ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Passes over the prompt; figures are medians.")] = 3,
-    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    threads: Threads = 0,
     ceiling: Annotated[bool, typer.Option("--ceiling", help="Show what this machine would do at best.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw all who ran into this .svg.")] = None,
     out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/frontier.json"),
@@ -107,7 +108,7 @@ def layer(
     each_op: Annotated[
         bool, typer.Option("--ops", help="Also the time of each op, as a share of its roofline.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/layer.json"),
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +143,7 @@ def million(
         float | None, typer.Option(help="Where it stands, 0 to 1; default: drawn, of a long context in the last 1/16.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and of the needle's place.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="The report, as JSON.")] = Path("reports/million.json"),
     as_json: AsJson = False,
 ) -> None:
@@ -180,7 +181,7 @@ def ops(
     dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
     cache: Annotated[str, typer.Option(help="Its format: float32, bfloat16, packed; default: that of the dtype.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Steps and chunks; figures are medians.")] = 9,
-    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/ops.json"),
     as_json: AsJson = False,
 ) -> None:
@@ -226,7 +227,7 @@ def speculative(
     cache: Annotated[str, typer.Option(help="Its format: float32, bfloat16, packed; default: that of the dtype.")] = "",
     device: Device = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Of everything; figures are medians.")] = 3,
-    threads: Annotated[int, typer.Option(min=0, help="Of the processor; 0: as torch has them.")] = 0,
+    threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/speculative.json"),
     as_json: AsJson = False,
 ) -> None:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from dsv4 import ops
 from dsv4.cache import Compressed, LayerMemory
@@ -41,7 +42,7 @@ def run_block(
     if backend is None or ids.dtype != torch.int64:
         return None
     part, view = run.parts[0], views[0]
-    laid = _laid_out(block, x, part, view, backend)
+    laid = _laid_out(block, x, view, backend)
     if laid.layer is None or laid.outline.watched():
         return None
     step, groups = part.derived.get("step") or _step(run, part, backend)
@@ -66,14 +67,18 @@ class Outline:
     """
 
     def __init__(self, block: nn.Module, view: LayerMemory):
-        self.modules = modules = list(block.modules())  # held, or another could come to lie where one was
+        modules = list(block.modules())
+        self.parts = modules[
+            1:
+        ]  # held, or another could come to lie where one was; not the block, which must be free to go
         every = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self.held = [d for d in every if d]  # what is empty is only filled by taking away elsewhere
         self.tensors = [t for d in self.held for t in d.values() if isinstance(t, Tensor)]
         self.stores = [store for _, store in view.stores()]
         # those of the block itself run around this call as around any other
-        self.hooks = [d for m in modules[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
-        self.own = [m.__dict__ for m in modules[1:]]
+        self.hooks = [d for m in self.parts for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]  # of all modules
+        self.own = [m.__dict__ for m in self.parts]
 
     def watched(self) -> bool:
         """Whether a part of the block must run by itself."""
@@ -91,23 +96,25 @@ _data, _format = attrgetter("data"), attrgetter("format")
 class Laid:
     """A block and its stores as the backend takes them; `layer` is None where it cannot."""
 
-    def __init__(self, block: Block, x: Tensor, part: Part, view: LayerMemory, backend: Any):
+    def __init__(self, block: Block, x: Tensor, view: LayerMemory, backend: Any):
         self.outline = Outline(block, view)
         self.places = self.outline.places(x)
-        fits = _fits(block, x, view) and not any(ops.refusal(*call) for call in _calls(block, x, part, view))
+        fits = _fits(block, x, view) and not any(
+            ops.refusal(op, x.device.type, *given) for op, *given in _calls(block, x, view)
+        )
         self.layer = _layer(block, x, view, backend) if fits else None
 
 
 _known: WeakKeyDictionary[nn.Module, WeakKeyDictionary[LayerMemory, Laid]] = WeakKeyDictionary()
 
 
-def _laid_out(block: Block, x: Tensor, part: Part, view: LayerMemory, backend: Any) -> Laid:
+def _laid_out(block: Block, x: Tensor, view: LayerMemory, backend: Any) -> Laid:
     of_block = _known.get(block)
     if of_block is None:
         of_block = _known[block] = WeakKeyDictionary()
     laid = of_block.get(view)
     if laid is None or laid.places != laid.outline.places(x):
-        laid = of_block[view] = Laid(block, x, part, view, backend)
+        laid = of_block[view] = Laid(block, x, view, backend)
     return laid
 
 
@@ -119,7 +126,7 @@ def _fits(block: Block, x: Tensor, view: LayerMemory) -> bool:
     return type(block.attn) is Attention and block.config.residual == "mhc" and plain and read
 
 
-def _calls(block: Block, x: Tensor, part: Part, view: LayerMemory) -> Iterator[tuple[Any, ...]]:
+def _calls(block: Block, x: Tensor, view: LayerMemory) -> Iterator[tuple[Any, ...]]:
     """The ops of a block on a token, for the table to say whether the backend's form serves them."""
     attn, ffn, c = block.attn, block.ffn, block.config
     h, q, index = x.new_empty(1, x.shape[2]), x.new_empty(1, attn.heads, attn.width), torch.zeros(1, dtype=torch.int64)
@@ -131,28 +138,17 @@ def _calls(block: Block, x: Tensor, part: Part, view: LayerMemory) -> Iterator[t
 
     def compressor(m: Compressor, store: Compressed) -> Iterator[tuple[Any, ...]]:
         own = torch.empty(m.kind.ratio, m.wkv.weight.shape[0])
-        yield "compressor_rows", "cpu", h, m.wkv.weight, m.wgate.weight, m.ape, index
+        yield "compressor_rows", h, m.wkv.weight, m.wgate.weight, m.ape, index
         yield (
-            "compress",
-            "cpu",
-            own,
-            own,
-            index,
-            index.bool(),
-            m.kind.ratio,
-            m.kind.overlap,
-            m.norm.weight,
-            0.0,
-            turn,
-            x.dtype,
-        )
+            "compress", own, own, index, index.bool(), m.kind.ratio, m.kind.overlap, m.norm.weight, 0.0, turn, x.dtype,
+        )  # fmt: skip
         if isinstance(store.entries.format, Packed):
-            yield "pack_rows", "cpu", x.new_empty(1, store.entries.format.width), store.entries.format
+            yield "pack_rows", x.new_empty(1, store.entries.format.width), store.entries.format
 
     for name, enter in (("hc_attn", block.attn_norm), ("hc_ffn", block.ffn_norm)):
-        yield "hyper_enter", "cpu", x[:1], *(hyper.parameters_of(block, name) or ()), enter.weight, 1, 0.0, 0.0
+        yield "hyper_enter", x[:1], *(hyper.parameters_of(block, name) or ()), enter.weight, 1, 0.0, 0.0
     yield (
-        "project_in", "cpu", h, attn.wq_a.weight, attn.q_norm.weight, attn.wq_b.weight, attn.wkv.weight,
+        "project_in", h, attn.wq_a.weight, attn.q_norm.weight, attn.wq_b.weight, attn.wkv.weight,
         attn.kv_norm.weight, attn.heads, 0.0, turn,
     )  # fmt: skip
     assert view.window is not None
@@ -163,17 +159,17 @@ def _calls(block: Block, x: Tensor, part: Part, view: LayerMemory) -> Iterator[t
     if attn.indexer is not None and view.index is not None:
         i, keys = attn.indexer, view.index.entries
         yield from compressor(i.compressor, view.index)
-        yield "linear", "cpu", x.new_empty(1, i.wq_b.weight.shape[1]), i.wq_b.weight
-        yield "linear", "cpu", h, i.weights_proj.weight
+        yield "linear", x.new_empty(1, i.wq_b.weight.shape[1]), i.wq_b.weight
+        yield "linear", h, i.weights_proj.weight
         asking = x.new_empty(1, i.heads, i.width)
-        yield "index_scores_topk", "cpu", asking, weights, rows(keys.data, keys.format), span, i.topk
-    yield "sparse_attention", "cpu", q, window, span, entries, span, None, attn.attn_sink, 1.0
-    yield "project_out", "cpu", q, turn, attn.wo_a.weight, attn.groups, attn.wo_b.weight
+        yield "index_scores_topk", asking, weights, rows(keys.data, keys.format), span, i.topk
+    yield "sparse_attention", q, window, span, entries, span, None, attn.attn_sink, 1.0
+    yield "project_out", q, turn, attn.wo_a.weight, attn.groups, attn.wo_b.weight
     given = None if ffn.gate.tid2eid is None else chosen
-    yield "gate", "cpu", h, ffn.gate.weight, ffn.gate.bias, given, ffn.gate.topk, 1.0
-    yield "experts", "cpu", h, chosen, weights, ffn.experts.w13, ffn.experts.w2, 1.0
+    yield "gate", h, ffn.gate.weight, ffn.gate.bias, given, ffn.gate.topk, 1.0
+    yield "experts", h, chosen, weights, ffn.experts.w13, ffn.experts.w2, 1.0
     s = ffn.shared_experts
-    yield "mlp", "cpu", h, s.w1.weight, s.w3.weight, s.w2.weight, 1.0
+    yield "mlp", h, s.w1.weight, s.w3.weight, s.w2.weight, 1.0
 
 
 def _layer(block: Block, x: Tensor, view: LayerMemory, b: Any) -> Any:

@@ -317,7 +317,7 @@ template <class T, class X> void choose_as(const Call& call) {
     long most = std::clamp<long>(std::min((1L << 18) / query, shared), 1, 32);
 #if defined(__AVX512F__)
     if constexpr (std::is_same<X, int8_t>::value)
-        if (most == 1 && padded_heads(call.H) == 8 && call.D <= 8 * BLOCK) return Index<T, X, true>{call, 1}.run();
+        if (most == 1 && padded_heads(call.H) == 8) return Index<T, X, true>{call, 1}.run();
 #endif
     Index<T, X>{call, most}.run();
 }
