@@ -6,7 +6,8 @@ rows of a memory a token reads. Each kind times the number of its layers adds up
 report's ratios; FLOPs that are executed are in `dsv4 bench cost`. V3.2 runs over two memories: its published FP8 rows,
 multiplied in FP32 because of their FP32 scales, and BF16 rows, multiplied as such; times are compared with the faster.
 Weights and memories are random, so which experts and entries are chosen says nothing. The step is one in which a group
-of every ratio closes, and before it other memory is read, so that nothing of the layer is in a cache.
+of every ratio closes, and before it other memory is read, so that nothing of the layer is in a cache. As its parts are
+timed, V4's layer runs op by op and not in one call as it serves (model/step.py): `--ops` says what lies between ops.
 """
 
 import itertools
