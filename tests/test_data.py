@@ -248,7 +248,7 @@ def test_a_line_of_30_megabytes_takes_a_bounded_memory(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "contents", "says"),
-    [
+    [  # mtime=0: workers that collect a second apart must find tests of the same name
         ("a.txt", b"", "a.txt is empty"),
         ("a.txt", b" \n\t\n", "a.txt holds no text"),
         ("a.txt", b"fine\nb\xffd", "line 2 of .*a.txt is not UTF-8 .byte 0xff."),
@@ -273,11 +273,11 @@ def test_a_line_of_30_megabytes_takes_a_bounded_memory(tmp_path: Path):
         ("a.parquet", b"", "a.parquet is empty"),
         ("a.parquet", b"PAR1 no PAR1", "a.parquet is not a readable parquet file"),
         ("a.pdf", b"%PDF", "a.pdf is not a .txt, .jsonl or .parquet file"),
-        ("a.gz", gzip.compress(b"x"), "a.gz is not a .txt, .jsonl or .parquet file"),
-        ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], "a.txt.gz is damaged or cut short"),
+        ("a.gz", gzip.compress(b"x", mtime=0), "a.gz is not a .txt, .jsonl or .parquet file"),
+        ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "a.txt.gz is damaged or cut short"),
         ("a.txt.gz", b"plain text", "a.txt.gz is damaged or cut short .Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"fine\n\xff"), "line 2 of .*a.txt.gz is not UTF-8 .byte 0xff."),
-        ("a.txt.gz", gzip.compress(b""), "a.txt.gz holds no text"),
+        ("a.txt.gz", gzip.compress(b"fine\n\xff", mtime=0), "line 2 of .*a.txt.gz is not UTF-8 .byte 0xff."),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz holds no text"),
         ("a.jsonl.zst", b"plain text", "a.jsonl.zst is damaged or cut short"),
     ],
 )
