@@ -156,7 +156,7 @@ def main() -> None:
     dist.barrier()
     dist.destroy_process_group()
     # Not by way of the interpreter's end: a thread of gloo that still lets go of a Python object then aborts the
-    # process ("terminate called without an active exception"), once in some hundred runs.
+    # process ("terminate called without an active exception"): seen once in a great many runs.
     os._exit(0)
 
 
