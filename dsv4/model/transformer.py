@@ -25,6 +25,7 @@ from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
 from dsv4.model.segments import Run, Segment, plan
+from dsv4.model.step import run_blocks
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,12 @@ class Transformer(LanguageModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
             x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
-            routing = []
-            for i, block in enumerate(self.layers):
-                views = [None if part.pool is None else part.pool.layers[i] for part in run.parts]
+            pools, routing = run.pools, list[Routing]()
+            if len(pools) == 1 and pools[0] is not None:
+                done = run_blocks(self.layers, self.layers, x, ids, run, pools[0].layers)
+                x, routing = (x, routing) if done is None else done
+            for i, block in enumerate(self.layers if not routing else ()):
+                views = [None if pool is None else pool.layers[i] for pool in pools]
                 if self.recompute and torch.is_grad_enabled():
                     x, decided = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
                 else:
@@ -152,7 +156,7 @@ class Transformer(LanguageModel):
         rows = keep.nonzero()[:, 0]
         following = ids.to(self.device)[rows + 1]
         run = plan(self.config, [Segment(n) for n in lengths], self.device)
-        hidden, _, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.parts))
+        hidden, _, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.pools))
         return hidden, rows, routing
 
     @torch.no_grad()
@@ -184,7 +188,7 @@ class Transformer(LanguageModel):
                 )
         for memory, _, _ in memories:
             memory.begin()
-        views = [None if part.pool is None else part.pool.mtp for part in run.parts]
+        views = [None if pool is None else pool.mtp for pool in run.pools]
         out = self._mtp(trunk.streams, following.to(self.device), run, views)
         for memory, _, _ in memories:
             memory.advance_drafts()
@@ -208,7 +212,7 @@ class Transformer(LanguageModel):
         run = plan(self.config, [Segment(1, memory) for memory in memories], self.device)
         for memory in memories:
             memory.begin()
-        views = [None if part.pool is None else part.pool.mtp for part in run.parts]
+        views = [None if pool is None else pool.mtp for pool in run.pools]
         out = self._mtp(streams, following.to(self.device), run, views)
         for memory in memories:
             memory.advance(1)

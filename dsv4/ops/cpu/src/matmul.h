@@ -288,8 +288,9 @@ __attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, 
     long k = 0;
     for (; k + Dot<X>::STEP <= K; k += Dot<X>::STEP) {
         if (FETCH) {
-            _mm_prefetch(w0.bytes(k) + ahead, _MM_HINT_T0), _mm_prefetch(w1.bytes(k) + ahead, _MM_HINT_T0);
-            _mm_prefetch(w2.bytes(k) + ahead, _MM_HINT_T0), _mm_prefetch(w3.bytes(k) + ahead, _MM_HINT_T0);
+            const char* next = w0.bytes(NR * k) + ahead;
+            for (long b = 0; b < std::max<long>(1, w0.bytes(NR * Dot<X>::STEP) - w0.bytes(0)); b += 64)
+                _mm_prefetch(next + b, _MM_HINT_T1);
         }
         sums.add(x + k, ldx, piece<X>(w0, k), piece<X>(w1, k), piece<X>(w2, k), piece<X>(w3, k));
     }
