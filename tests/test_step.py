@@ -1,12 +1,17 @@
 """Failures caught here: a block in one call that is not, to the bit, the block op by op, in what it gives or in what it
-leaves in the memory; one that goes on with weights or stores that have moved, or passes by whoever watches.
+leaves in the memory; a step that is planned in another way than a run's parts; one that goes on with weights or stores
+that have moved, or passes by whoever watches.
 """
 
+import ctypes
 import gc
+import random
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +21,9 @@ from dsv4 import ops
 from dsv4.measure.subjects import randomise, small_config, small_model, tokens
 from dsv4.model import Transformer, step
 from dsv4.model.packed import pack_weights
+from dsv4.model.segments import Part, Segment, plan
 
+block = pytest.importorskip("dsv4.ops.cpu.block", reason="the C++ ops are not built", exc_type=ImportError)
 library = pytest.importorskip("dsv4.ops.cpu.library", reason="the C++ ops are not built", exc_type=ImportError)
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -229,3 +236,65 @@ def test_a_model_with_gradients_on_still_serves_a_memory(model: Transformer) -> 
         model(tokens(model, 5), segments=[(5, model.new_cache()[0])])
         model(tokens(model, 5))
     assert called.count("blocks") == 1
+
+
+def arrays(step: Any, groups: Any, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """What the library planned beside what was planned op by op."""
+
+    def numbers(place: int | None, count: int, dtype: type = np.int64) -> np.ndarray | None:
+        if place is None or not count:
+            return None if place is None else np.zeros(0, dtype)
+        held = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(place)
+        return np.frombuffer(held, dtype=dtype)
+
+    def host(x: Tensor | None) -> Any:
+        return None if x is None else x.numpy()
+
+    def ring(got: Any, want: Any, own: int) -> Iterator[Any]:
+        yield numbers(got.read, got.before), host(want.read)
+        yield numbers(got.order, got.joined), host(want.order)
+        yield numbers(got.write, got.stored), host(want.write)
+        yield (numbers(got.kept, got.stored) if got.kept else None), host(want.kept)
+        yield np.array(got.joined), np.array(len(want.read) + own if want.order is None else len(want.order))
+
+    yield numbers(step.start, step.n), host(part.window.start)
+    yield numbers(step.stop, step.n), host(part.window.stop)
+    yield numbers(step.table, step.pages), part.pages
+    yield from ring(step.ring, part.ring, step.n)
+    for got, want in zip(step.groups, groups, strict=True):
+        yield np.array([got.closing, got.longest]), np.array([want.closing, want.visible.longest])
+        yield numbers(got.start, step.n), host(want.visible.start)
+        yield numbers(got.stop, step.n), host(want.visible.stop)
+        yield numbers(got.first_row, got.closing), host(want.first_row)
+        yield numbers(got.entry, got.closing), host(want.entry)
+        yield numbers(got.has_previous, got.closing, np.bool_), host(want.has_previous)
+        if want.closing:  # else nothing is joined
+            yield from ring(got.rows, want.rows, step.n)
+
+
+@pytest.mark.parametrize("max_rewind", [0, 7])
+def test_a_step_is_planned_as_parts_are(max_rewind: int) -> None:
+    """Random sequences, at every place of rings, groups and pages; calls that are longer than a ring is."""
+    model = small_model((0, 4, 128), sliding_window=16)
+    draw, compared, kept = random.Random(3), 0, 0
+    for _ in range(150):
+        pool = model.new_pool(max_rewind=max_rewind)
+        count = draw.choice((1, 1, 2, 5))
+        memories = [pool.new() for _ in range(count)]
+        pool.reserve([(m, draw.randrange(1, 700)) for m in memories])
+        for m in memories:
+            m.advance(draw.randrange(0, len(m.pages) * pool.page_tokens + 1))
+        lengths = [draw.choice((1, 1, 2, 3, draw.randrange(1, 12), 64 // count)) for _ in memories]
+        segments = [Segment(n, m) for n, m in zip(lengths, memories, strict=True)]
+        run = plan(model.config, segments, torch.device("cpu"))
+        laid, places, (positions, turned) = step._step(run, block)
+        assert positions[: laid.n].tolist() == run.positions.tolist()
+        groups = [run.parts[0].groups[kind.name] for kind in model.config.compressed_kinds]
+        for got, want in arrays(laid, groups, run.parts[0]):
+            assert (got is None) == (want is None) and (got is None or np.array_equal(got, want))
+            compared += 1
+        kept += bool(laid.ring.kept)
+        rotations = [run.turn["compressed"], *(g.turn for g in groups)]
+        assert torch.equal(turned[1], torch.cat(rotations)) and places[1] == turned[1].data_ptr()
+        assert torch.equal(turned[0][: laid.n], run.turn["window"])
+    assert compared > 150 * 20 and (max_rewind > 0 or kept > 5)

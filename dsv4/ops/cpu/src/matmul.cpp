@@ -28,7 +28,7 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
             X* to = panel + (n - first) * K;
             typename Dot<X>::reg end = last_piece<X>(row, even, K);
             for (long k = 0; k < even; k += Dot<X>::STEP) {
-                typename Dot<X>::reg part = piece<X>(row, k);
+                typename Dot<X>::reg part = piece<X>(row, row, k);
                 std::memcpy(to + k, &part, sizeof part);
             }
             std::memcpy(to + even, &end, (K - even) * sizeof(X));
