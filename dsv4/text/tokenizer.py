@@ -129,7 +129,8 @@ class BPETokenizer(Tokenizer):
 
         self._spec, self._config = spec, dict(config or {})
         self._library = Library.from_str(spec)
-        self._literal = Library.from_str(_without_markers(spec))
+        parsed = json.loads(spec)
+        self._literal = Library.from_str(_without_markers(spec, parsed))
         self._literal.encode_special_tokens = True  # names of markers in a text stay letters
         for library in (self._library, self._literal):
             library.no_truncation()  # a published file may ask for either; neither may touch our data
@@ -139,8 +140,8 @@ class BPETokenizer(Tokenizer):
         _check_ids(vocab)
         self.bos_id = _special_id("bos_token", self._config, KNOWN_BOS, vocab)
         self.eos_id = _special_id("eos_token", self._config, KNOWN_EOS, vocab)
-        self.exact_bytes = "ByteLevel" in _types(json.loads(spec).get("decoder"))
-        self._check_that_text_survives(json.loads(spec))
+        self.exact_bytes = "ByteLevel" in _types(parsed.get("decoder"))
+        self._check_that_text_survives(parsed)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         for text in texts:
@@ -314,12 +315,11 @@ def _is_marker(name: str) -> bool:
     return any(map(str.isalpha, name)) and not any(c.isalnum() or c.isspace() for c in ends)
 
 
-def _without_markers(spec: str) -> str:
+def _without_markers(spec: str, parsed: dict[str, Any]) -> str:
     """The tokenizer.json for text: without added tokens that look like control tokens and are not called special.
 
     Special ones stay, as the library can leave them be; it cannot with the others. Added words and spaces are text.
     """
-    parsed = json.loads(spec)
     added = parsed.get("added_tokens") or []
     kept = [token for token in added if token.get("special") or not _is_marker(token.get("content", ""))]
     return spec if len(kept) == len(added) else json.dumps(parsed | {"added_tokens": kept}, ensure_ascii=False)
