@@ -14,8 +14,31 @@ from dsv4.text.prompt import CONTROLS
 
 Message = dict[str, Any]
 
-LOOKALIKES = ("<|User|>", "<\uff5cUser|>", "<｜ User｜>", "＜think＞", "</ think>", "<|DSML|tool_calls>", "｜ＤＳＭＬ｜", "<｜DS")
-TRICKY = ('"', '">\n', '" string="true">', "<", "</", "\n", "\n\n", "\n\n<", "<tool_result>", "</tool_result>", "\\", "{", "\0")
+LOOKALIKES = (
+    "<|User|>",
+    "<\uff5cUser|>",
+    "<｜ User｜>",
+    "＜think＞",
+    "</ think>",
+    "<|DSML|tool_calls>",
+    "｜ＤＳＭＬ｜",
+    "<｜DS",
+)
+TRICKY = (
+    '"',
+    '">\n',
+    '" string="true">',
+    "<",
+    "</",
+    "\n",
+    "\n\n",
+    "\n\n<",
+    "<tool_result>",
+    "</tool_result>",
+    "\\",
+    "{",
+    "\0",
+)
 WORDS = ("the ", "whale", " 3.5", "é", "小柴胡", "🐋", " \t", "e\u0301", "\u200b", "\ufeff", "Ⅷ", "\r\n")
 
 
@@ -133,12 +156,9 @@ def conversation(rng: random.Random, *, controls: bool = True, lists: bool = Tru
                 if rng.random() < 0.1:
                     messages.append({"role": "user", "content": content()})
                 messages.append({"role": "tool", "content": content()} | {"tool_call_id": f"call_{i}"})
-        if rng.random() < 0.05:
+        if rng.random() < 0.05 and messages[-1]["role"] == "assistant":
             messages[-1]["task"] = "title"
-            if messages[-1]["role"] != "assistant":
-                del messages[-1]["task"]
-            else:
-                messages.append({"role": "assistant", "content": text(rng, controls=controls)})
-    if rng.random() < 0.6 and messages[-1]["role"] == "assistant" and len(messages) > 1 and not messages[-2].get("task"):
-        messages.pop()
+            messages.append({"role": "assistant", "content": text(rng, controls=controls)})
+    if rng.random() < 0.6 and messages[-1]["role"] == "assistant":
+        messages.pop()  # it is the model's turn
     return messages

@@ -1,5 +1,5 @@
-"""Failures caught here: a prompt of the chat format that is not the released encoder's, by a byte or by an id; a message
-or a part of one lost in silence; text that becomes a control token, whoever wrote it and however it is spelled; a Jinja
+"""Failures caught here: a prompt of the chat format that is not the released encoder's, by a byte or an id; a message,
+or a part of one, lost in silence; text that becomes a control token, whoever wrote it, however it is spelled; a Jinja
 template that says something else than the encoder; a malformed conversation that ends in a traceback.
 """
 
@@ -59,7 +59,9 @@ F_BLOCK = """
 </｜DSML｜tool_calls>"""
 G_BLOCK = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="g">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
 TWO = (call("f", "{}", "a"), call("g", "{}", "b"))
-TWO_BLOCK = G_BLOCK.replace('<｜DSML｜invoke name="g">', '<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n<｜DSML｜invoke name="g">')
+TWO_BLOCK = G_BLOCK.replace(
+    '<｜DSML｜invoke name="g">', '<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n<｜DSML｜invoke name="g">'
+)
 
 # name -> (messages, how, what stands between bos and the end)
 RULES: dict[str, tuple[list[Message], dict[str, Any], str]] = {
@@ -104,7 +106,11 @@ RULES: dict[str, tuple[list[Message], dict[str, Any], str]] = {
         f"<｜User｜>U1<｜Assistant｜></think>A1{G_BLOCK}{EOS}<｜User｜><tool_result>O</tool_result>"
         f"<｜Assistant｜><think>R2</think>A2{EOS}",
     ),
-    "a call without arguments": ([user(), answer("A", None, call("g", "{}"))], {}, f"<｜User｜>U<｜Assistant｜></think>A{G_BLOCK}{EOS}"),
+    "a call without arguments": (
+        [user(), answer("A", None, call("g", "{}"))],
+        {},
+        f"<｜User｜>U<｜Assistant｜></think>A{G_BLOCK}{EOS}",
+    ),
     "results go by the order of the calls": (
         [user(), answer(None, None, *TWO), result("2", "b"), user("M"), result("1", "a")],
         {},
@@ -121,9 +127,17 @@ RULES: dict[str, tuple[list[Message], dict[str, Any], str]] = {
         {"thinking": True, "drop_thinking": False},
         "<｜User｜>D<｜User｜>U<｜Assistant｜><think>",
     ),
-    "earlier developers are dropped with the reasoning": ([DEV, user()], {"thinking": True}, "<｜User｜>U<｜Assistant｜><think>"),
+    "earlier developers are dropped with the reasoning": (
+        [DEV, user()],
+        {"thinking": True},
+        "<｜User｜>U<｜Assistant｜><think>",
+    ),
     "but not in chat mode": ([DEV, user()], {}, "<｜User｜>D<｜User｜>U<｜Assistant｜></think>"),
-    "a last developer stays": ([user(), answer(), DEV], {"thinking": True}, f"<｜User｜>U<｜Assistant｜></think>A{EOS}<｜User｜>D<｜Assistant｜><think>"),
+    "a last developer stays": (
+        [user(), answer(), DEV],
+        {"thinking": True},
+        f"<｜User｜>U<｜Assistant｜></think>A{EOS}<｜User｜>D<｜Assistant｜><think>",
+    ),
     "a reminder before": ([S, R, user()], {}, "S<｜latest_reminder｜>today<｜User｜>U<｜Assistant｜></think>"),
     "a reminder after": ([user(), R], {}, "<｜User｜>U<｜Assistant｜></think><｜latest_reminder｜>today"),
     "a system message alone": ([S], {}, "S"),
@@ -146,10 +160,11 @@ RULES: dict[str, tuple[list[Message], dict[str, Any], str]] = {
     "the format of replies": (
         [S, user()],
         {"response_format": {"type": "object", "é": [1.0]}},
-        'S\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{"type": "object", "é": [1.0]}'
+        "S\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+        '{"type": "object", "é": [1.0]}'
         "<｜User｜>U<｜Assistant｜></think>",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -210,12 +225,24 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "an unknown role": ([user(), {"role": "asistant", "content": ""}], {}, "message 2 .* did you mean 'assistant'"),
     "a result without a call": ([user(), result("x")], {}, r"message 2 \(role 'tool'\) is the result of no call"),
     "a result after an answer": ([user(), answer("", None, F), answer(), result("x")], {}, "result of no call"),
-    "too many results": ([user(), answer("", None, F), result("x"), result("y")], {}, "message 4 .* makes 1 tool_calls"),
-    "a result of another call": ([user(), answer("", None, *TWO), result("x", "c")], {}, r"none of the calls \['a', 'b'\]"),
+    "too many results": (
+        [user(), answer("", None, F), result("x"), result("y")],
+        {},
+        "message 4 .* makes 1 tool_calls",
+    ),
+    "a result of another call": (
+        [user(), answer("", None, *TWO), result("x", "c")],
+        {},
+        r"none of the calls \['a', 'b'\]",
+    ),
     "a result without an id": ([user(), answer("", None, *TWO), result("x")], {}, "none of the calls"),
     "a call answered twice": ([user(), answer("", None, *TWO), result("x", "a"), result("y", "a")], {}, "second time"),
     "an id twice": ([user(), answer("", None, TWO[0], TWO[0])], {}, "each its own"),
-    "arguments cut short": ([user(), answer("", None, call("f", '{"x": '))], {}, r"message 2 .*, tool call 1: its arguments"),
+    "arguments cut short": (
+        [user(), answer("", None, call("f", '{"x": '))],
+        {},
+        r"message 2 .*, tool call 1: its arguments",
+    ),
     "no arguments": ([user(), answer("", None, call("f", ""))], {}, "not the JSON of an object"),
     "arguments as a list": ([user(), answer("", None, call("f", "[1]"))], {}, "give a JSON object"),
     "arguments missing": ([user(), answer("", None, call("f", None))], {}, "give a JSON object"),
@@ -242,7 +269,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "half a character": ([user("\ud800")], {}, "half of a surrogate pair"),
     "an unknown effort": ([user()], {"effort": "low"}, "use one of None, high, max"),
     "an unknown edition": ([user()], {"edition": "may"}, "use one of april, 0731"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", BAD)

@@ -1,6 +1,6 @@
-"""Failures caught here: a reply that is read as something else than was written, whole or cut anywhere; a tool call lost or
-leaked as text; half a tag shown; output that is malformed or cut short ending in a traceback, in silence or in another
-reading when it comes in other pieces; text taken for a control token; a format that xgrammar's deepseek_v4 does not allow.
+"""Failures caught here: a reply that is read as something else than was written, whole or cut anywhere; a tool call
+lost, or leaked as text; half a tag shown; output that is malformed or cut short ending in a traceback or in silence, or
+read as something else in other pieces; text taken for a control token; what xgrammar's deepseek_v4 would refuse.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conversations import Message, arguments, assistant, call, v4_tokenizer
+from conversations import Message, arguments, assistant, v4_tokenizer
 
 from dsv4.errors import UserError
 from dsv4.text import ByteTokenizer, ChatParser, Event, Tokenizer, read_reply, render
@@ -67,7 +67,9 @@ def cut(whole: Any, rng: random.Random) -> list[Any]:
 
 def joined(events: Sequence[Event]) -> list[tuple[str, int, str]]:
     """Events with neighbours of a kind as one, as how much comes at a time depends on the pieces."""
-    kinds = itertools.groupby(events, key=lambda e: (e.kind, e.index, e.kind in ("reasoning", "content", "arguments") or id(e)))
+    kinds = itertools.groupby(
+        events, key=lambda e: (e.kind, e.index, e.kind in ("reasoning", "content", "arguments") or id(e))
+    )
     return [(key[0], key[1], "".join(event.text for event in group)) for key, group in kinds]
 
 
@@ -115,9 +117,19 @@ CASES: dict[str, tuple[bool, str, Message, list[str]]] = {
     "reasoning and calls": (True, f"R</think>{BLOCK}{EOS}", said("", "R", [FX, GS]), []),
     "content and calls": (False, f"A\n\n{BLOCK}{EOS}", said("A\n\n", "", [FX, GS]), []),
     "without the end token": (False, BLOCK, said("", "", [FX, GS]), []),
-    "no arguments": (False, OPEN + F.split("<｜DSML｜parameter")[0] + f"\n</{D}invoke>" + CLOSE, said("", "", [made("f", "{}")]), []),
+    "no arguments": (
+        False,
+        OPEN + F.split("<｜DSML｜parameter")[0] + f"\n</{D}invoke>" + CLOSE,
+        said("", "", [made("f", "{}")]),
+        [],
+    ),
     "no blank line before": (False, "A" + BLOCK.strip(), said("A", "", [FX, GS]), []),
-    "other space between": (False, f"A\n\n<{D}tool_calls>" + F.replace("\n", "\n\n ") + f" </{D}tool_calls>", said("A", "", [FX]), []),
+    "other space between": (
+        False,
+        f"A\n\n<{D}tool_calls>" + F.replace("\n", "\n\n ") + f" </{D}tool_calls>",
+        said("A", "", [FX]),
+        [],
+    ),
     "two blocks": (False, OPEN + F + CLOSE + "B" + OPEN + G + CLOSE, said("B", "", [FX, GS]), []),
     "empty": (False, "", said(), []),
     # Cut short.
@@ -127,14 +139,34 @@ CASES: dict[str, tuple[bool, str, Message, list[str]]] = {
     "within half a token": (False, "A\n\n<｜DS", said("A\n\n"), ["half a control token, '<｜DS'"]),
     "after the opening": (False, "A" + OPEN, said("A" + OPEN), ["cut short"]),
     "within a value": (False, OPEN + G_CUT, said(OPEN + G_CUT), ["'g' was malformed or cut short"]),
-    "within a closing tag": (False, OPEN + G[:-3], said(OPEN + G.rpartition("</")[0]), ["'g' was", "half a tag, '</｜DSML｜invo'"]),
+    "within a closing tag": (
+        False,
+        OPEN + G[:-3],
+        said(OPEN + G.rpartition("</")[0]),
+        ["'g' was", "half a tag, '</｜DSML｜invo'"],
+    ),
     "after a call": (False, OPEN + F, said("", "", [FX]), ["a block of tool calls was malformed or cut short"]),
     "within the second": (False, OPEN + F + G_CUT, said(G_CUT, "", [FX]), ["'g' was malformed or cut short"]),
-    "after half a closing tag": (False, OPEN + G.rpartition("/")[0], said(OPEN + G.rpartition("<")[0]), ["half a tag, '<'", "'g' was"]),
+    "after half a closing tag": (
+        False,
+        OPEN + G.rpartition("/")[0],
+        said(OPEN + G.rpartition("<")[0]),
+        ["half a tag, '<'", "'g' was"],
+    ),
     "half a tag of the reasoning": (True, "R</", said("", "R"), ["half a control token, '</'", "within the reasoning"]),
     # Malformed.
-    "a bad value": (False, OPEN + F.replace(">1<", ">one<") + CLOSE, said(OPEN + F.replace(">1<", ">one<") + CLOSE), ["argument 'x'", "markup in the content"]),
-    "not a number": (False, OPEN + F.replace(">1<", ">NaN<"), said(OPEN + F.replace(">1<", ">NaN<")), ["argument 'x'", "markup"]),
+    "a bad value": (
+        False,
+        OPEN + F.replace(">1<", ">one<") + CLOSE,
+        said(OPEN + F.replace(">1<", ">one<") + CLOSE),
+        ["argument 'x'", "markup in the content"],
+    ),
+    "not a number": (
+        False,
+        OPEN + F.replace(">1<", ">NaN<"),
+        said(OPEN + F.replace(">1<", ">NaN<")),
+        ["argument 'x'", "markup"],
+    ),
     "an empty block": (False, OPEN + CLOSE[1:], said(OPEN + CLOSE[1:]), ["a block without tool calls"]),
     "text in a block": (False, OPEN + "so" + CLOSE, said(OPEN + "so" + CLOSE), ["a block of tool calls", "markup"]),
     "a block after a bad one": (False, OPEN + "so" + BLOCK, said(OPEN + "so", "", [FX, GS]), ["a block of tool calls"]),
@@ -144,7 +176,7 @@ CASES: dict[str, tuple[bool, str, Message, list[str]]] = {
     "a thought begun twice": (True, "<think>R</think>A", said("A", "<think>R"), ["<think> in the reasoning"]),
     "a turn of the user": (False, "A<｜User｜>B", said("A<｜User｜>B"), ["<｜User｜> in the content"]),
     "beyond the end": (False, f"A{EOS}more", said("A"), ["4 characters after the end"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -166,7 +198,7 @@ def test_a_call_is_told_before_it_is_complete() -> None:
     parser = ChatParser(thinking=False)
     assert parser.feed("A" + OPEN) == [Event("content", "A")]
     assert parser.feed(f'<{D}invoke name="g">\n<{D}') == [Event("call", "g")]
-    assert parser.feed(f'parameter name="s" string="true">one "two') == [
+    assert parser.feed('parameter name="s" string="true">one "two') == [
         Event("arguments", '{"s": '),
         Event("arguments", '"'),
         Event("arguments", 'one \\"two'),
@@ -183,14 +215,21 @@ def test_a_call_is_told_before_it_is_complete() -> None:
 
 def test_a_call_that_fails_is_withdrawn() -> None:
     parser, events = feed([OPEN + G_CUT], thinking=False)
-    assert [kind for kind, _ in itertools.groupby(event.kind for event in events)] == ["call", "arguments", "withdrawn", "content"]
+    assert [kind for kind, _ in itertools.groupby(event.kind for event in events)] == [
+        "call",
+        "arguments",
+        "withdrawn",
+        "content",
+    ]
     assert parser.message == said(OPEN + G_CUT)
 
 
 def test_from_ids_a_text_that_spells_a_token_is_text() -> None:
     tokenizer = v4_tokenizer()
     spelled = "".join(control.name for control in CONTROLS) + BLOCK
-    message = said(spelled, spelled, [made("f", json.dumps({"s": spelled, D + "</think>": [spelled]}, ensure_ascii=False))])
+    message = said(
+        spelled, spelled, [made("f", json.dumps({"s": spelled, D + "</think>": [spelled]}, ensure_ascii=False))]
+    )
     ids = written(message, True).ids(tokenizer)
     assert same_however_cut(ids, True, random.Random(0), tokenizer).message == message
 
@@ -227,7 +266,20 @@ def test_what_is_rendered_is_read_back() -> None:
 
 
 PARTS = ("", "A", "A\n", "A\n\n", "<", "a <b> </c> 小柴胡 🐋", "\n\n<")
-VALUES: tuple[Any, ...] = ("", "q", '"\n\\', "</", "\n\n", "<|DSML|tool_calls>", 1, -0.5, None, True, [], {"a": [{"b": "</"}]})
+VALUES: tuple[Any, ...] = (
+    "",
+    "q",
+    '"\n\\',
+    "</",
+    "\n\n",
+    "<|DSML|tool_calls>",
+    1,
+    -0.5,
+    None,
+    True,
+    [],
+    {"a": [{"b": "</"}]},
+)
 
 
 def shapes() -> list[tuple[Message, bool]]:
@@ -261,10 +313,13 @@ HALF = re.compile(rf"</?{D}[^>]*\Z|</\Z|</?｜(?:D(?:S(?:ML?)?)?)?\Z|</?t(?:h(?:
 
 def test_a_stream_cut_short_anywhere_is_read_without_half_a_tag() -> None:
     tokenizer = v4_tokenizer()
-    for seed in range(40):
+    for seed in range(12):
         rng = random.Random(seed)
         thinking = rng.random() < 0.5
-        message = said("A", "R" if thinking else "", [call(rng, controls=False, plain=True) for _ in range(2)])
+        kinds = ("q é", "two\nlines", "", 1.5, [True, {"a": None}], -3)
+        given = [{key: rng.choice(kinds) for key in "abc"[: rng.randrange(4)]} for _ in range(2)]
+        calls = [made("f", json.dumps(one, ensure_ascii=False)) for one in given]
+        message = said("A", "R" if thinking else "", calls)
         output = written(message, thinking)
         for whole, vocabulary in ((output.text, None), (output.ids(tokenizer), tokenizer)):
             for end in range(0, len(whole), rng.randrange(1, 5)):
@@ -279,7 +334,22 @@ def test_a_stream_cut_short_anywhere_is_read_without_half_a_tag() -> None:
 
 def test_any_mixture_of_tags_is_read_one_way() -> None:
     """Nothing is lost either: what is shown, what was called and what the warnings say is all that came."""
-    tags = ("\n\n", OPEN, CLOSE, F, G, *re.split(r"(?<=>)|(?=<)", F + G), "<", "</", D, "x", "</think>", "<think>", "\n", ">")
+    tags = (
+        "\n\n",
+        OPEN,
+        CLOSE,
+        F,
+        G,
+        *re.split(r"(?<=>)|(?=<)", F + G),
+        "<",
+        "</",
+        D,
+        "x",
+        "</think>",
+        "<think>",
+        "\n",
+        ">",
+    )
     tokenizer = v4_tokenizer()
     for seed in range(700):
         rng = random.Random(seed)
@@ -317,14 +387,24 @@ def test_many_more_of_all_these() -> None:
         text = written(assistant(rng, controls=False), thinking).text
         text = text[: rng.randrange(len(text) + 1)]
         at = rng.randrange(len(text) + 1)
-        same_however_cut(text[:at] + rng.choice((D, "<", OPEN, F, EOS, "")) + text[at + rng.randrange(9) :], thinking, rng)
+        same_however_cut(
+            text[:at] + rng.choice((D, "<", OPEN, F, EOS, "")) + text[at + rng.randrange(9) :], thinking, rng
+        )
 
 
 # ------------------------------------------------------------------------------------------------ xgrammar
 
 
 def schema_of(value: Any) -> dict[str, Any]:
-    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array", dict: "object"}
+    kinds = {
+        str: "string",
+        bool: "boolean",
+        int: "integer",
+        float: "number",
+        type(None): "null",
+        list: "array",
+        dict: "object",
+    }
     return {"type": kinds[type(value)]}
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and messages to prompts and back. The `tokenizers` library is imported when it is needed."""
+"""Text to ids and back, messages to prompts and back. The `tokenizers` library is imported when it is first needed."""
 
 from dsv4.text.chat import chat_template, render, write_chat_template
 from dsv4.text.parse import ChatParser, Event, Reply, read_reply

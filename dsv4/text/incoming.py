@@ -41,7 +41,9 @@ class SpelledText:
         self._kept = ""
 
     def push(self, text: str) -> str:
-        text = _SPELLED.sub(lambda found: _OF_NAME[found[0]], self._kept + _HALVES.sub("\N{REPLACEMENT CHARACTER}", text))
+        text = _SPELLED.sub(
+            lambda found: _OF_NAME[found[0]], self._kept + _HALVES.sub("\N{REPLACEMENT CHARACTER}", text)
+        )
         longest = range(min(_LONGEST, len(text)), 0, -1)
         self._kept = next((text[-n:] for n in longest if text[-n:] in _PREFIXES), "")
         return text[: len(text) - len(self._kept)]
@@ -72,5 +74,3 @@ class TokenText:
     def flush(self) -> tuple[str, str]:
         """The character that was still open, if any."""
         return self._decoder.flush(), ""
-
-
