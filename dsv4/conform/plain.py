@@ -1,86 +1,62 @@
-"""DeepSeek-V4 once more, as plainly as it can be said: float64, whole sequences, dense masks, loops, no module of dsv4.
+"""DeepSeek-V4 once more, as plainly as it can be said: float64, whole sequences, dense masks, loops.
 
 It is written from the specification and shares nothing with the model but the names of the weights, so it can say which
-of two answers is right. Every mistake that ports of V4 have made can be put in by name (`flip`): a test that a flip is
-far from the model shows that the model does not make it, and that the test would notice.
+of two answers is right. Every mistake that ports of V4 have made (mistakes.py) can be put in by name (`flip`): a test
+that a flip is far from the model shows that the model does not make it, and that the test would notice; and a port
+whose numbers are those of a flip has made that mistake.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# What may be flipped, and the kinds of layer where it shows.
-WINDOW, CSA, HCA = "window", "csa", "hca"
-EVERY, COMPRESSED = (WINDOW, CSA, HCA), (CSA, HCA)
-FLIPS: dict[str, tuple[str, ...]] = {
-    # residual streams
-    "mixing transposed": EVERY,
-    "post not doubled": EVERY,
-    "streams not normalised": EVERY,
-    "one Sinkhorn round": EVERY,
-    # rotary
-    "rotation on the first channels": EVERY,
-    "rotation in halves": EVERY,
-    "output not rotated back": EVERY,
-    "thetas swapped": EVERY,
-    "YaRN on window layers": (WINDOW,),
-    "YaRN missing": COMPRESSED,
-    "YaRN amplitude": COMPRESSED,
-    "queries with the window's theta": COMPRESSED,
-    "entries rotated at the pool index": COMPRESSED,
-    "entries rotated at the last token": COMPRESSED,
-    "entries not rotated": COMPRESSED,
-    # attention
-    "no query norm": EVERY,
-    "query latent not normed": EVERY,
-    "window without the token itself": EVERY,
-    "window one wider": EVERY,
-    "sink missing": EVERY,
-    "sink scaled": EVERY,
-    "output groups interleaved": EVERY,
-    "entries visible a token early": COMPRESSED,
-    "entries visible a token late": COMPRESSED,
-    # compression
-    "overlap lost": (CSA,),
-    "overlap halves swapped": (CSA,),
-    "gate without position": COMPRESSED,
-    "entries not normed": COMPRESSED,
-    # indexer
-    "indexer not asked": (CSA,),
-    "index scores without relu": (CSA,),
-    "index weights missing": (CSA,),
-    "index keys rotated at the pool index": (CSA,),
-    # experts
-    "bias in the weights": EVERY,
-    "weights not normalised": EVERY,
-    "route scale missing": EVERY,
-    "sigmoid gate": EVERY,
-    "no clamp in the shared expert": EVERY,
-    "no clamp in the routed experts": EVERY,
-    "gate clamped on both sides": EVERY,
-    "gate and up exchanged": EVERY,
-    "shared expert missing": EVERY,
-}
-HASH_FLIPS = ("experts chosen by score", "expert weights all equal")
-TOP_FLIPS = ("gain of the norms plus one", "head reads the mean of the streams")
-MTP_FLIPS = ("MTP reads the collapsed stream", "MTP embeds its own token", "MTP with YaRN", "MTP routes by token id")
+from dsv4.conform import codecs
+from dsv4.conform.mistakes import HASH, LAYER, MTP, TOP
+
+# What may be flipped in a layer, and the kinds of layer where it shows; what shows elsewhere.
+FLIPS: dict[str, tuple[str, ...]] = {name: mistake.kinds for name, mistake in LAYER.items()}
+HASH_FLIPS, TOP_FLIPS, MTP_FLIPS = tuple(HASH), tuple(TOP), tuple(MTP)
+Rows = dict[str, tuple[Tensor, Tensor]]  # of each compressor what a sequence put in: values and gates [T, c*d]
 
 
 class PlainV4:
     """`weights` by published name, experts stacked (a state dict of ours); `flip` names the mistake to make, or None.
 
-    config: anything with the published field names (a ModelConfig has them).
+    config: anything with the published field names (a ModelConfig has them). packed: rows and keys are rounded as a
+    packed memory keeps them. bf16: everything is rounded to BF16 where the released code casts to it.
+    `calls`, `padding` and `before` say how the sequence came, for the mistakes that depend on it: the lengths of the
+    calls; how many of its first tokens are padding; rows that are in memory when it begins, where it is said from
+    which group on they are taken for those of the group before.
     """
 
-    def __init__(self, config: Any, weights: dict[str, Tensor], flip: str | None = None):
-        self.c, self.flip = config, flip
+    calls: Sequence[int] = ()
+    padding = 0
+    before: tuple[Rows, int] | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        weights: dict[str, Tensor],
+        flip: str | None = None,
+        *,
+        packed: bool = False,
+        bf16: bool = False,
+    ):
+        self.c, self.flip, self.packed, self.bf16 = config, flip, packed, bf16
+        self.rows: Rows = {}
         published = {n.replace("mtp.0.block.", "mtp.0."): t for n, t in weights.items()}
         self.w = {n: t.double() if t.is_floating_point() else t for n, t in published.items()}
 
     # --- whole model
+
+    def cast(self, x: Tensor) -> Tensor:
+        return to_bf16(x) if self.bf16 else x
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return self.cast(x @ self.w[f"{name}.weight"].T)
 
     def streams(self, ids: Tensor) -> Tensor:
         x = self.w["embed.weight"][ids][:, None].repeat(1, self.c.hc_mult, 1)
@@ -110,7 +86,7 @@ class PlainV4:
             return x.mean(dim=1)
         m = self.twenty_four(x, f"{prefix}hc_head_")
         pre = torch.sigmoid(self.w[f"{prefix}hc_head_scale"] * m + self.w[f"{prefix}hc_head_base"]) + self.c.hc_eps
-        return torch.stack([pre[:, j, None] * x[:, j] for j in range(self.c.hc_mult)]).sum(dim=0)
+        return self.cast(torch.stack([pre[:, j, None] * x[:, j] for j in range(self.c.hc_mult)]).sum(dim=0))
 
     def block(self, prefix: str, layer: int, x: Tensor, ids: Tensor) -> Tensor:
         """Streams [T, N, M] through one layer."""
@@ -127,17 +103,30 @@ class PlainV4:
         return m if self.flip == "streams not normalised" else m * rho(v, self.c.rms_norm_eps)
 
     def around(self, x: Tensor, prefix: str, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        pre, post, mix = self.maps(x, prefix)
+        y = sublayer(self.cast(torch.stack([pre[:, j, None] * x[:, j] for j in range(self.c.hc_mult)]).sum(dim=0)))
+        return self.write(x, y, post, mix)
+
+    def maps(self, x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        """pre, post [T, N] and the mixing matrix [T, N, N]."""
         n = self.c.hc_mult
         m, base, scale = self.twenty_four(x, prefix), self.w[f"{prefix}base"], self.w[f"{prefix}scale"]
         pre = torch.sigmoid(scale[0] * m[:, :n] + base[:n]) + self.c.hc_eps
         post = torch.sigmoid(scale[1] * m[:, n : 2 * n] + base[n : 2 * n])
         post = post if self.flip == "post not doubled" else 2 * post
-        mix = self.sinkhorn((scale[2] * m[:, 2 * n :] + base[2 * n :]).view(-1, n, n))
+        return pre, post, self.sinkhorn((scale[2] * m[:, 2 * n :] + base[2 * n :]).view(-1, n, n))
+
+    def write(self, x: Tensor, y: Tensor, post: Tensor, mix: Tensor) -> Tensor:
+        """The new streams."""
+        n, cast = self.c.hc_mult, self.cast
         if self.flip == "mixing transposed":
             mix = mix.transpose(1, 2)
-        y = sublayer(torch.stack([pre[:, j, None] * x[:, j] for j in range(n)]).sum(dim=0))
-        new = [post[:, k, None] * y + sum(mix[:, j, k, None] * x[:, j] for j in range(n)) for k in range(n)]
-        return torch.stack(new, dim=1)
+        if self.flip == "post and mixing in BF16":
+            post, mix = to_bf16(post), to_bf16(mix)
+            new = [cast(post[:, k, None] * y) + cast(torch.einsum("tj,tjm->tm", mix[:, :, k], x)) for k in range(n)]
+        else:
+            new = [post[:, k, None] * y + sum(mix[:, j, k, None] * x[:, j] for j in range(n)) for k in range(n)]
+        return cast(torch.stack(new, dim=1))
 
     def sinkhorn(self, c: Tensor) -> Tensor:
         eps = self.c.hc_eps
@@ -154,6 +143,8 @@ class PlainV4:
         dim, s = self.c.qk_rope_head_dim, self.c.rope_scaling
         plain = (ratio == 0) != (self.flip == "thetas swapped")
         base = self.c.rope_theta if plain else self.c.compress_rope_theta
+        if self.flip == "compressed theta 40000" and ratio:
+            base = 40000.0
         freq = torch.tensor([base ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
         yarn = ratio != 0 and self.flip != "YaRN missing" if yarn is None else yarn
         if not yarn or s.type == "default":
@@ -169,65 +160,101 @@ class PlainV4:
     def rotate(self, x: Tensor, positions: Tensor, freq: Tensor, amplitude: float = 1.0, sign: int = 1) -> Tensor:
         """x [n, ..., D]: the last channels as pairs (2i, 2i+1), each turned by sign * position * freq_i."""
         dim = 2 * len(freq)
-        angle = (sign * positions.double()[:, None] * freq).view(len(x), *[1] * (x.ndim - 2), dim // 2)
+        if freq.dtype == torch.float32 and self.flip != "angles in FP64":
+            angle = (positions.float()[:, None] * freq).double()  # the product is FP32: far out that decides the angle
+        else:
+            angle = positions.double()[:, None] * freq.double()
+        angle = sign * angle.view(len(x), *[1] * (x.ndim - 2), dim // 2)
         cos, sin = amplitude * angle.cos(), amplitude * angle.sin()
+        if self.flip == "cos and sin in BF16":
+            cos, sin = to_bf16(cos), to_bf16(sin)
         first = self.flip == "rotation on the first channels"
         rest, part = (x[..., dim:], x[..., :dim]) if first else (x[..., :-dim], x[..., -dim:])
         halves = self.flip == "rotation in halves"
         a, b = (part[..., : dim // 2], part[..., dim // 2 :]) if halves else (part[..., 0::2], part[..., 1::2])
         a, b = a * cos - b * sin, a * sin + b * cos
         part = torch.cat([a, b], dim=-1) if halves else torch.stack([a, b], dim=-1).flatten(-2)
-        return torch.cat([part, rest] if first else [rest, part], dim=-1)
+        return self.cast(torch.cat([part, rest] if first else [rest, part], dim=-1))
 
     # --- attention
 
-    def attention(self, prefix: str, layer: int, x: Tensor) -> Tensor:
-        c, w, flip = self.c, self.w, self.flip
-        length, heads, width, ratio = len(x), c.num_attention_heads, c.head_dim, c.compress_ratios[layer]
-        t = torch.arange(length)
+    def turning(self, layer: int) -> tuple[Tensor, Tensor, float]:
+        """The frequencies of a layer, those of its queries, and the factor on cos and sin."""
+        c, flip, ratio = self.c, self.flip, self.c.compress_ratios[layer]
+        if flip == "MTP with the compressed layers' table" and layer == c.num_hidden_layers:
+            ratio = c.compress_rate_csa
         mtp_yarn = flip == "MTP with YaRN" and layer == c.num_hidden_layers
         yarn = True if mtp_yarn or (flip == "YaRN on window layers" and ratio == 0) else None
         freq = self.frequencies(ratio, yarn=yarn)
-        q_freq = self.frequencies(0) if flip == "queries with the window's theta" else freq
+        windows = ("queries with the window's theta", "queries and window with the window's theta")
+        q_freq = self.frequencies(0) if flip in windows else freq
         amplitude = 0.1 * math.log(c.rope_scaling.factor) + 1 if flip == "YaRN amplitude" and ratio else 1.0
+        return freq, q_freq, amplitude
 
-        qr = x @ w[f"{prefix}wq_a.weight"].T
-        qr = qr if flip == "query latent not normed" else self.norm(qr, f"{prefix}q_norm.weight")
-        q = (qr @ w[f"{prefix}wq_b.weight"].T).view(length, heads, width)
-        q = q if flip == "no query norm" else q * rho(q, c.rms_norm_eps)
-        q = self.rotate(q, t, q_freq, amplitude)
-        kv = self.norm(x @ w[f"{prefix}wkv.weight"].T, f"{prefix}kv_norm.weight")
-        plain, kv = kv, self.rotate(kv, t, freq, amplitude)
+    def attention(self, prefix: str, layer: int, x: Tensor) -> Tensor:
+        c, flip = self.c, self.flip
+        length, width, ratio = len(x), c.head_dim, c.compress_ratios[layer]
+        t = torch.arange(length)
+        freq, q_freq, amplitude = self.turning(layer)
+        qr, q, plain, kv = self.project_in(prefix, layer, x, t)
+        kv = self.kept(kv)
 
         reach = c.sliding_window + (flip == "window one wider")
-        seen = (t[None] <= t[:, None]) & (t[None] > t[:, None] - reach)
+        seen = (t[None] <= t[:, None]) & (t[None] > t[:, None] - reach) & (t[None] >= self.padding)
         if flip == "window without the token itself":
             seen &= t[None] < t[:, None]
         keys, masks = kv, seen
         if ratio and c.attention != "compressed":
             keys, masks = self.other_rows(prefix, x, plain, kv, seen)
         elif ratio:
-            entries = self.compress(f"{prefix}compressor.", x, ratio, width, freq, amplitude)
+            entries = self.kept(self.compress(f"{prefix}compressor.", x, ratio, width, freq, amplitude))
             visible = self.visible(t, len(entries), ratio)
             if ratio == c.compress_rate_csa and flip != "indexer not asked":
                 visible = self.choose(f"{prefix}indexer.", x, qr, visible, freq)
             keys, masks = torch.cat([kv, entries]), torch.cat([seen, visible], dim=1)
+        return self.project_out(prefix, layer, self.attend(prefix, layer, q, keys, masks), t)
 
-        scores = torch.einsum("thd,kd->thk", q, keys) * width**-0.5
+    def project_in(self, prefix: str, layer: int, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of tokens at positions t the query latent, the queries [T, H, D], the row [T, D] before and after turning."""
+        freq, q_freq, amplitude = self.turning(layer)
+        qr = self.linear(x, f"{prefix}wq_a")
+        qr = qr if self.flip == "query latent not normed" else self.norm(qr, f"{prefix}q_norm.weight")
+        q = self.linear(qr, f"{prefix}wq_b").view(len(x), self.c.num_attention_heads, self.c.head_dim)
+        q = q if self.flip == "no query norm" else self.cast(q * rho(q, self.c.rms_norm_eps))
+        plain = self.norm(self.linear(x, f"{prefix}wkv"), f"{prefix}kv_norm.weight")
+        row_freq = q_freq if self.flip == "queries and window with the window's theta" else freq
+        return qr, self.rotate(q, t, q_freq, amplitude), plain, self.rotate(plain, t, row_freq, amplitude)
+
+    def attend(self, prefix: str, layer: int, q: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
+        """q [T, H, D] over the rows [K, D] where masks [T, K]; values are the keys."""
+        width = self.c.head_dim
+        scale = width**-0.5
+        if self.flip == "YaRN amplitude in the softmax" and self.c.compress_ratios[layer]:
+            scale *= (0.1 * math.log(self.c.rope_scaling.factor) + 1) ** 2
+        scores = torch.einsum("thd,kd->thk", q, keys) * scale
         scores = scores.masked_fill(~masks[:, None], -math.inf)
-        sink = w[f"{prefix}attn_sink"] * (width**-0.5 if flip == "sink scaled" else 1.0)
-        if flip == "sink missing":
+        sink = self.w[f"{prefix}attn_sink"] * (width**-0.5 if self.flip == "sink scaled" else 1.0)
+        if self.flip == "sink missing":
             sink = torch.full_like(sink, -1e30)
-        p = torch.cat([scores, sink[None, :, None].expand(length, -1, 1)], dim=2).softmax(dim=2)[..., :-1]
-        o = torch.einsum("thk,kd->thd", p, keys)
-        if flip != "output not rotated back":
-            o = self.rotate(o, t, q_freq, amplitude, sign=-1)
+        p = torch.cat([scores, sink[None, :, None].expand(len(q), -1, 1)], dim=2).softmax(dim=2)[..., :-1]
+        return self.cast(torch.einsum("thk,kd->thd", p, keys))
 
-        groups = o.view(length, c.o_groups, -1)
-        if flip == "output groups interleaved":
-            groups = o.view(length, -1, c.o_groups, width).transpose(1, 2).reshape(length, c.o_groups, -1)
-        low = w[f"{prefix}wo_a.weight"].view(c.o_groups, c.o_lora_rank, -1)
-        return torch.cat([groups[:, g] @ low[g].T for g in range(c.o_groups)], dim=1) @ w[f"{prefix}wo_b.weight"].T
+    def project_out(self, prefix: str, layer: int, o: Tensor, t: Tensor) -> Tensor:
+        c, (_, q_freq, amplitude) = self.c, self.turning(layer)
+        if self.flip != "output not rotated back":
+            o = self.rotate(o, t, q_freq, amplitude, sign=-1)
+        groups = o.reshape(len(o), c.o_groups, -1)
+        if self.flip == "output groups interleaved":
+            groups = o.view(len(o), -1, c.o_groups, c.head_dim).transpose(1, 2).reshape(len(o), c.o_groups, -1)
+        if self.flip == "attention output in FP8":
+            groups = codecs.fp8(groups, 128)
+        low = self.w[f"{prefix}wo_a.weight"].view(c.o_groups, c.o_lora_rank, -1)
+        low = self.cast(torch.cat([groups[:, g] @ low[g].T for g in range(c.o_groups)], dim=1))
+        return self.linear(low, f"{prefix}wo_b")
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """Window rows and entries as a memory gives them back."""
+        return codecs.row(rows, self.c.qk_rope_head_dim, self.flip) if self.packed else rows
 
     def other_rows(self, prefix: str, x: Tensor, plain: Tensor, kv: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and masks of the attentions that V4 is compared with; `plain` is kv before the rotation."""
@@ -249,14 +276,19 @@ class PlainV4:
 
     def visible(self, t: Tensor, entries: int, ratio: int) -> Tensor:
         """bool [T, entries]: entry w is there from the token on that closes its group."""
+        if self.flip == "entries visible to all":
+            return torch.ones(len(t), entries, dtype=torch.bool)
         shift = {"entries visible a token early": 2, "entries visible a token late": 0}.get(self.flip or "", 1)
         return torch.arange(entries)[None] < ((t + shift) // ratio)[:, None]
 
     def compress(self, prefix: str, x: Tensor, ratio: int, width: int, freq: Tensor, amplitude: float) -> Tensor:
         """Entries [T // ratio, width]."""
         values, gates = x @ self.w[f"{prefix}wkv.weight"].T, x @ self.w[f"{prefix}wgate.weight"].T
+        low = to_bf16 if self.flip == "compressor in BF16" else _same
+        values, gates = low(values), low(gates)
         if self.flip != "gate without position":
             gates = gates + self.w[f"{prefix}ape"][torch.arange(len(x)) % ratio]
+        self.rows[prefix] = values, gates
         own, before = slice(None), None
         if ratio == self.c.compress_rate_csa:
             # the first half of the channels speaks for the next group, the second for its own
@@ -267,12 +299,13 @@ class PlainV4:
                 before = None
         entries = []
         for g in range(len(x) // ratio):
-            mine, last = slice(g * ratio, (g + 1) * ratio), slice((g - 1) * ratio, g * ratio)
+            mine = slice(g * ratio, (g + 1) * ratio)
             a, s = values[mine, own], gates[mine, own]
-            if before is not None and g:
-                a, s = torch.cat([values[last, before], a]), torch.cat([gates[last, before], s])
-            entries.append((s.softmax(dim=0) * a).sum(dim=0))
-        pooled = torch.stack(entries) if entries else x.new_zeros(0, width)
+            old = self.group_before(prefix, g, ratio)
+            if before is not None and old is not None:
+                a, s = torch.cat([old[0][:, before], a]), torch.cat([old[1][:, before], s])
+            entries.append(low((low(s.softmax(dim=0)) * a).sum(dim=0)))
+        pooled = self.cast(torch.stack(entries) if entries else x.new_zeros(0, width))
         if self.flip != "entries not normed" or "indexer" in prefix:
             pooled = self.norm(pooled, f"{prefix}norm.weight")
         number = torch.arange(len(entries))
@@ -287,28 +320,63 @@ class PlainV4:
             return pooled
         return self.rotate(pooled, place, freq, amplitude)
 
+    def group_before(self, prefix: str, g: int, ratio: int) -> tuple[Tensor, Tensor] | None:
+        """The rows of the group before g, as a memory has them."""
+        here = g * ratio
+        if self.before is not None and g == self.before[1]:  # what was left there by another sequence
+            (values, gates), _ = self.before[0][prefix], None
+            last = min(len(values) // ratio, g + 1 if g else len(values)) * ratio
+            return (values[last - ratio : last], gates[last - ratio : last]) if last else None
+        if g == 0:
+            return None
+        if self.flip == "overlap lost between calls" and self.calls:
+            ends = torch.tensor(self.calls).cumsum(0)
+            if int((ends < here).sum()) != int((ends < here + ratio).sum()):
+                return None
+        values, gates = self.rows[prefix]
+        return values[here - ratio : here], gates[here - ratio : here]
+
     def choose(self, prefix: str, x: Tensor, qr: Tensor, visible: Tensor, freq: Tensor) -> Tensor:
         """Of the visible entries the index_topk with the largest scores."""
-        c, heads, width = self.c, self.c.index_n_heads, self.c.index_head_dim
-        q = (qr @ self.w[f"{prefix}wq_b.weight"].T).view(len(x), heads, width)
-        q = self.rotate(q, torch.arange(len(x)), freq)
-        keys = self.compress(f"{prefix}compressor.", x, c.compress_rate_csa, width, freq, 1.0)
+        keys = self.compress(f"{prefix}compressor.", x, self.c.compress_rate_csa, self.c.index_head_dim, freq, 1.0)
+        return self.best(self.index_scores(prefix, x, qr, torch.arange(len(x)), keys, freq), visible)
+
+    def index_scores(self, prefix: str, x: Tensor, qr: Tensor, t: Tensor, keys: Tensor, freq: Tensor) -> Tensor:
+        """Of tokens at positions t for all keys: [T, E]."""
+        heads, width = self.c.index_n_heads, self.c.index_head_dim
+        q = self.rotate(self.linear(qr, f"{prefix}wq_b").view(len(x), heads, width), t, freq)
+        weights = self.linear(x, f"{prefix}weights_proj") * (heads * width) ** -0.5
+        if self.flip == "index weights missing":
+            weights = torch.ones_like(weights)
+        if self.packed:
+            q, keys = codecs.meeting(q, keys, self.flip)
         products = torch.einsum("thd,kd->thk", q, keys)
         if self.flip != "index scores without relu":
             products = products.relu()
-        weights = x @ self.w[f"{prefix}weights_proj.weight"].T * (heads * width) ** -0.5
-        if self.flip == "index weights missing":
-            weights = torch.ones_like(weights)
-        scores = torch.einsum("th,thk->tk", weights, products).masked_fill(~visible, -math.inf)
-        best = scores.argsort(dim=1, descending=True, stable=True)[:, : c.index_topk]
+        return torch.einsum("th,thk->tk", weights, products)
+
+    def best(self, scores: Tensor, visible: Tensor) -> Tensor:
+        """bool [T, E]: the index_topk best of the visible ones, of equal ones the lowest."""
+        scores = (scores + 0.0).masked_fill(~visible, -math.inf)
+        if self.flip == "index ties to the highest entry":
+            last = scores.flip(1).argsort(dim=1, descending=True, stable=True)
+            best = (scores.shape[1] - 1 - last)[:, : self.c.index_topk]
+        else:
+            best = scores.argsort(dim=1, descending=True, stable=True)[:, : self.c.index_topk]
         return torch.zeros_like(visible).scatter(1, best, True) & visible
 
     # --- experts
 
     def moe(self, prefix: str, layer: int, x: Tensor, ids: Tensor) -> Tensor:
+        chosen, weights = self.gate(prefix, layer, x, ids)
+        return self.cast(self.shared(prefix, x) + self.routed(prefix, x, chosen, weights))
+
+    def gate(self, prefix: str, layer: int, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts [T, K] and their weights."""
         c, w, flip = self.c, self.w, self.flip
-        logits = x @ w[f"{prefix}gate.weight"].T
-        scores = logits.sigmoid() if flip == "sigmoid gate" else torch.log1p(logits.exp()).sqrt()
+        low = to_bf16 if flip == "router in BF16" else _same
+        logits = low(x @ w[f"{prefix}gate.weight"].T)
+        scores = logits.sigmoid() if flip == "sigmoid gate" else low(low(torch.log1p(logits.exp())).sqrt())
         bias = w.get(f"{prefix}gate.bias", torch.zeros(c.n_routed_experts, dtype=torch.float64))
         chosen = (scores + bias).argsort(dim=1, descending=True, stable=True)[:, : c.num_experts_per_tok]
         table = w.get(f"{prefix}gate.tid2eid")
@@ -320,18 +388,23 @@ class PlainV4:
         if flip == "expert weights all equal":
             weights = torch.ones_like(weights)
         if flip != "weights not normalised":
-            weights = weights / weights.sum(dim=1, keepdim=True)
-        weights = weights * (1.0 if flip == "route scale missing" else c.routed_scaling_factor)
+            weights = low(weights / low(weights.sum(dim=1, keepdim=True)))
+        return chosen, low(weights * (1.0 if flip == "route scale missing" else c.routed_scaling_factor))
+
+    def shared(self, prefix: str, x: Tensor) -> Tensor:
+        if self.flip == "shared expert missing":
+            return torch.zeros_like(x)
+        gate, up = (self.linear(x, f"{prefix}shared_experts.{name}") for name in ("w1", "w3"))
+        act = self.swiglu(gate, up, self.flip != "no clamp in the shared expert")
+        return self.linear(self.cast(act), f"{prefix}shared_experts.w2")
+
+    def routed(self, prefix: str, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
-        if flip != "shared expert missing":
-            w1, w2, w3 = (w[f"{prefix}shared_experts.{name}.weight"] for name in ("w1", "w2", "w3"))
-            out = out + self.swiglu(x @ w1.T, x @ w3.T, flip != "no clamp in the shared expert") @ w2.T
-        w13, w2 = w[f"{prefix}experts.w13"], w[f"{prefix}experts.w2"]
-        for t in range(len(x)):
-            for k in range(c.num_experts_per_tok):
-                e = chosen[t, k]
-                act = self.swiglu(w13[e, 0] @ x[t], w13[e, 1] @ x[t], flip != "no clamp in the routed experts")
-                out[t] += w2[e] @ (weights[t, k] * act)
+        for e, ((w1, w3), w2) in enumerate(zip(self.w[f"{prefix}experts.w13"], self.w[f"{prefix}experts.w2"])):
+            t, k = torch.where(chosen == e)
+            gate, up = self.cast(x[t] @ w1.T), self.cast(x[t] @ w3.T)
+            act = self.swiglu(gate, up, self.flip != "no clamp in the routed experts")
+            out[t] += self.cast(self.cast(weights[t, k, None] * act) @ w2.T)
         return out
 
     def swiglu(self, gate: Tensor, up: Tensor, clamp: bool) -> Tensor:
@@ -347,8 +420,18 @@ class PlainV4:
 
     def norm(self, x: Tensor, weight: str) -> Tensor:
         gain = self.w[weight] + (1 if self.flip == "gain of the norms plus one" else 0)
-        return x * rho(x, self.c.rms_norm_eps) * gain
+        normed = x * rho(x, self.c.rms_norm_eps) * gain
+        return normed if self.flip == "norms hand on FP32" else self.cast(normed)
 
 
 def rho(x: Tensor, eps: float) -> Tensor:
     return (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+
+
+def to_bf16(x: Tensor) -> Tensor:
+    """Rounded to BF16, by way of FP32 as a machine would."""
+    return x.float().bfloat16().double()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

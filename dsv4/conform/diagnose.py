@@ -1,0 +1,232 @@
+"""Is a port right, and if not, which mistake gives its numbers?
+
+Every case is asked of the port and compared with the plain model's answer. Where they part, the plain model answers
+again with each known mistake in it: the mistake whose answer is the port's has been found. If there is none, the port
+departs in a way that is not known, and the first place is said. A mistake that fits more cases goes before one that
+contradicts some.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dsv4.conform.adapter import Best, Missing
+from dsv4.conform.cases import EACH, MAX, SHARE, TYPICAL, Case
+from dsv4.conform.mistakes import MISTAKES, WRONG_DRAFTER
+from dsv4.conform.parts import Answer
+from dsv4.conform.vectors import TOLERANCE, Kit
+
+FP32_INPUTS = {"frequencies", "sink", "weights", "post", "mix"}  # what stays FP32 in a port of any dtype
+EXAMINED = 6  # cases of a component whose departure is looked into: the rest depart for the same reason, or are listed
+State = Literal["pass", "departs", "absent", "error"]
+
+
+@dataclass
+class Finding:
+    """What came of one case. distance: in units of what is allowed; where: the first place that is too far off."""
+
+    case: Case
+    state: State
+    distance: float = 0.0
+    where: str = ""
+    reason: str = ""
+    mistakes: list[str] = field(default_factory=list)
+    got: dict[str, Tensor | Best] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one component: its findings, the mistakes that explain it, and a line for people."""
+
+    component: str
+    findings: list[Finding]
+
+    @property
+    def state(self) -> State:
+        states = {f.state for f in self.findings}
+        return next(s for s in ("error", "departs", "pass", "absent") if s in states)
+
+    @property
+    def mistakes(self) -> list[str]:
+        return list(dict.fromkeys(name for f in self.findings for name in f.mistakes[:1]))
+
+    @property
+    def line(self) -> str:
+        count = {s: sum(f.state == s for f in self.findings) for s in ("pass", "departs", "absent", "error")}
+        if self.state == "pass":
+            more = f", {count['absent']} not implemented" if count["absent"] else ""
+            worst = max((f.distance for f in self.findings if f.state == "pass"), default=0.0)
+            return f"pass: {count['pass']} cases, at most {worst:.0%} of what is allowed{more}"
+        first = next(f for f in self.findings if f.state == self.state)
+        if self.state == "absent":
+            return f"not implemented: {first.reason}"
+        if self.state == "error":
+            return f"raised in {first.case.name}: {first.reason}"
+        named = "; ".join(f"{name} ({MISTAKES[name].right})" for name in self.mistakes)
+        what = named or "unknown departure"
+        return f"{count['departs']} of {len(self.findings)} cases depart: {what}; first in {first.case.name}, {first.where}"
+
+
+def judge(adapter: Any, kit: Kit, note: Callable[[str], None] = lambda line: None) -> list[Verdict]:
+    """Verdicts on all components in order. The adapter has loaded the kit's model."""
+    findings = []
+    for case in kit.cases:
+        findings.append(ask(adapter, kit, case))
+        if case.component != getattr(findings[-2].case if len(findings) > 1 else None, "component", None):
+            note(case.component)
+    components = list(dict.fromkeys(case.component for case in kit.cases))
+    for component in components:
+        wrong = [f for f in findings if f.case.component == component and f.state == "departs"]
+        for finding in wrong[:EXAMINED]:
+            finding.mistakes = explain(finding, findings, kit, adapter)
+    return [Verdict(c, [f for f in findings if f.case.component == c]) for c in components]
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def ask(adapter: Any, kit: Kit, case: Case) -> Finding:
+    """One case, asked and compared."""
+    low = adapter.dtype != torch.float32
+    if case.measure == SHARE and not low:
+        return Finding(case, "absent", reason="only where activations are BF16")
+    try:
+        got = _answer(adapter, case)
+    except Missing as missing:
+        return Finding(case, "absent", reason=str(missing))
+    except Exception as error:  # a port may fail in any way, and the other cases are still to be judged
+        return Finding(case, "error", reason=f"{type(error).__name__}: {error}")
+    right = kit.answer(case, packed=adapter.packed)
+    far, where = departure(got, right, measure_of(case, adapter))
+    return Finding(case, "pass" if far <= 1 else "departs", far, where if far > 1 else "", got=got)
+
+
+def measure_of(case: Case, adapter: Any) -> str:
+    """BF16 ports, and packed memories (in which one number on a border moves the next layers), are compared by rows."""
+    rough = adapter.dtype != torch.float32 or (adapter.packed and case.call != "part")
+    exact = case.measure == SHARE or case.component in ("number formats", "rotation") and case.dtype is not None
+    return TYPICAL if rough and not exact and case.measure != EACH else case.measure
+
+
+def _answer(adapter: Any, case: Case) -> dict[str, Tensor | Best]:
+    def cast(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        return value if name in FP32_INPUTS else value.to(case.dtype or adapter.dtype)
+
+    g = {name: cast(name, value) for name, value in case.given.items()}
+    if case.call == "part":
+        return adapter.part(case.what, case.layer, g)
+    if case.call == "layer":
+        return {"streams": adapter.layer(case.layer, g["streams"], g["ids"], g["calls"])}
+    if case.call == "logits":
+        if len(g["before"]):
+            adapter.logits(g["before"], [len(g["before"])])
+        return {"logits": adapter.logits(g["ids"], g["calls"])}
+    if case.call == "batch":
+        return {f"logits {i}": x for i, x in enumerate(adapter.batch(list(g["ids"].split(g["lengths"]))))}
+    return {"logits": adapter.mtp(g["ids"])} if case.call == "mtp" else adapter.memory(g["ids"])
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def departure(got: dict[str, Tensor | Best], right: Answer, measure: str) -> tuple[float, str]:
+    """The largest distance of any output, 1 being what is allowed, and the first place beyond it."""
+    worst, first = 0.0, ""
+    if not any(name in got for name in right):
+        return float("inf"), f"nothing of {', '.join(right)} was given"
+    for name, want in right.items():
+        if name not in got:
+            continue
+        given = got[name]
+        if isinstance(given, Best):
+            given, want = _told(given, want)
+        far, where = _distance(given.detach().cpu().double(), want, measure)
+        worst = max(worst, far)
+        if far > 1 and not first:
+            first = f"{name}{where}"
+    return worst, first
+
+
+def _told(best: Best, logits: Tensor) -> tuple[Tensor, Tensor]:
+    want = logits.log_softmax(dim=1)[best.rows].gather(1, best.tokens.clamp_min(0))
+    return torch.where(best.tokens < 0, want, best.logprobs.double()), want
+
+
+def _distance(got: Tensor, want: Tensor, measure: str) -> tuple[float, str]:
+    if got.shape != want.shape:
+        return float("inf"), f" has shape {list(got.shape)}, not {list(want.shape)}"
+    if not want.numel():
+        return 0.0, ""
+    allowed = TOLERANCE[measure][0]
+    same = (got == want) | (got.isnan() & want.isnan())
+    off = torch.where(same, 0.0, (got - want).abs().nan_to_num(torch.inf, torch.inf))
+    size = want.abs().nan_to_num(0.0)
+    if measure == TYPICAL and want.ndim > 1:
+        rows = off.flatten(1).norm(dim=1) / size.flatten(1).norm(dim=1).clamp_min(1e-30)
+        return rows.median().item() / allowed, ""
+    if measure == SHARE:
+        each = (off > 1e-5 * size).double()
+        return each.mean().item() / allowed, f" at row {_row(each > 0)}"
+    scale = size if measure == EACH else torch.full_like(size, size.max().item() or 1.0)
+    far = torch.where(off == 0, 0.0, off / scale / allowed).nan_to_num(torch.inf, torch.inf)
+    return far.max().item(), f" at row {_row(far > 1)}" if far.max() > 1 else ""
+
+
+def _row(wrong: Tensor) -> int:
+    """The first row in which something is wrong."""
+    rows = wrong.flatten(1).any(dim=1) if wrong.ndim > 1 else wrong
+    return int(rows.double().argmax())
+
+
+# --- explaining ------------------------------------------------------------------------------------------------------
+
+
+def explain(finding: Finding, findings: Iterable[Finding], kit: Kit, adapter: Any) -> list[str]:
+    """The known mistakes that give the port's numbers, the most likely one first."""
+    case = finding.case
+    fits = [m for m in case.mistakes if m != WRONG_DRAFTER and _fits(finding, m, kit, adapter)]
+    if len(fits) > 1:
+        near = [f for f in findings if f.got and f is not finding]
+        fits.sort(key=lambda m: sum(_contradicts(f, m, kit, adapter) for f in _few(near, m)))
+    if not fits and WRONG_DRAFTER in case.mistakes and _unrelated(finding, kit):
+        return [WRONG_DRAFTER]
+    return fits
+
+
+def _few(findings: list[Finding], mistake: str) -> list[Finding]:
+    """At most three cases of each component in which the mistake would show."""
+    seen: dict[str, int] = {}
+    out = []
+    for f in findings:
+        if mistake in f.case.mistakes and seen.setdefault(f.case.component, 0) < 3:
+            seen[f.case.component] += 1
+            out.append(f)
+    return out
+
+
+def _fits(finding: Finding, mistake: str, kit: Kit, adapter: Any) -> bool:
+    """Whether the port's numbers are those of the mistake, and not only nearer to them than to the right ones."""
+    measure = measure_of(finding.case, adapter)
+    far, _ = departure(finding.got, kit.answer(finding.case, mistake, packed=adapter.packed), measure)
+    if measure in (SHARE, TYPICAL):
+        return far < finding.distance / 3 and far <= (1 if measure == TYPICAL else 5)
+    return far <= 1
+
+
+def _contradicts(finding: Finding, mistake: str, kit: Kit, adapter: Any) -> bool:
+    measure = measure_of(finding.case, adapter)
+    return departure(finding.got, kit.answer(finding.case, mistake, packed=adapter.packed), measure)[0] > 1
+
+
+def _unrelated(finding: Finding, kit: Kit) -> bool:
+    """Whether predictions have nothing to do with the right ones: their cosine, each row's mean taken away, is small."""
+    got, want = finding.got.get("logits"), kit.answer(finding.case)["logits"]
+    if not isinstance(got, Tensor) or got.shape != want.shape or not got.isfinite().all():
+        return False
+    a, b = (x.double() - x.double().mean(dim=1, keepdim=True) for x in (got, want))
+    return bool(((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)).abs() < 0.2)
