@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dsv4.conform.adapter import Best, Missing
 from dsv4.conform.cases import EACH, MAX, SHARE, TYPICAL, Case
-from dsv4.conform.mistakes import MISTAKES, WRONG_DRAFTER
+from dsv4.conform.mistakes import MISTAKES, ROUNDING, WRONG_DRAFTER
 from dsv4.conform.parts import Answer
 from dsv4.conform.vectors import TOLERANCE, Kit
 
 FP32_INPUTS = {"frequencies", "sink", "weights", "post", "mix"}  # what stays FP32 in a port of any dtype
-EXAMINED = 6  # cases of a component whose departure is looked into: the rest depart for the same reason, or are listed
+SEARCHES = 6  # in a component: of cases which no mistake explains that has been found already
 State = Literal["pass", "departs", "absent", "error"]
 
 
@@ -78,10 +78,16 @@ def judge(adapter: Any, kit: Kit, note: Callable[[str], None] = lambda line: Non
         if case.component != getattr(findings[-2].case if len(findings) > 1 else None, "component", None):
             note(case.component)
     components = list(dict.fromkeys(case.component for case in kit.cases))
+    known: list[str] = []  # mistakes found so far: most likely they are at work in what comes later, too
     for component in components:
         wrong = [f for f in findings if f.case.component == component and f.state == "departs"]
-        for finding in wrong[:EXAMINED]:
-            finding.mistakes = explain(finding, findings, kit, adapter)
+        searched = 0
+        for finding in wrong:
+            finding.mistakes = [m for m in known if _fits(finding, m, kit, adapter)][:1]
+            if not finding.mistakes and searched < SEARCHES:
+                finding.mistakes = explain(finding, findings, kit, adapter)
+                searched += 1
+                known += [m for m in finding.mistakes[:1] if m not in known]
     return [Verdict(c, [f for f in findings if f.case.component == c]) for c in components]
 
 
@@ -211,10 +217,17 @@ def _few(findings: list[Finding], mistake: str) -> list[Finding]:
 
 def _fits(finding: Finding, mistake: str, kit: Kit, adapter: Any) -> bool:
     """Whether the port's numbers are those of the mistake, and not only nearer to them than to the right ones."""
+    if mistake == WRONG_DRAFTER:
+        return finding.case.call == "mtp" and _unrelated(finding, kit)
     measure = measure_of(finding.case, adapter)
-    far, _ = departure(finding.got, kit.answer(finding.case, mistake, packed=adapter.packed), measure)
+    told = kit.answer(finding.case, mistake, packed=adapter.packed)
+    far, _ = departure(finding.got, told, measure)
     if measure in (SHARE, TYPICAL):
         return far < finding.distance / 3 and far <= (1 if measure == TYPICAL else 5)
+    if far > 1 and mistake in ROUNDING:  # of many numbers a few lie so near a border that they are rounded otherwise
+        right = kit.answer(finding.case, packed=adapter.packed)
+        far, off = (departure(finding.got, x, TYPICAL)[0] * TOLERANCE[TYPICAL][0] for x in (told, right))
+        return far < TOLERANCE[MAX][0] and far < off / 3
     return far <= 1
 
 

@@ -55,13 +55,15 @@ def _compressor(p: PlainV4, layer: int, g: Given) -> Answer:
 def _index_keys(p: PlainV4, layer: int, g: Given) -> Answer:
     p.calls, ratio = g["calls"], p.c.compress_ratios[layer]
     prefix = f"{prefix_of(p, layer)}attn.indexer.compressor."
-    return {"keys": p.compress(prefix, g["x"].double(), ratio, p.c.index_head_dim, p.turning(layer)[0], 1.0)}
+    freq, _, amplitude = p.turning(layer)
+    return {"keys": p.compress(prefix, g["x"].double(), ratio, p.c.index_head_dim, freq, amplitude)}
 
 
 def _indexer(p: PlainV4, layer: int, g: Given) -> Answer:
     x, keys, t = g["x"].double(), g["keys"].double(), g["positions"]
     prefix = f"{prefix_of(p, layer)}attn.indexer."
-    scores = p.index_scores(prefix, x, g["latent"].double(), t, keys, p.turning(layer)[0])
+    freq, _, amplitude = p.turning(layer)
+    scores = p.index_scores(prefix, x, g["latent"].double(), t, keys, freq, amplitude)
     visible = p.visible(t, len(keys), p.c.compress_ratios[layer])
     chosen = visible if p.flip == "indexer not asked" else p.best(scores, visible)
     return {"scores": scores, "chosen": chosen.double()}
@@ -70,7 +72,9 @@ def _indexer(p: PlainV4, layer: int, g: Given) -> Answer:
 def _attention(p: PlainV4, layer: int, g: Given) -> Answer:
     rows, entries = g["rows"].double(), g["entries"].double()
     place = torch.arange(len(rows))
-    seen = (place >= g["start"][:, None]) & (place < g["stop"][:, None])
+    start = g["start"] - int(p.flip == "window one wider")
+    stop = g["stop"] - int(p.flip == "window without the token itself")
+    seen = (place >= start[:, None]) & (place < stop[:, None])
     read = torch.zeros(len(seen), len(entries) + 1, dtype=torch.bool).scatter(1, g["chosen"] + 1, True)[:, 1:]
     p.w["sink.attn_sink"] = g["sink"].double()
     out = p.attend("sink.", layer, g["q"].double(), torch.cat([rows, entries]), torch.cat([seen, read], dim=1))

@@ -157,7 +157,9 @@ class PlainV4:
         ramp = ((torch.arange(dim // 2) - low) / (high - low)).clamp(0, 1)
         return freq * (1 - ramp) + freq / s.factor * ramp
 
-    def rotate(self, x: Tensor, positions: Tensor, freq: Tensor, amplitude: float = 1.0, sign: int = 1) -> Tensor:
+    def rotate(
+        self, x: Tensor, positions: Tensor, freq: Tensor, amplitude: float = 1.0, sign: int = 1, *, cast: bool = True
+    ) -> Tensor:
         """x [n, ..., D]: the last channels as pairs (2i, 2i+1), each turned by sign * position * freq_i."""
         dim = 2 * len(freq)
         if freq.dtype == torch.float32 and self.flip != "angles in FP64":
@@ -174,7 +176,8 @@ class PlainV4:
         a, b = (part[..., : dim // 2], part[..., dim // 2 :]) if halves else (part[..., 0::2], part[..., 1::2])
         a, b = a * cos - b * sin, a * sin + b * cos
         part = torch.cat([a, b], dim=-1) if halves else torch.stack([a, b], dim=-1).flatten(-2)
-        return self.cast(torch.cat([part, rest] if first else [rest, part], dim=-1))
+        out = torch.cat([part, rest] if first else [rest, part], dim=-1)
+        return self.cast(out) if cast else out
 
     # --- attention
 
@@ -210,7 +213,7 @@ class PlainV4:
             entries = self.kept(self.compress(f"{prefix}compressor.", x, ratio, width, freq, amplitude))
             visible = self.visible(t, len(entries), ratio)
             if ratio == c.compress_rate_csa and flip != "indexer not asked":
-                visible = self.choose(f"{prefix}indexer.", x, qr, visible, freq)
+                visible = self.choose(f"{prefix}indexer.", x, qr, visible, freq, amplitude)
             keys, masks = torch.cat([kv, entries]), torch.cat([seen, visible], dim=1)
         return self.project_out(prefix, layer, self.attend(prefix, layer, q, keys, masks), t)
 
@@ -223,7 +226,8 @@ class PlainV4:
         q = q if self.flip == "no query norm" else self.cast(q * rho(q, self.c.rms_norm_eps))
         plain = self.norm(self.linear(x, f"{prefix}wkv"), f"{prefix}kv_norm.weight")
         row_freq = q_freq if self.flip == "queries and window with the window's theta" else freq
-        return qr, self.rotate(q, t, q_freq, amplitude), plain, self.rotate(plain, t, row_freq, amplitude)
+        cast = self.flip != "norms hand on FP32"
+        return qr, self.rotate(q, t, q_freq, amplitude), plain, self.rotate(plain, t, row_freq, amplitude, cast=cast)
 
     def attend(self, prefix: str, layer: int, q: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
         """q [T, H, D] over the rows [K, D] where masks [T, K]; values are the keys."""
@@ -276,10 +280,14 @@ class PlainV4:
 
     def visible(self, t: Tensor, entries: int, ratio: int) -> Tensor:
         """bool [T, entries]: entry w is there from the token on that closes its group."""
-        if self.flip == "entries visible to all":
-            return torch.ones(len(t), entries, dtype=torch.bool)
         shift = {"entries visible a token early": 2, "entries visible a token late": 0}.get(self.flip or "", 1)
-        return torch.arange(entries)[None] < ((t + shift) // ratio)[:, None]
+        last = (t[:, None] + shift) // ratio
+        if self.flip == "entries visible to all":
+            last = torch.full_like(last, entries)
+        if self.calls:  # what has not closed within the call is not there to be seen
+            ends = torch.tensor(self.calls).cumsum(0)
+            last = torch.minimum(last, ends[torch.searchsorted(ends, t, right=True)][:, None] // ratio)
+        return torch.arange(entries)[None] < last
 
     def compress(self, prefix: str, x: Tensor, ratio: int, width: int, freq: Tensor, amplitude: float) -> Tensor:
         """Entries [T // ratio, width]."""
@@ -336,15 +344,20 @@ class PlainV4:
         values, gates = self.rows[prefix]
         return values[here - ratio : here], gates[here - ratio : here]
 
-    def choose(self, prefix: str, x: Tensor, qr: Tensor, visible: Tensor, freq: Tensor) -> Tensor:
+    def choose(
+        self, prefix: str, x: Tensor, qr: Tensor, visible: Tensor, freq: Tensor, amplitude: float = 1.0
+    ) -> Tensor:
         """Of the visible entries the index_topk with the largest scores."""
-        keys = self.compress(f"{prefix}compressor.", x, self.c.compress_rate_csa, self.c.index_head_dim, freq, 1.0)
-        return self.best(self.index_scores(prefix, x, qr, torch.arange(len(x)), keys, freq), visible)
+        c, t = self.c, torch.arange(len(x))
+        keys = self.compress(f"{prefix}compressor.", x, c.compress_rate_csa, c.index_head_dim, freq, amplitude)
+        return self.best(self.index_scores(prefix, x, qr, t, keys, freq, amplitude), visible)
 
-    def index_scores(self, prefix: str, x: Tensor, qr: Tensor, t: Tensor, keys: Tensor, freq: Tensor) -> Tensor:
+    def index_scores(
+        self, prefix: str, x: Tensor, qr: Tensor, t: Tensor, keys: Tensor, freq: Tensor, amplitude: float = 1.0
+    ) -> Tensor:
         """Of tokens at positions t for all keys: [T, E]."""
         heads, width = self.c.index_n_heads, self.c.index_head_dim
-        q = self.rotate(self.linear(qr, f"{prefix}wq_b").view(len(x), heads, width), t, freq)
+        q = self.rotate(self.linear(qr, f"{prefix}wq_b").view(len(x), heads, width), t, freq, amplitude)
         weights = self.linear(x, f"{prefix}weights_proj") * (heads * width) ** -0.5
         if self.flip == "index weights missing":
             weights = torch.ones_like(weights)
