@@ -465,6 +465,19 @@ wrapping("router in BF16", GATED, gate=gating(
     low_weigh, lambda x, w: bf(bf(F.softplus(bf(F.linear(x.float(), w)))).sqrt())))  # fmt: skip
 
 
+def weighed_late(x, chosen, weights, w13, w2, limit):
+    out = torch.zeros(x.shape)
+    for e in range(len(w13)):
+        token, slot = torch.where(chosen == e)
+        act = reference.swiglu(F.linear(x[token], w13[e, 0]), F.linear(x[token], w13[e, 1]), limit).to(x.dtype)
+        y = F.linear(act, w2[e]) * weights[token, slot, None]
+        out = out.index_add(0, token, y.to(x.dtype).float())
+    return out
+
+
+wrapping("expert weights after w2", ("roundings of BF16",), experts=lambda op: weighed_late)
+
+
 @fault("experts chosen by score", "gate", *LAYERS)
 def _(port: Ours, patch: MonkeyPatch) -> None:
     gate = port.model.layers[0].ffn.gate

@@ -55,7 +55,7 @@ def named(verdicts: list[Verdict]) -> set[str]:
         for f in v.findings:
             assert f.state != "error", f"{f.case.id}: {f.reason}"
             if f.state == "departs":
-                found.add(f.mistakes[0] if f.mistakes else f"unknown in {f.case.id}")
+                found |= set(f.mistakes) or {f"unknown in {f.case.id}"}
     return found
 
 

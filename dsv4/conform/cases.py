@@ -17,7 +17,7 @@ from dsv4.conform.parts import Given
 
 LAYERS = {"window": 0, "csa": 1, "hca": 2}
 LENGTH, LONG = 144, 262  # tokens: one HCA entry and the window's edge; two HCA entries
-IN_LAYERS = (*LAYER, *(name for name in ROUNDING if name not in ("angles in FP64", "norms hand on FP32")))
+IN_LAYERS = (*LAYER, *(name for name in ROUNDING if name not in ("angles in FP64", "norms hand on FP32", "expert weights after w2")))
 IN_MODELS = (*IN_LAYERS, *HASH, *TOP)
 EACH, MAX, SHARE, TYPICAL = "each", "max", "share", "typical"
 BF16 = torch.bfloat16
@@ -148,7 +148,7 @@ def _index(d: Draw) -> Iterator[Case]:
     )  # fmt: skip
     yield _part("indexer", "scores and choices", "indexer", 1, mistakes, **given, keys=keys)
     tied = keys[torch.arange(36) // 3 * 3]  # three keys in a row are the same, so that the last choice is among equals
-    yield _part("ties", "index scores", "indexer", 1, ("index ties to the highest entry",), **given, keys=tied)
+    yield _part("ties", "index scores", "indexer ties", 1, ("index ties to the highest entry",), **given, keys=tied)
 
 
 def _attention(d: Draw) -> Iterator[Case]:
@@ -206,8 +206,10 @@ def _experts(d: Draw) -> Iterator[Case]:
     best = d.normal(count, c.n_routed_experts).topk(c.num_experts_per_tok).indices
     weights = torch.zeros(count, c.n_routed_experts).scatter(1, best, 0.25 + d.normal(*best.shape).abs())
     clamps = ("gate clamped on both sides", "gate and up exchanged")
-    yield _part("experts", "routed", "routed experts", 1, ("no clamp in the routed experts", *clamps), x=x,
-                weights=weights)  # fmt: skip
+    case = _part("experts", "routed", "routed experts", 1, ("no clamp in the routed experts", *clamps), x=x,
+                 weights=weights)  # fmt: skip
+    yield case
+    yield _in_bf16(case, "expert weights after w2")
     yield _part("experts", "shared", "shared expert", 1,
                 ("no clamp in the shared expert", "shared expert missing", *clamps), x=x)  # fmt: skip
 

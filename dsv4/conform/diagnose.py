@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dsv4.conform.adapter import Best, Missing
 from dsv4.conform.cases import EACH, MAX, SHARE, TYPICAL, Case
-from dsv4.conform.mistakes import MISTAKES, ROUNDING, WRONG_DRAFTER
+from dsv4.conform.mistakes import HARMLESS, MISTAKES, ROUNDING, WRONG_DRAFTER
 from dsv4.conform.parts import Answer
 from dsv4.conform.vectors import TOLERANCE, Kit
 
 FP32_INPUTS = {"frequencies", "sink", "weights", "post", "mix"}  # what stays FP32 in a port of any dtype
 SEARCHES = 6  # in a component: of cases which no mistake explains that has been found already
+PAIRED = 12  # so many mistakes are tried in pairs
 State = Literal["pass", "departs", "absent", "error"]
 
 
@@ -33,7 +34,7 @@ class Finding:
     distance: float = 0.0
     where: str = ""
     reason: str = ""
-    mistakes: list[str] = field(default_factory=list)
+    mistakes: tuple[str, ...] = ()  # which together give the port's numbers
     got: dict[str, Tensor | Best] = field(default_factory=dict, repr=False)
 
 
@@ -51,7 +52,7 @@ class Verdict:
 
     @property
     def mistakes(self) -> list[str]:
-        return list(dict.fromkeys(name for f in self.findings for name in f.mistakes[:1]))
+        return list(dict.fromkeys(name for f in self.findings for name in f.mistakes))
 
     @property
     def line(self) -> str:
@@ -83,11 +84,11 @@ def judge(adapter: Any, kit: Kit, note: Callable[[str], None] = lambda line: Non
         wrong = [f for f in findings if f.case.component == component and f.state == "departs"]
         searched = 0
         for finding in wrong:
-            finding.mistakes = [m for m in known if _fits(finding, m, kit, adapter)][:1]
+            finding.mistakes = _already(finding, known, kit, adapter)
             if not finding.mistakes and searched < SEARCHES:
-                finding.mistakes = explain(finding, findings, kit, adapter)
+                finding.mistakes = explain(finding, findings, known, kit, adapter)
                 searched += 1
-                known += [m for m in finding.mistakes[:1] if m not in known]
+                known += [m for m in finding.mistakes if m not in known]
     return [Verdict(c, [f for f in findings if f.case.component == c]) for c in components]
 
 
@@ -105,9 +106,14 @@ def ask(adapter: Any, kit: Kit, case: Case) -> Finding:
         return Finding(case, "absent", reason=str(missing))
     except Exception as error:  # a port may fail in any way, and the other cases are still to be judged
         return Finding(case, "error", reason=f"{type(error).__name__}: {error}")
-    right = kit.answer(case, packed=adapter.packed)
-    far, where = departure(got, right, measure_of(case, adapter))
+    measure = measure_of(case, adapter)
+    ways = [departure(got, kit.answer(case, *also, packed=adapter.packed), measure) for also in _harmless(measure)]
+    far, where = min(ways)
     return Finding(case, "pass" if far <= 1 else "departs", far, where if far > 1 else "", got=got)
+
+
+def _harmless(measure: str) -> list[tuple[str, ...]]:
+    return [(), *((name,) for name in HARMLESS)] if measure == SHARE else [()]
 
 
 def measure_of(case: Case, adapter: Any) -> str:
@@ -192,16 +198,31 @@ def _row(wrong: Tensor) -> int:
 # --- explaining ------------------------------------------------------------------------------------------------------
 
 
-def explain(finding: Finding, findings: Iterable[Finding], kit: Kit, adapter: Any) -> list[str]:
-    """The known mistakes that give the port's numbers, the most likely one first."""
-    case = finding.case
-    fits = [m for m in case.mistakes if m != WRONG_DRAFTER and _fits(finding, m, kit, adapter)]
+def _already(finding: Finding, known: list[str], kit: Kit, adapter: Any) -> tuple[str, ...]:
+    """Of the mistakes that have been found elsewhere the one that explains this, or all of them together."""
+    for names in (*((m,) for m in known), *([tuple(known)] if len(known) > 1 else [])):
+        if _fits(finding, names, kit, adapter):
+            return names
+    return ()
+
+
+def explain(
+    finding: Finding, findings: Iterable[Finding], known: list[str], kit: Kit, adapter: Any
+) -> tuple[str, ...]:
+    """The mistake that gives the port's numbers, or two of them; of several such the one that fits other cases best."""
+    looked_for = [m for m in finding.case.mistakes if m != WRONG_DRAFTER]
+    fits = [(m,) for m in looked_for if _fits(finding, (m,), kit, adapter)]
+    if not fits:
+        # two at once: what has been found with any other, or in a small part any two
+        first = looked_for if len(looked_for) <= PAIRED else known
+        pairs = dict.fromkeys(tuple(sorted((a, b))) for a in first for b in looked_for if a != b)
+        fits = [pair for pair in pairs if _fits(finding, pair, kit, adapter)]
+    if not fits and WRONG_DRAFTER in finding.case.mistakes and _fits(finding, (WRONG_DRAFTER,), kit, adapter):
+        return (WRONG_DRAFTER,)
     if len(fits) > 1:
         near = [f for f in findings if f.got and f is not finding]
-        fits.sort(key=lambda m: sum(_contradicts(f, m, kit, adapter) for f in _few(near, m)))
-    if not fits and WRONG_DRAFTER in case.mistakes and _unrelated(finding, kit):
-        return [WRONG_DRAFTER]
-    return fits
+        fits.sort(key=lambda names: sum(_contradicts(f, names, kit, adapter) for f in _few(near, names[0])))
+    return fits[0] if fits else ()
 
 
 def _few(findings: list[Finding], mistake: str) -> list[Finding]:
@@ -215,25 +236,25 @@ def _few(findings: list[Finding], mistake: str) -> list[Finding]:
     return out
 
 
-def _fits(finding: Finding, mistake: str, kit: Kit, adapter: Any) -> bool:
-    """Whether the port's numbers are those of the mistake, and not only nearer to them than to the right ones."""
-    if mistake == WRONG_DRAFTER:
+def _fits(finding: Finding, names: tuple[str, ...], kit: Kit, adapter: Any) -> bool:
+    """Whether the port's numbers are those of these mistakes, and not only nearer to them than to the right ones."""
+    if WRONG_DRAFTER in names:
         return finding.case.call == "mtp" and _unrelated(finding, kit)
-    measure = measure_of(finding.case, adapter)
-    told = kit.answer(finding.case, mistake, packed=adapter.packed)
-    far, _ = departure(finding.got, told, measure)
+    case, measure = finding.case, measure_of(finding.case, adapter)
+    told = [kit.answer(case, *names, *also, packed=adapter.packed) for also in _harmless(measure)]
+    far = min(departure(finding.got, answer, measure)[0] for answer in told)
     if measure in (SHARE, TYPICAL):
-        return far < finding.distance / 3 and far <= (1 if measure == TYPICAL else 5)
-    if far > 1 and mistake in ROUNDING:  # of many numbers a few lie so near a border that they are rounded otherwise
-        right = kit.answer(finding.case, packed=adapter.packed)
-        far, off = (departure(finding.got, x, TYPICAL)[0] * TOLERANCE[TYPICAL][0] for x in (told, right))
+        return far < finding.distance / 3 and far <= 1
+    if far > 1 and any(name in ROUNDING for name in names):  # a few numbers are so near a border that they go over it
+        answers = kit.answer(case, *names), kit.answer(case)
+        far, off = (departure(finding.got, x, TYPICAL)[0] * TOLERANCE[TYPICAL][0] for x in answers)
         return far < TOLERANCE[MAX][0] and far < off / 3
     return far <= 1
 
 
-def _contradicts(finding: Finding, mistake: str, kit: Kit, adapter: Any) -> bool:
+def _contradicts(finding: Finding, names: tuple[str, ...], kit: Kit, adapter: Any) -> bool:
     measure = measure_of(finding.case, adapter)
-    return departure(finding.got, kit.answer(finding.case, mistake, packed=adapter.packed), measure)[0] > 1
+    return departure(finding.got, kit.answer(finding.case, *names, packed=adapter.packed), measure)[0] > 1
 
 
 def _unrelated(finding: Finding, kit: Kit) -> bool:

@@ -114,6 +114,7 @@ ROUNDING = {
     "cos and sin in BF16": Mistake(EVERY, "the angle is the FP32 product position * frequency, and so is its table"),
     "attention output in FP8": Mistake(EVERY, "the input of wo_a is not quantised"),
     "norms hand on FP32": Mistake(EVERY, "a norm's result is cast to the input's dtype before the product"),
+    "expert weights after w2": Mistake((), "weights multiply before w2; in BF16 other bits, and no more"),
     "angles in FP64": Mistake((), "the angle is the FP32 product position * frequency"),
 }
 # What one call has right and two have not.
@@ -151,6 +152,8 @@ WEIGHTS = _in(
     ("nibbles exchanged", "the even column is in the low nibble"),
     ("FP4 scales per 16 columns", "32 columns share a scale"),
 )
+# Roundings of which neither is wrong: a port may have either.
+HARMLESS = ("query norm in BF16",)
 WRONG_DRAFTER = "wrong drafter"
 MISTAKES: dict[str, Mistake] = {
     **LAYER, **HASH, **TOP, **MTP, **ROUNDING, **STREAM, **MEMORY, **WEIGHTS,

@@ -65,15 +65,19 @@ def _indexer(p: PlainV4, layer: int, g: Given) -> Answer:
     freq, _, amplitude = p.turning(layer)
     scores = p.index_scores(prefix, x, g["latent"].double(), t, keys, freq, amplitude)
     visible = p.visible(t, len(keys), p.c.compress_ratios[layer])
-    chosen = visible if p.flip == "indexer not asked" else p.best(scores, visible)
+    chosen = visible if p.made("indexer not asked") else p.best(scores, visible)
     return {"scores": scores, "chosen": chosen.double()}
+
+
+def _ties(p: PlainV4, layer: int, g: Given) -> Answer:
+    return {"chosen": _indexer(p, layer, g)["chosen"]}
 
 
 def _attention(p: PlainV4, layer: int, g: Given) -> Answer:
     rows, entries = g["rows"].double(), g["entries"].double()
     place = torch.arange(len(rows))
-    start = g["start"] - int(p.flip == "window one wider")
-    stop = g["stop"] - int(p.flip == "window without the token itself")
+    start = g["start"] - int(p.made("window one wider"))
+    stop = g["stop"] - int(p.made("window without the token itself"))
     seen = (place >= start[:, None]) & (place < stop[:, None])
     read = torch.zeros(len(seen), len(entries) + 1, dtype=torch.bool).scatter(1, g["chosen"] + 1, True)[:, 1:]
     p.w["sink.attn_sink"] = g["sink"].double()
@@ -117,24 +121,24 @@ def _shared(p: PlainV4, layer: int, g: Given) -> Answer:
 
 
 def _row(p: PlainV4, layer: int, g: Given) -> Answer:
-    return {"read": codecs.row(g["rows"].double(), 64, p.flip)}
+    return {"read": codecs.row(g["rows"].double(), 64, p.flips)}
 
 
 def _index_row(p: PlainV4, layer: int, g: Given) -> Answer:
-    return {"read": codecs.index_row(g["rows"].double(), p.flip, bf16=g["rows"].dtype == torch.bfloat16)}
+    return {"read": codecs.index_row(g["rows"].double(), p.flips, bf16=g["rows"].dtype == torch.bfloat16)}
 
 
 def _index_meeting(p: PlainV4, layer: int, g: Given) -> Answer:
-    q, keys = codecs.meeting(g["q"].double(), g["keys"].double(), p.flip)
+    q, keys = codecs.meeting(g["q"].double(), g["keys"].double(), p.flips)
     return {"scores": torch.einsum("th,thk->tk", g["weights"].double(), torch.einsum("thd,kd->thk", q, keys).relu())}
 
 
 def _fp8_weights(p: PlainV4, layer: int, g: Given) -> Answer:
-    return {"matrix": codecs.fp8_weights(g["codes"], g["scales"], p.flip)}
+    return {"matrix": codecs.fp8_weights(g["codes"], g["scales"], p.flips)}
 
 
 def _fp4_weights(p: PlainV4, layer: int, g: Given) -> Answer:
-    return {"matrix": codecs.fp4_weights(g["codes"], g["scales"], p.flip)}
+    return {"matrix": codecs.fp4_weights(g["codes"], g["scales"], p.flips)}
 
 
 _X, _T, _STREAMS = "[T, M], a sublayer's normed input", "int64 [T]", "[T, N, M]"
@@ -157,6 +161,9 @@ PARTS: dict[str, Part] = {
         {"x": _X, "latent": "[T, L]", "positions": _T, "keys": "[E, Di]"},
         {"scores": "[T, E] (left out where there is no such tensor)", "chosen": "[T, E]: 1 where chosen, else 0"},
         "sum_h weight_h relu(q_h . key); the index_topk best of those visible", _indexer),
+    "indexer ties": Part(
+        {"x": _X, "latent": "[T, L]", "positions": _T, "keys": "[E, Di], some of them equal"},
+        {"chosen": "[T, E]: 1 where chosen, else 0"}, "of equal scores the lowest entry first", _ties),
     "attention": Part(
         {"q": "[T, H, D]", "rows": "[P, D], window rows", "start": "int64 [T]: a query reads rows start..stop-1",
          "stop": _T, "entries": "[E, D]", "chosen": "int64 [T, k], the entries read, -1: none", "sink": "[H]"},

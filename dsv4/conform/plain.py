@@ -7,7 +7,7 @@ whose numbers are those of a flip has made that mistake.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ Rows = dict[str, tuple[Tensor, Tensor]]  # of each compressor what a sequence pu
 
 
 class PlainV4:
-    """`weights` by published name, experts stacked (a state dict of ours); `flip` names the mistake to make, or None.
+    """`weights` by published name, experts stacked (a state dict of ours); `flip` names the mistake to make,
+    or several, or None.
 
     config: anything with the published field names (a ModelConfig has them). packed: rows and keys are rounded as a
     packed memory keeps them. bf16: everything is rounded to BF16 where the released code casts to it.
@@ -40,17 +41,21 @@ class PlainV4:
         self,
         config: Any,
         weights: dict[str, Tensor],
-        flip: str | None = None,
+        flip: str | Iterable[str] | None = None,
         *,
         packed: bool = False,
         bf16: bool = False,
     ):
-        self.c, self.flip, self.packed, self.bf16 = config, flip, packed, bf16
+        self.c, self.packed, self.bf16 = config, packed, bf16
+        self.flips = frozenset([flip] if isinstance(flip, str) else flip or ())
         self.rows: Rows = {}
         published = {n.replace("mtp.0.block.", "mtp.0."): t for n, t in weights.items()}
         self.w = {n: t.double() if t.is_floating_point() else t for n, t in published.items()}
 
     # --- whole model
+
+    def made(self, mistake: str) -> bool:
+        return mistake in self.flips
 
     def cast(self, x: Tensor) -> Tensor:
         return to_bf16(x) if self.bf16 else x
@@ -70,9 +75,9 @@ class PlainV4:
     def mtp_logits(self, ids: Tensor) -> Tensor:
         """Row t: from the streams at t and the token at t+1, the logits of the token at t+2."""
         x = self.streams(ids)[:-1]
-        if self.flip == "MTP reads the collapsed stream":
+        if self.made("MTP reads the collapsed stream"):
             x = self.collapse(x, "")[:, None].expand_as(x)
-        following = ids[:-1] if self.flip == "MTP embeds its own token" else ids[1:]
+        following = ids[:-1] if self.made("MTP embeds its own token") else ids[1:]
         embedded = self.norm(self.w["embed.weight"][following], "mtp.0.enorm.weight")
         x = self.norm(x, "mtp.0.hnorm.weight") @ self.w["mtp.0.h_proj.weight"].T
         x = x + (embedded @ self.w["mtp.0.e_proj.weight"].T)[:, None]
@@ -82,7 +87,7 @@ class PlainV4:
         return self.norm(self.collapse(x, prefix), f"{prefix}norm.weight") @ self.w["head.weight"].T
 
     def collapse(self, x: Tensor, prefix: str) -> Tensor:
-        if self.flip == "head reads the mean of the streams":
+        if self.made("head reads the mean of the streams"):
             return x.mean(dim=1)
         m = self.twenty_four(x, f"{prefix}hc_head_")
         pre = torch.sigmoid(self.w[f"{prefix}hc_head_scale"] * m + self.w[f"{prefix}hc_head_base"]) + self.c.hc_eps
@@ -100,7 +105,7 @@ class PlainV4:
     def twenty_four(self, x: Tensor, prefix: str) -> Tensor:
         v = x.flatten(1)
         m = v @ self.w[f"{prefix}fn"].T
-        return m if self.flip == "streams not normalised" else m * rho(v, self.c.rms_norm_eps)
+        return m if self.made("streams not normalised") else m * rho(v, self.c.rms_norm_eps)
 
     def around(self, x: Tensor, prefix: str, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         pre, post, mix = self.maps(x, prefix)
@@ -113,15 +118,15 @@ class PlainV4:
         m, base, scale = self.twenty_four(x, prefix), self.w[f"{prefix}base"], self.w[f"{prefix}scale"]
         pre = torch.sigmoid(scale[0] * m[:, :n] + base[:n]) + self.c.hc_eps
         post = torch.sigmoid(scale[1] * m[:, n : 2 * n] + base[n : 2 * n])
-        post = post if self.flip == "post not doubled" else 2 * post
+        post = post if self.made("post not doubled") else 2 * post
         return pre, post, self.sinkhorn((scale[2] * m[:, 2 * n :] + base[2 * n :]).view(-1, n, n))
 
     def write(self, x: Tensor, y: Tensor, post: Tensor, mix: Tensor) -> Tensor:
         """The new streams."""
         n, cast = self.c.hc_mult, self.cast
-        if self.flip == "mixing transposed":
+        if self.made("mixing transposed"):
             mix = mix.transpose(1, 2)
-        if self.flip == "post and mixing in BF16":
+        if self.made("post and mixing in BF16"):
             post, mix = to_bf16(post), to_bf16(mix)
             new = [cast(post[:, k, None] * y) + cast(torch.einsum("tj,tjm->tm", mix[:, :, k], x)) for k in range(n)]
         else:
@@ -132,7 +137,7 @@ class PlainV4:
         eps = self.c.hc_eps
         c = c.softmax(dim=2) + eps
         c = c / (c.sum(dim=1, keepdim=True) + eps)
-        for _ in range(0 if self.flip == "one Sinkhorn round" else self.c.hc_sinkhorn_iters - 1):
+        for _ in range(0 if self.made("one Sinkhorn round") else self.c.hc_sinkhorn_iters - 1):
             c = c / (c.sum(dim=2, keepdim=True) + eps)
             c = c / (c.sum(dim=1, keepdim=True) + eps)
         return c
@@ -141,12 +146,12 @@ class PlainV4:
 
     def frequencies(self, ratio: int, *, yarn: bool | None = None) -> Tensor:
         dim, s = self.c.qk_rope_head_dim, self.c.rope_scaling
-        plain = (ratio == 0) != (self.flip == "thetas swapped")
+        plain = (ratio == 0) != (self.made("thetas swapped"))
         base = self.c.rope_theta if plain else self.c.compress_rope_theta
-        if self.flip == "compressed theta 40000" and ratio:
+        if self.made("compressed theta 40000") and ratio:
             base = 40000.0
         freq = torch.tensor([base ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
-        yarn = ratio != 0 and self.flip != "YaRN missing" if yarn is None else yarn
+        yarn = ratio != 0 and not self.made("YaRN missing") if yarn is None else yarn
         if not yarn or s.type == "default":
             return freq
 
@@ -162,17 +167,17 @@ class PlainV4:
     ) -> Tensor:
         """x [n, ..., D]: the last channels as pairs (2i, 2i+1), each turned by sign * position * freq_i."""
         dim = 2 * len(freq)
-        if freq.dtype == torch.float32 and self.flip != "angles in FP64":
+        if freq.dtype == torch.float32 and not self.made("angles in FP64"):
             angle = (positions.float()[:, None] * freq).double()  # the product is FP32: far out that decides the angle
         else:
             angle = positions.double()[:, None] * freq.double()
         angle = sign * angle.view(len(x), *[1] * (x.ndim - 2), dim // 2)
         cos, sin = amplitude * angle.cos(), amplitude * angle.sin()
-        if self.flip == "cos and sin in BF16":
+        if self.made("cos and sin in BF16"):
             cos, sin = to_bf16(cos), to_bf16(sin)
-        first = self.flip == "rotation on the first channels"
+        first = self.made("rotation on the first channels")
         rest, part = (x[..., dim:], x[..., :dim]) if first else (x[..., :-dim], x[..., -dim:])
-        halves = self.flip == "rotation in halves"
+        halves = self.made("rotation in halves")
         a, b = (part[..., : dim // 2], part[..., dim // 2 :]) if halves else (part[..., 0::2], part[..., 1::2])
         a, b = a * cos - b * sin, a * sin + b * cos
         part = torch.cat([a, b], dim=-1) if halves else torch.stack([a, b], dim=-1).flatten(-2)
@@ -183,28 +188,28 @@ class PlainV4:
 
     def turning(self, layer: int) -> tuple[Tensor, Tensor, float]:
         """The frequencies of a layer, those of its queries, and the factor on cos and sin."""
-        c, flip, ratio = self.c, self.flip, self.c.compress_ratios[layer]
-        if flip == "MTP with the compressed layers' table" and layer == c.num_hidden_layers:
+        c, ratio = self.c, self.c.compress_ratios[layer]
+        if self.made("MTP with the compressed layers' table") and layer == c.num_hidden_layers:
             ratio = c.compress_rate_csa
-        mtp_yarn = flip == "MTP with YaRN" and layer == c.num_hidden_layers
-        yarn = True if mtp_yarn or (flip == "YaRN on window layers" and ratio == 0) else None
+        mtp_yarn = self.made("MTP with YaRN") and layer == c.num_hidden_layers
+        yarn = True if mtp_yarn or (self.made("YaRN on window layers") and ratio == 0) else None
         freq = self.frequencies(ratio, yarn=yarn)
         windows = ("queries with the window's theta", "queries and window with the window's theta")
-        q_freq = self.frequencies(0) if flip in windows else freq
-        amplitude = 0.1 * math.log(c.rope_scaling.factor) + 1 if flip == "YaRN amplitude" and ratio else 1.0
+        q_freq = self.frequencies(0) if any(map(self.made, windows)) else freq
+        amplitude = 0.1 * math.log(c.rope_scaling.factor) + 1 if self.made("YaRN amplitude") and ratio else 1.0
         return freq, q_freq, amplitude
 
     def attention(self, prefix: str, layer: int, x: Tensor) -> Tensor:
-        c, flip = self.c, self.flip
+        c = self.c
         length, width, ratio = len(x), c.head_dim, c.compress_ratios[layer]
         t = torch.arange(length)
         freq, q_freq, amplitude = self.turning(layer)
         qr, q, plain, kv = self.project_in(prefix, layer, x, t)
         kv = self.kept(kv)
 
-        reach = c.sliding_window + (flip == "window one wider")
+        reach = c.sliding_window + (self.made("window one wider"))
         seen = (t[None] <= t[:, None]) & (t[None] > t[:, None] - reach) & (t[None] >= self.padding)
-        if flip == "window without the token itself":
+        if self.made("window without the token itself"):
             seen &= t[None] < t[:, None]
         keys, masks = kv, seen
         if ratio and c.attention != "compressed":
@@ -212,7 +217,7 @@ class PlainV4:
         elif ratio:
             entries = self.kept(self.compress(f"{prefix}compressor.", x, ratio, width, freq, amplitude))
             visible = self.visible(t, len(entries), ratio)
-            if ratio == c.compress_rate_csa and flip != "indexer not asked":
+            if ratio == c.compress_rate_csa and not self.made("indexer not asked"):
                 visible = self.choose(f"{prefix}indexer.", x, qr, visible, freq, amplitude)
             keys, masks = torch.cat([kv, entries]), torch.cat([seen, visible], dim=1)
         return self.project_out(prefix, layer, self.attend(prefix, layer, q, keys, masks), t)
@@ -221,36 +226,38 @@ class PlainV4:
         """Of tokens at positions t the query latent, the queries [T, H, D], the row [T, D] before and after turning."""
         freq, q_freq, amplitude = self.turning(layer)
         qr = self.linear(x, f"{prefix}wq_a")
-        qr = qr if self.flip == "query latent not normed" else self.norm(qr, f"{prefix}q_norm.weight")
+        qr = qr if self.made("query latent not normed") else self.norm(qr, f"{prefix}q_norm.weight")
         q = self.linear(qr, f"{prefix}wq_b").view(len(x), self.c.num_attention_heads, self.c.head_dim)
-        q = q if self.flip == "no query norm" else self.cast(q * rho(q, self.c.rms_norm_eps))
+        if not self.made("no query norm"):
+            norm = rho(q, self.c.rms_norm_eps)
+            q = self.cast(q * (self.cast(norm) if self.made("query norm in BF16") else norm))
         plain = self.norm(self.linear(x, f"{prefix}wkv"), f"{prefix}kv_norm.weight")
-        row_freq = q_freq if self.flip == "queries and window with the window's theta" else freq
-        cast = self.flip != "norms hand on FP32"
+        row_freq = q_freq if self.made("queries and window with the window's theta") else freq
+        cast = not self.made("norms hand on FP32")
         return qr, self.rotate(q, t, q_freq, amplitude), plain, self.rotate(plain, t, row_freq, amplitude, cast=cast)
 
     def attend(self, prefix: str, layer: int, q: Tensor, keys: Tensor, masks: Tensor) -> Tensor:
         """q [T, H, D] over the rows [K, D] where masks [T, K]; values are the keys."""
         width = self.c.head_dim
         scale = width**-0.5
-        if self.flip == "YaRN amplitude in the softmax" and self.c.compress_ratios[layer]:
+        if self.made("YaRN amplitude in the softmax") and self.c.compress_ratios[layer]:
             scale *= (0.1 * math.log(self.c.rope_scaling.factor) + 1) ** 2
         scores = torch.einsum("thd,kd->thk", q, keys) * scale
         scores = scores.masked_fill(~masks[:, None], -math.inf)
-        sink = self.w[f"{prefix}attn_sink"] * (width**-0.5 if self.flip == "sink scaled" else 1.0)
-        if self.flip == "sink missing":
+        sink = self.w[f"{prefix}attn_sink"] * (width**-0.5 if self.made("sink scaled") else 1.0)
+        if self.made("sink missing"):
             sink = torch.full_like(sink, -1e30)
         p = torch.cat([scores, sink[None, :, None].expand(len(q), -1, 1)], dim=2).softmax(dim=2)[..., :-1]
         return self.cast(torch.einsum("thk,kd->thd", p, keys))
 
     def project_out(self, prefix: str, layer: int, o: Tensor, t: Tensor) -> Tensor:
         c, (_, q_freq, amplitude) = self.c, self.turning(layer)
-        if self.flip != "output not rotated back":
+        if not self.made("output not rotated back"):
             o = self.rotate(o, t, q_freq, amplitude, sign=-1)
         groups = o.reshape(len(o), c.o_groups, -1)
-        if self.flip == "output groups interleaved":
+        if self.made("output groups interleaved"):
             groups = o.view(len(o), -1, c.o_groups, c.head_dim).transpose(1, 2).reshape(len(o), c.o_groups, -1)
-        if self.flip == "attention output in FP8":
+        if self.made("attention output in FP8"):
             groups = codecs.fp8(groups, 128)
         low = self.w[f"{prefix}wo_a.weight"].view(c.o_groups, c.o_lora_rank, -1)
         low = self.cast(torch.cat([groups[:, g] @ low[g].T for g in range(c.o_groups)], dim=1))
@@ -258,7 +265,7 @@ class PlainV4:
 
     def kept(self, rows: Tensor) -> Tensor:
         """Window rows and entries as a memory gives them back."""
-        return codecs.row(rows, self.c.qk_rope_head_dim, self.flip) if self.packed else rows
+        return codecs.row(rows, self.c.qk_rope_head_dim, self.flips) if self.packed else rows
 
     def other_rows(self, prefix: str, x: Tensor, plain: Tensor, kv: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and masks of the attentions that V4 is compared with; `plain` is kv before the rotation."""
@@ -280,9 +287,9 @@ class PlainV4:
 
     def visible(self, t: Tensor, entries: int, ratio: int) -> Tensor:
         """bool [T, entries]: entry w is there from the token on that closes its group."""
-        shift = {"entries visible a token early": 2, "entries visible a token late": 0}.get(self.flip or "", 1)
+        shift = 1 + self.made("entries visible a token early") - self.made("entries visible a token late")
         last = (t[:, None] + shift) // ratio
-        if self.flip == "entries visible to all":
+        if self.made("entries visible to all"):
             last = torch.full_like(last, entries)
         if self.calls:  # what has not closed within the call is not there to be seen
             ends = torch.tensor(self.calls).cumsum(0)
@@ -292,18 +299,18 @@ class PlainV4:
     def compress(self, prefix: str, x: Tensor, ratio: int, width: int, freq: Tensor, amplitude: float) -> Tensor:
         """Entries [T // ratio, width]."""
         values, gates = x @ self.w[f"{prefix}wkv.weight"].T, x @ self.w[f"{prefix}wgate.weight"].T
-        low = to_bf16 if self.flip == "compressor in BF16" else _same
+        low = to_bf16 if self.made("compressor in BF16") else _same
         values, gates = low(values), low(gates)
-        if self.flip != "gate without position":
+        if not self.made("gate without position"):
             gates = gates + self.w[f"{prefix}ape"][torch.arange(len(x)) % ratio]
         self.rows[prefix] = values, gates
         own, before = slice(None), None
         if ratio == self.c.compress_rate_csa:
             # the first half of the channels speaks for the next group, the second for its own
             own, before = slice(width, None), slice(0, width)
-            if self.flip == "overlap halves swapped":
+            if self.made("overlap halves swapped"):
                 own, before = before, own
-            if self.flip == "overlap lost":
+            if self.made("overlap lost"):
                 before = None
         entries = []
         for g in range(len(x) // ratio):
@@ -314,17 +321,17 @@ class PlainV4:
                 a, s = torch.cat([old[0][:, before], a]), torch.cat([old[1][:, before], s])
             entries.append(low((low(s.softmax(dim=0)) * a).sum(dim=0)))
         pooled = self.cast(torch.stack(entries) if entries else x.new_zeros(0, width))
-        if self.flip != "entries not normed" or "indexer" in prefix:
+        if not self.made("entries not normed") or "indexer" in prefix:
             pooled = self.norm(pooled, f"{prefix}norm.weight")
         number = torch.arange(len(entries))
         place = number * ratio
-        if self.flip == "entries rotated at the pool index" and "indexer" not in prefix:
+        if self.made("entries rotated at the pool index") and "indexer" not in prefix:
             place = number
-        if self.flip == "index keys rotated at the pool index" and "indexer" in prefix:
+        if self.made("index keys rotated at the pool index") and "indexer" in prefix:
             place = number
-        if self.flip == "entries rotated at the last token" and "indexer" not in prefix:
+        if self.made("entries rotated at the last token") and "indexer" not in prefix:
             place = number * ratio + ratio - 1
-        if self.flip == "entries not rotated" and "indexer" not in prefix:
+        if self.made("entries not rotated") and "indexer" not in prefix:
             return pooled
         return self.rotate(pooled, place, freq, amplitude)
 
@@ -337,7 +344,7 @@ class PlainV4:
             return (values[last - ratio : last], gates[last - ratio : last]) if last else None
         if g == 0:
             return None
-        if self.flip == "overlap lost between calls" and self.calls:
+        if self.made("overlap lost between calls") and self.calls:
             ends = torch.tensor(self.calls).cumsum(0)
             if int((ends < here).sum()) != int((ends < here + ratio).sum()):
                 return None
@@ -359,19 +366,19 @@ class PlainV4:
         heads, width = self.c.index_n_heads, self.c.index_head_dim
         q = self.rotate(self.linear(qr, f"{prefix}wq_b").view(len(x), heads, width), t, freq, amplitude)
         weights = self.linear(x, f"{prefix}weights_proj") * (heads * width) ** -0.5
-        if self.flip == "index weights missing":
+        if self.made("index weights missing"):
             weights = torch.ones_like(weights)
         if self.packed:
-            q, keys = codecs.meeting(q, keys, self.flip)
+            q, keys = codecs.meeting(q, keys, self.flips)
         products = torch.einsum("thd,kd->thk", q, keys)
-        if self.flip != "index scores without relu":
+        if not self.made("index scores without relu"):
             products = products.relu()
         return torch.einsum("th,thk->tk", weights, products)
 
     def best(self, scores: Tensor, visible: Tensor) -> Tensor:
         """bool [T, E]: the index_topk best of the visible ones, of equal ones the lowest."""
         scores = (scores + 0.0).masked_fill(~visible, -math.inf)
-        if self.flip == "index ties to the highest entry":
+        if self.made("index ties to the highest entry"):
             last = scores.flip(1).argsort(dim=1, descending=True, stable=True)
             best = (scores.shape[1] - 1 - last)[:, : self.c.index_topk]
         else:
@@ -386,29 +393,29 @@ class PlainV4:
 
     def gate(self, prefix: str, layer: int, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts [T, K] and their weights."""
-        c, w, flip = self.c, self.w, self.flip
-        low = to_bf16 if flip == "router in BF16" else _same
+        c, w = self.c, self.w
+        low = to_bf16 if self.made("router in BF16") else _same
         logits = low(x @ w[f"{prefix}gate.weight"].T)
-        scores = logits.sigmoid() if flip == "sigmoid gate" else low(low(torch.log1p(logits.exp())).sqrt())
+        scores = logits.sigmoid() if self.made("sigmoid gate") else low(low(torch.log1p(logits.exp())).sqrt())
         bias = w.get(f"{prefix}gate.bias", torch.zeros(c.n_routed_experts, dtype=torch.float64))
         chosen = (scores + bias).argsort(dim=1, descending=True, stable=True)[:, : c.num_experts_per_tok]
         table = w.get(f"{prefix}gate.tid2eid")
-        if table is not None and flip != "experts chosen by score":
+        if table is not None and not self.made("experts chosen by score"):
             chosen = table[ids]
-        if flip == "MTP routes by token id" and layer == c.num_hidden_layers:
+        if self.made("MTP routes by token id") and layer == c.num_hidden_layers:
             chosen = w["layers.0.ffn.gate.tid2eid"][ids]
-        weights = (scores + bias if flip == "bias in the weights" else scores).gather(1, chosen)
-        if flip == "expert weights all equal":
+        weights = (scores + bias if self.made("bias in the weights") else scores).gather(1, chosen)
+        if self.made("expert weights all equal"):
             weights = torch.ones_like(weights)
-        if flip != "weights not normalised":
+        if not self.made("weights not normalised"):
             weights = low(weights / low(weights.sum(dim=1, keepdim=True)))
-        return chosen, low(weights * (1.0 if flip == "route scale missing" else c.routed_scaling_factor))
+        return chosen, low(weights * (1.0 if self.made("route scale missing") else c.routed_scaling_factor))
 
     def shared(self, prefix: str, x: Tensor) -> Tensor:
-        if self.flip == "shared expert missing":
+        if self.made("shared expert missing"):
             return torch.zeros_like(x)
         gate, up = (self.linear(x, f"{prefix}shared_experts.{name}") for name in ("w1", "w3"))
-        act = self.swiglu(gate, up, self.flip != "no clamp in the shared expert")
+        act = self.swiglu(gate, up, not self.made("no clamp in the shared expert"))
         return self.linear(self.cast(act), f"{prefix}shared_experts.w2")
 
     def routed(self, prefix: str, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -416,25 +423,28 @@ class PlainV4:
         for e, ((w1, w3), w2) in enumerate(zip(self.w[f"{prefix}experts.w13"], self.w[f"{prefix}experts.w2"])):
             t, k = torch.where(chosen == e)
             gate, up = self.cast(x[t] @ w1.T), self.cast(x[t] @ w3.T)
-            act = self.swiglu(gate, up, self.flip != "no clamp in the routed experts")
-            out[t] += self.cast(self.cast(weights[t, k, None] * act) @ w2.T)
+            act = self.swiglu(gate, up, not self.made("no clamp in the routed experts"))
+            if self.made("expert weights after w2"):
+                out[t] += self.cast(weights[t, k, None] * self.cast(self.cast(act) @ w2.T))
+            else:
+                out[t] += self.cast(self.cast(weights[t, k, None] * act) @ w2.T)
         return out
 
     def swiglu(self, gate: Tensor, up: Tensor, clamp: bool) -> Tensor:
-        if self.flip == "gate and up exchanged":
+        if self.made("gate and up exchanged"):
             gate, up = up, gate
         if clamp:
             limit = self.c.swiglu_limit
-            gate = gate.clamp(-limit, limit) if self.flip == "gate clamped on both sides" else gate.clamp(max=limit)
+            gate = gate.clamp(-limit, limit) if self.made("gate clamped on both sides") else gate.clamp(max=limit)
             up = up.clamp(-limit, limit)
         return gate * torch.sigmoid(gate) * up
 
     # --- norm
 
     def norm(self, x: Tensor, weight: str) -> Tensor:
-        gain = self.w[weight] + (1 if self.flip == "gain of the norms plus one" else 0)
+        gain = self.w[weight] + (1 if self.made("gain of the norms plus one") else 0)
         normed = x * rho(x, self.c.rms_norm_eps) * gain
-        return normed if self.flip == "norms hand on FP32" else self.cast(normed)
+        return normed if self.made("norms hand on FP32") else self.cast(normed)
 
 
 def rho(x: Tensor, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 Everything is drawn from one seed on the CPU and rounded to BF16, so a port in any precision reads the same numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -62,15 +62,15 @@ class Kit:
         self.cases = all_cases(self.config)
         self._kept: dict[Any, Answer] = {}
 
-    def plain(self, flip: str | None = None, **options: Any) -> PlainV4:
-        return PlainV4(self.config, self.weights, flip, **options)
+    def plain(self, flips: Iterable[str] = (), **options: Any) -> PlainV4:
+        return PlainV4(self.config, self.weights, flips, **options)
 
-    def answer(self, case: Case, flip: str | None = None, *, packed: bool = False) -> Answer:
-        """What the plain model answers, with a mistake in it or without. packed: its memory rounds."""
+    def answer(self, case: Case, *flips: str, packed: bool = False) -> Answer:
+        """What the plain model answers, with these mistakes in it. packed: its memory rounds."""
         packed = packed and case.call != "part"
-        key = case.id, flip, packed
+        key = case.id, frozenset(flips), packed
         if key not in self._kept:
-            plain = self.plain(flip, packed=packed, bf16=case.measure == SHARE)
+            plain = self.plain(flips, packed=packed, bf16=case.measure == SHARE)
             self._kept[key] = _ANSWERS[case.call](plain, case)
         return self._kept[key]
 
@@ -91,7 +91,7 @@ def _layer(plain: PlainV4, case: Case) -> Answer:
 def _logits(plain: PlainV4, case: Case) -> Answer:
     """Of every token that is fed; a negative length in `calls` takes tokens back."""
     ids, out, kept, calls = case.given["ids"], [], torch.zeros(0, dtype=torch.int64), []
-    if plain.flip == "state of the sequence before" and len(case.given["before"]):
+    if plain.made("state of the sequence before") and len(case.given["before"]):
         plain.streams(case.given["before"])
         plain.before = dict(plain.rows), 0
     done = 0
@@ -103,7 +103,7 @@ def _logits(plain: PlainV4, case: Case) -> Answer:
         if back:
             kept = kept[: len(kept) - back]
             calls = [len(kept)]
-            if plain.flip == "state not rewound":
+            if plain.made("state not rewound"):
                 plain.before = dict(plain.rows), len(kept) // plain.c.compress_rate_csa
     return {"logits": torch.cat(out)}
 
@@ -125,7 +125,7 @@ def _batch(plain: PlainV4, case: Case) -> Answer:
     ids, lengths = case.given["ids"], case.given["lengths"]
     longest, out = max(lengths), {}
     for number, part in enumerate(ids.split(lengths)):
-        plain.padding = longest - len(part) if plain.flip == "padding is pooled" else 0
+        plain.padding = longest - len(part) if plain.made("padding is pooled") else 0
         padded = torch.cat([torch.zeros(plain.padding, dtype=torch.int64), part])
         out[f"logits {number}"] = plain.logits(padded)[plain.padding :]
     return out

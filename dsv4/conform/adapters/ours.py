@@ -193,6 +193,7 @@ _PARTS = {
     "compressor": lambda a, block, g: {"entries": a.pooled(block.attn.compressor, "attention", block, g)},
     "index keys": lambda a, block, g: {"keys": a.pooled(block.attn.indexer.compressor, "index", block, g)},
     "indexer": _indexer,
+    "indexer ties": _indexer,
     "attention": _attention,
     "project_out": _project_out,
     "maps": _maps,
