@@ -360,7 +360,7 @@ def low_pool(values, scores, first, has, r, overlap, gain, eps, turn, dtype):
             if there:
                 old = slice(start - r, start)
                 v, s = torch.cat([values[old, :width], v]), torch.cat([scores[old, :width], s])
-        out.append(bf((bf(s.softmax(0)) * v).sum(0)))
+        out.append(bf(bf(bf(s.softmax(0)) * v).sum(0)))
     pooled = torch.stack(out) if out else values.new_zeros(0, width)
     return RIGHT_ROTATE(reference.rms_norm(pooled.to(dtype), gain, eps), turn)
 
@@ -470,9 +470,19 @@ def weighed_late(x, chosen, weights, w13, w2, limit):
     for e in range(len(w13)):
         token, slot = torch.where(chosen == e)
         act = reference.swiglu(F.linear(x[token], w13[e, 0]), F.linear(x[token], w13[e, 1]), limit).to(x.dtype)
-        y = F.linear(act, w2[e]) * weights[token, slot, None]
+        y = F.linear(act, w2[e]) * weights[token, slot, None].to(x.dtype)
         out = out.index_add(0, token, y.to(x.dtype).float())
     return out
+
+
+def low_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    act = F.silu(bf(gate.clamp(max=limit))).bfloat16()
+    return (act * up.clamp(-limit, limit).bfloat16()).float()
+
+
+@fault("SwiGLU in BF16", "roundings of BF16", *LAYERS)
+def _(port: Ours, patch: MonkeyPatch) -> None:
+    patch.setattr(reference, "swiglu", low_swiglu)
 
 
 wrapping("expert weights after w2", ("roundings of BF16",), experts=lambda op: weighed_late)

@@ -209,7 +209,7 @@ def _experts(d: Draw) -> Iterator[Case]:
     case = _part("experts", "routed", "routed experts", 1, ("no clamp in the routed experts", *clamps), x=x,
                  weights=weights)  # fmt: skip
     yield case
-    yield _in_bf16(case, "expert weights after w2")
+    yield _in_bf16(case, "expert weights after w2", "SwiGLU in BF16")
     yield _part("experts", "shared", "shared expert", 1,
                 ("no clamp in the shared expert", "shared expert missing", *clamps), x=x)  # fmt: skip
 

@@ -114,6 +114,7 @@ ROUNDING = {
     "cos and sin in BF16": Mistake(EVERY, "the angle is the FP32 product position * frequency, and so is its table"),
     "attention output in FP8": Mistake(EVERY, "the input of wo_a is not quantised"),
     "norms hand on FP32": Mistake(EVERY, "a norm's result is cast to the input's dtype before the product"),
+    "SwiGLU in BF16": Mistake(EVERY, "gate and up are FP32 from their clamps to the product"),
     "expert weights after w2": Mistake((), "weights multiply before w2; in BF16 other bits, and no more"),
     "angles in FP64": Mistake((), "the angle is the FP32 product position * frequency"),
 }

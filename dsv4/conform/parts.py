@@ -113,7 +113,7 @@ def _gate(p: PlainV4, layer: int, g: Given) -> Answer:
 
 def _routed(p: PlainV4, layer: int, g: Given) -> Answer:
     weights, chosen = g["weights"].double().topk(p.c.num_experts_per_tok)
-    return {"y": p.routed(f"{prefix_of(p, layer)}ffn.", g["x"].double(), chosen, weights)}
+    return {"y": p.cast(p.routed(f"{prefix_of(p, layer)}ffn.", g["x"].double(), chosen, weights))}
 
 
 def _shared(p: PlainV4, layer: int, g: Given) -> Answer:

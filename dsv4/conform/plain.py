@@ -319,7 +319,7 @@ class PlainV4:
             old = self.group_before(prefix, g, ratio)
             if before is not None and old is not None:
                 a, s = torch.cat([old[0][:, before], a]), torch.cat([old[1][:, before], s])
-            entries.append(low((low(s.softmax(dim=0)) * a).sum(dim=0)))
+            entries.append(low(low(low(s.softmax(dim=0)) * a).sum(dim=0)))
         pooled = self.cast(torch.stack(entries) if entries else x.new_zeros(0, width))
         if not self.made("entries not normed") or "indexer" in prefix:
             pooled = self.norm(pooled, f"{prefix}norm.weight")
@@ -425,7 +425,7 @@ class PlainV4:
             gate, up = self.cast(x[t] @ w1.T), self.cast(x[t] @ w3.T)
             act = self.swiglu(gate, up, not self.made("no clamp in the routed experts"))
             if self.made("expert weights after w2"):
-                out[t] += self.cast(weights[t, k, None] * self.cast(self.cast(act) @ w2.T))
+                out[t] += self.cast(self.cast(weights[t, k, None]) * self.cast(self.cast(act) @ w2.T))
             else:
                 out[t] += self.cast(self.cast(weights[t, k, None] * act) @ w2.T)
         return out
@@ -437,6 +437,9 @@ class PlainV4:
             limit = self.c.swiglu_limit
             gate = gate.clamp(-limit, limit) if self.made("gate clamped on both sides") else gate.clamp(max=limit)
             up = up.clamp(-limit, limit)
+        if self.made("SwiGLU in BF16"):
+            gate, up = to_bf16(gate), to_bf16(up)
+            return to_bf16(to_bf16(gate * torch.sigmoid(gate)) * up)
         return gate * torch.sigmoid(gate) * up
 
     # --- norm

@@ -171,7 +171,7 @@ def _gate(a: Ours, block: Any, g: dict[str, Any]) -> dict[str, Tensor]:
 
 def _routed(a: Ours, block: Any, g: dict[str, Any]) -> dict[str, Tensor]:
     weights, chosen = g["weights"].topk(a.model.config.num_experts_per_tok)
-    return {"y": block.ffn.experts(g["x"], chosen, weights)}
+    return {"y": block.ffn.experts(g["x"], chosen, weights).to(g["x"].dtype)}
 
 
 def _rotation(a: Ours, block: Any, g: dict[str, Any]) -> dict[str, Tensor]:
