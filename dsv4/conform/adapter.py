@@ -70,5 +70,5 @@ class Adapter:
         raise Missing("its memory")
 
     def part(self, what: str, layer: int, given: dict[str, Any]) -> dict[str, Tensor]:
-        """One part of the loaded model; parts.py (or the manifest that --write makes) says what each takes and gives."""
+        """One part of the loaded model; parts.py (or the manifest of --write) says what each takes and gives."""
         raise Missing(what)

@@ -17,7 +17,10 @@ from dsv4.conform.parts import Given
 
 LAYERS = {"window": 0, "csa": 1, "hca": 2}
 LENGTH, LONG = 144, 262  # tokens: one HCA entry and the window's edge; two HCA entries
-IN_LAYERS = (*LAYER, *(name for name in ROUNDING if name not in ("angles in FP64", "norms hand on FP32", "expert weights after w2")))
+IN_LAYERS = (
+    *LAYER,
+    *(name for name in ROUNDING if name not in ("angles in FP64", "norms hand on FP32", "expert weights after w2")),
+)
 IN_MODELS = (*IN_LAYERS, *HASH, *TOP)
 EACH, MAX, SHARE, TYPICAL = "each", "max", "share", "typical"
 BF16 = torch.bfloat16
@@ -128,7 +131,9 @@ def _compression(d: Draw) -> Iterator[Case]:
         yield _part("indexer", f"keys, {name}", "index keys", 1, (*_POOLING, *keys, *_TURNING), x=short, calls=calls)
     yield _part("compressor", "csa, token by token", "compressor", 1, (*_POOLING, *_ENTRIES, *_TURNING), x=x[:27],
                 calls=[1] * 27)  # fmt: skip
-    whole = _part("compressor", "csa, at once", "compressor", 1, (*_POOLING, *_ENTRIES, *_TURNING), x=x[:43], calls=[43])
+    whole = _part(
+        "compressor", "csa, at once", "compressor", 1, (*_POOLING, *_ENTRIES, *_TURNING), x=x[:43], calls=[43]
+    )
     yield whole
     yield _in_bf16(whole, "compressor in BF16", "cos and sin in BF16")
     for residue in range(128):
@@ -283,5 +288,5 @@ def _models(d: Draw) -> Iterator[Case]:
     yield Case("padding", "40 and 37 tokens side by side", "batch", given, mistakes=found)
     given = dict(ids=torch.cat([ids, other[:16]]), lengths=[LENGTH, 16])
     yield Case("padding", "144 and 16 tokens side by side", "batch", given, mistakes=found)
-    yield Case("MTP", "row t reads streams t and token t+1", "mtp", dict(ids=ids),
+    yield Case("MTP", "row t reads streams t and token t+1", "mtp", dict(ids=ids[:60]),
                mistakes=(*MTP, *IN_MODELS, WRONG_DRAFTER))  # fmt: skip

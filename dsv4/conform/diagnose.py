@@ -18,6 +18,7 @@ from dsv4.conform.cases import EACH, MAX, SHARE, TYPICAL, Case
 from dsv4.conform.mistakes import HARMLESS, MISTAKES, ROUNDING, WRONG_DRAFTER
 from dsv4.conform.parts import Answer
 from dsv4.conform.vectors import TOLERANCE, Kit
+from dsv4.errors import UserError
 
 FP32_INPUTS = {"frequencies", "sink", "weights", "post", "mix"}  # what stays FP32 in a port of any dtype
 SEARCHES = 6  # in a component: of cases which no mistake explains that has been found already
@@ -68,16 +69,29 @@ class Verdict:
             return f"raised in {first.case.name}: {first.reason}"
         named = "; ".join(f"{name} ({MISTAKES[name].right})" for name in self.mistakes)
         what = named or "unknown departure"
-        return f"{count['departs']} of {len(self.findings)} cases depart: {what}; first in {first.case.name}, {first.where}"
+        where = f"first in {first.case.name}" + (f", {first.where}" if first.where else "")
+        return f"{count['departs']} of {len(self.findings)} cases depart: {what}; {where}"
+
+    def to_json(self) -> dict[str, Any]:
+        def tell(f: Finding) -> dict[str, Any]:
+            far = f.distance if f.distance < float("inf") else None
+            return {
+                "name": f.case.name, "state": f.state, "share_of_allowed": far, "where": f.where, "reason": f.reason,
+                "mistakes": list(f.mistakes),
+            }  # fmt: skip
+
+        named = {name: MISTAKES[name].right for name in self.mistakes}
+        cases = [tell(f) for f in self.findings]
+        return {"component": self.component, "state": self.state, "mistakes": named, "line": self.line, "cases": cases}
 
 
 def judge(adapter: Any, kit: Kit, note: Callable[[str], None] = lambda line: None) -> list[Verdict]:
     """Verdicts on all components in order. The adapter has loaded the kit's model."""
     findings = []
-    for case in kit.cases:
-        findings.append(ask(adapter, kit, case))
-        if case.component != getattr(findings[-2].case if len(findings) > 1 else None, "component", None):
+    for number, case in enumerate(kit.cases):
+        if not findings or case.component != findings[-1].case.component:
             note(case.component)
+        findings.append(ask(adapter, kit, case, number))
     components = list(dict.fromkeys(case.component for case in kit.cases))
     known: list[str] = []  # mistakes found so far: most likely they are at work in what comes later, too
     for component in components:
@@ -95,13 +109,15 @@ def judge(adapter: Any, kit: Kit, note: Callable[[str], None] = lambda line: Non
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
-def ask(adapter: Any, kit: Kit, case: Case) -> Finding:
+def ask(adapter: Any, kit: Kit, case: Case, number: int = 0) -> Finding:
     """One case, asked and compared."""
     low = adapter.dtype != torch.float32
     if case.measure == SHARE and not low:
         return Finding(case, "absent", reason="only where activations are BF16")
     try:
-        got = _answer(adapter, case)
+        got = adapter.answer(number, case) if hasattr(adapter, "answer") else _answer(adapter, case)
+    except UserError:
+        raise
     except Missing as missing:
         return Finding(case, "absent", reason=str(missing))
     except Exception as error:  # a port may fail in any way, and the other cases are still to be judged
@@ -206,9 +222,7 @@ def _already(finding: Finding, known: list[str], kit: Kit, adapter: Any) -> tupl
     return ()
 
 
-def explain(
-    finding: Finding, findings: Iterable[Finding], known: list[str], kit: Kit, adapter: Any
-) -> tuple[str, ...]:
+def explain(finding: Finding, findings: Iterable[Finding], known: list[str], kit: Kit, adapter: Any) -> tuple[str, ...]:
     """The mistake that gives the port's numbers, or two of them; of several such the one that fits other cases best."""
     looked_for = [m for m in finding.case.mistakes if m != WRONG_DRAFTER]
     fits = [(m,) for m in looked_for if _fits(finding, (m,), kit, adapter)]
@@ -258,7 +272,7 @@ def _contradicts(finding: Finding, names: tuple[str, ...], kit: Kit, adapter: An
 
 
 def _unrelated(finding: Finding, kit: Kit) -> bool:
-    """Whether predictions have nothing to do with the right ones: their cosine, each row's mean taken away, is small."""
+    """Whether predictions have nothing to do with the right ones: the cosine of the two is small, without the means."""
     got, want = finding.got.get("logits"), kit.answer(finding.case)["logits"]
     if not isinstance(got, Tensor) or got.shape != want.shape or not got.isfinite().all():
         return False

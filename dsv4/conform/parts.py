@@ -90,7 +90,9 @@ def _project_out(p: PlainV4, layer: int, g: Given) -> Answer:
 
 
 def _maps(p: PlainV4, layer: int, g: Given) -> Answer:
-    return dict(zip(("pre", "post", "mix"), p.maps(g["streams"].double(), f"{prefix_of(p, layer)}hc_attn_")))
+    return dict(
+        zip(("pre", "post", "mix"), p.maps(g["streams"].double(), f"{prefix_of(p, layer)}hc_attn_"), strict=True)
+    )
 
 
 def _mixing(p: PlainV4, layer: int, g: Given) -> Answer:

@@ -1,4 +1,4 @@
-"""The golden vectors: a small model in which every mistake shows, and what the plain float64 model answers to each case.
+"""The golden vectors: a small model in which every mistake shows, and what the plain float64 model answers.
 
 Everything is drawn from one seed on the CPU and rounded to BF16, so a port in any precision reads the same numbers.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4.config import ModelConfig
 from dsv4.conform import codecs
-from dsv4.conform.cases import EACH, LENGTH, LONG, MAX, SHARE, TYPICAL, Case, all_cases
+from dsv4.conform.cases import EACH, MAX, SHARE, TYPICAL, Case, all_cases
 from dsv4.conform.parts import PARTS, Answer, prefix_of
 from dsv4.conform.plain import PlainV4
 from dsv4.measure.subjects import small_config, small_model
@@ -49,7 +49,9 @@ def kit_model() -> Any:
 
 
 def _changes() -> dict[str, Any]:
-    return {name: getattr(kit_config(), name) for name in ("hidden_size", "sliding_window", "vocab_size", "swiglu_limit")}
+    return {
+        name: getattr(kit_config(), name) for name in ("hidden_size", "sliding_window", "vocab_size", "swiglu_limit")
+    }
 
 
 class Kit:

@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 
 
 class Ours(Adapter):
-    """dtype: of the large matrices and activations; cache: the memory's format, None for dtype; backend: as in DSV4_OPS,
-    None for whatever serves first."""
+    """dtype: of the large matrices and activations; cache: the memory's format, None for dtype; backend: as in
+    DSV4_OPS, None for whatever serves first."""
 
     model: Transformer
 
@@ -145,9 +145,7 @@ def _indexer(a: Ours, block: Any, g: dict[str, Any]) -> dict[str, Tensor]:
 
 def _attention(a: Ours, block: Any, g: dict[str, Any]) -> dict[str, Tensor]:
     window, q = ops.Spans(g["start"], g["stop"]), g["q"]
-    out, _ = ops.sparse_attention(
-        q, g["rows"], window, g["entries"], None, g["chosen"], g["sink"], q.shape[-1] ** -0.5
-    )
+    out, _ = ops.sparse_attention(q, g["rows"], window, g["entries"], None, g["chosen"], g["sink"], q.shape[-1] ** -0.5)
     return {"out": out}
 
 

@@ -21,7 +21,9 @@ class Transformers(Adapter):
             import transformers
             from transformers.models.deepseek_v4 import modeling_deepseek_v4
         except ImportError as error:
-            raise UserError(f"transformers with deepseek_v4 is not installed ({error}): pip install transformers") from None
+            raise UserError(
+                f"transformers with deepseek_v4 is not installed ({error}): pip install transformers"
+            ) from None
         self.dtype, self.code = dtype, modeling_deepseek_v4
         self.name = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
 
@@ -71,7 +73,9 @@ class Transformers(Adapter):
                 **{self.cache: memory},
             )  # fmt: skip
             memory.layers = held
-            turn = {name: model.rotary_emb(flat, position_ids=positions, layer_type=name) for name in ("main", "compress")}
+            turn = {
+                name: model.rotary_emb(flat, position_ids=positions, layer_type=name) for name in ("main", "compress")
+            }
             out.append(model.layers[layer](
                 x[None], position_embeddings=turn, position_ids=positions, attention_mask=mask, input_ids=own[None],
                 **{self.cache: memory},
