@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dsv4.conform.adapter import Best, Missing
+from dsv4.conform.adapter import Best
 from dsv4.conform.cases import EACH, MAX, SHARE, TYPICAL, Case
 from dsv4.conform.mistakes import HARMLESS, MISTAKES, ROUNDING, WRONG_DRAFTER
 from dsv4.conform.parts import Answer
@@ -114,11 +114,14 @@ def ask(adapter: Any, kit: Kit, case: Case, number: int = 0) -> Finding:
     low = adapter.dtype != torch.float32
     if case.measure == SHARE and not low:
         return Finding(case, "absent", reason="only where activations are BF16")
+    answers = hasattr(adapter, "answer")
+    if not answers and not hasattr(adapter, case.call):
+        return Finding(case, "absent", reason=f"the adapter has no function {case.call}")
     try:
-        got = adapter.answer(number, case) if hasattr(adapter, "answer") else _answer(adapter, case)
+        got = adapter.answer(number, case) if answers else _answer(adapter, case)
     except UserError:
         raise
-    except Missing as missing:
+    except NotImplementedError as missing:  # Missing is one
         return Finding(case, "absent", reason=str(missing))
     except Exception as error:  # a port may fail in any way, and the other cases are still to be judged
         return Finding(case, "error", reason=f"{type(error).__name__}: {error}")

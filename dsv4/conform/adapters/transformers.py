@@ -62,6 +62,7 @@ class Transformers(Adapter):
         from transformers.masking_utils import create_sliding_window_causal_mask
 
         model, memory, done, out = self.model.model, DynamicCache(config=self.config), 0, []
+        held_in: dict[str, Any] = {self.cache: memory}
         for x, own in zip(streams.split(calls), ids.split(calls), strict=True):
             positions = torch.arange(done, done + len(own))[None]
             flat = x[None, :, 0]
@@ -70,7 +71,7 @@ class Transformers(Adapter):
             memory.layers = [held[layer], *held[1:]]
             mask = create_sliding_window_causal_mask(
                 config=self.config, inputs_embeds=flat, attention_mask=None, position_ids=positions,
-                **{self.cache: memory},
+                **held_in,
             )  # fmt: skip
             memory.layers = held
             turn = {
@@ -78,7 +79,7 @@ class Transformers(Adapter):
             }
             out.append(model.layers[layer](
                 x[None], position_embeddings=turn, position_ids=positions, attention_mask=mask, input_ids=own[None],
-                **{self.cache: memory},
+                **held_in,
             )[0])  # fmt: skip
             done += len(own)
         return torch.cat(out)
