@@ -63,7 +63,7 @@ def conform(
     with tempfile.TemporaryDirectory() as folder:
         save(kit_model(), folder)
         port.load(Path(folder))
-        verdicts = judge(port, kit)
+        verdicts = judge(port, kit, _note)
     failed = any(v.state in ("departs", "error") for v in verdicts)
     if as_json:
         print(json.dumps({"port": port.name, "passed": not failed, "components": [v.to_json() for v in verdicts]}))
@@ -71,6 +71,11 @@ def conform(
         print(port.name)
         print("\n".join(f"  {v.component:20s} {v.line}" for v in verdicts))
     raise typer.Exit(1 if failed else 0)
+
+
+def _note(component: str) -> None:
+    if sys.stderr.isatty():
+        print(f"asking: {component}", file=sys.stderr, flush=True)
 
 
 def find(adapter: str, dtype: Any, cache: str, ops: str) -> Any:

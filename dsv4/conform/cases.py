@@ -22,7 +22,7 @@ IN_LAYERS = (
     *(name for name in ROUNDING if name not in ("angles in FP64", "norms hand on FP32", "expert weights after w2")),
 )
 IN_MODELS = (*IN_LAYERS, *HASH, *TOP)
-EACH, MAX, SHARE, TYPICAL = "each", "max", "share", "typical"
+EACH, MAX, SHARE, ROUNDED, TYPICAL = "each", "max", "share", "rounded", "typical"
 BF16 = torch.bfloat16
 
 _TURNING = (
@@ -273,7 +273,7 @@ def _models(d: Draw) -> Iterator[Case]:
     yield Case("model", "at once", "logits", dict(ids=ids, calls=[LENGTH], before=nothing), mistakes=IN_MODELS)
     given = dict(ids=ids[:70], calls=[7] * 10, before=nothing)
     yield Case("model", "in pieces of 7", "logits", given, mistakes=streaming)
-    yield Case("memory", "after a prompt", "memory", dict(ids=ids), mistakes=IN_MODELS)
+    yield Case("memory", "after a prompt", "memory", dict(ids=torch.cat([ids, other])[:LONG]), mistakes=IN_MODELS)
     for length in (1, 2, 3):
         given = dict(ids=other[: length + 8], calls=[length, *[1] * 8], before=ids[:23])
         found = ("state of the sequence before", "overlap lost between calls")

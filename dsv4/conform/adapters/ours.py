@@ -10,6 +10,7 @@ from dsv4 import ops
 from dsv4.cache import SequenceMemory
 from dsv4.checkpoint import load
 from dsv4.conform.adapter import Adapter
+from dsv4.errors import UserError
 from dsv4.model import Segment, Transformer, hyper
 from dsv4.model.rope import frequencies, turns
 from dsv4.model.segments import plan
@@ -33,7 +34,12 @@ class Ours(Adapter):
 
     def load(self, folder: Path) -> None:
         model = load(folder, self.dtype)
-        assert isinstance(model, Transformer)
+        if (
+            not isinstance(model, Transformer)
+            or model.config.residual != "mhc"
+            or model.config.attention != "compressed"
+        ):
+            raise UserError(f"{folder} holds no DeepSeek-V4 but what it is compared with: give a checkpoint of V4")
         self.model = model.eval()
 
     def _memory(self, count: int, *, mtp: bool = False) -> SequenceMemory:
