@@ -1,6 +1,7 @@
 """Known mistakes of MTP, of what lies between sequences, and of number formats; see conform_faults.py."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,8 @@ def collapsed(model: Any, a: tuple) -> tuple:
 
 def turned(table: Callable[[Any, Any], Tensor]) -> Callable[[Any, tuple], tuple]:
     def change(model: Any, a: tuple) -> tuple:
-        run = replace(a[3], turn={**a[3].turn, "window": table(model.config, a[3])})
+        run = copy(a[3])
+        run.turn = {**run.turn, "window": table(model.config, run)}
         return *a[:3], run, a[4]
 
     return change
