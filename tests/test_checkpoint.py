@@ -341,7 +341,7 @@ def test_nothing_is_read_before_everything_fits(folder, monkeypatch):
     def read(*args):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(module, "_read", read)
+    monkeypatch.setattr(module, "_fill", read)
     refused(folder, "norm.weight in .* has shape")
 
 
@@ -369,23 +369,23 @@ def test_hash_table_that_names_no_expert(folder):
     refused(folder, "expert 6 of 6")
 
 
-def test_quantised_tensors(folder):
+def test_codes_without_their_scales(folder):
     """FP8 weights, and FP4 weights packed two to a byte: named as what they are, not as tensors of a wrong shape."""
 
     def fp8(tensors):
         tensors["layers.0.attn.wq_a.weight"] = tensors["layers.0.attn.wq_a.weight"].to(torch.float8_e4m3fn)
-        tensors["layers.0.attn.wq_a.scale"] = torch.ones(1, 1)
 
     shutil.copytree(folder, folder.parent / "fp4")
     rewrite(folder, fp8)
-    refused(folder, "layers.0.attn.wq_a.weight is F8_E4M3: quantised")
+    refused(folder, "layers.0.attn.wq_a.weight is F8_E4M3, codes of a quantised matrix, and has 0 tensors of scales")
 
     def fp4(tensors):
         name = "layers.0.ffn.experts.0.w1.weight"
         tensors[name] = torch.zeros(tensors[name].shape[0], tensors[name].shape[1] // 2, dtype=torch.int8)
+        tensors["layers.0.ffn.experts.0.w1.scale"] = torch.ones(1, 1)
 
     rewrite(folder.parent / "fp4", fp4)
-    refused(folder.parent / "fp4", "layers.0.ffn.experts.0.w1.weight is I8: quantised")
+    refused(folder.parent / "fp4", "the scales of layers.0.ffn.experts.0.w1.weight are F8_E8M0")
 
 
 def test_folders_that_hold_no_checkpoint(model, tmp_path):
