@@ -40,16 +40,21 @@ class Source:
             return ()
         return (*rest, columns * 2) if self.code == "fp4" else self.weight.shape
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, numbers [n, columns]), in FP32 where they are codes; UserError for a code or a scale that is no
-        number."""
+    @property
+    def format(self) -> str:
+        """Its format in a word: a code, or a dtype as safetensors spells it."""
+        return self.code or self.weight.dtype.lower()
+
+    def pieces(self, rows: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, numbers [n, columns]), in FP32 where they are codes, n a multiple of `rows` but for the last;
+        UserError for a code or a scale that is no number."""
         scales = self.read_scales() if self.code else None
-        for first, piece in self.code_pieces() if self.code else self.weight.pieces():
+        for first, piece in self.code_pieces(rows) if self.code else self.weight.pieces(rows):
             yield first, piece if scales is None else unpack_matrix(self.code, piece, scales, first)
 
-    def code_pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, codes uint8), whole blocks of scales but for the last."""
-        for first, piece in self.weight.pieces(BLOCKS[self.code][0]):
+    def code_pieces(self, rows: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, codes uint8), whole blocks of scales and a multiple of `rows` but for the last."""
+        for first, piece in self.weight.pieces(max(rows, BLOCKS[self.code][0])):
             codes = piece.view(torch.uint8)
             if self.code == "fp8" and ((codes & _NAN_CODE) == _NAN_CODE).any():
                 raise UserError(

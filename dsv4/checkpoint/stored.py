@@ -4,6 +4,7 @@ Files are read, not mapped: pages of a mapped file count as the reader's memory,
 read more than once. Headers are judged by the safetensors library before anything is believed.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -23,7 +24,7 @@ DTYPES = {
     "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-PIECE = 1 << 24  # bytes that are read at a time
+PIECE = 1 << 22  # bytes that are read at a time, unless a row of blocks has more
 _MOST = 1 << 30  # that one system call is asked for
 
 
@@ -54,7 +55,8 @@ class Stored:
         assert out.is_contiguous() and out.dtype == dtype and len(out) == count, self.name
         if not count:
             return out
-        space = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        # not through numpy: torch lets no storage go that numpy has seen, and streamed blocks are let go
+        space = memoryview((ctypes.c_char * (count * dtype.itemsize)).from_address(out.data_ptr())).cast("B")
         at = self.start + first * dtype.itemsize
         with files.explained(self.file, "read"):
             handle = os.open(self.file, os.O_RDONLY)
