@@ -5,7 +5,11 @@ numbers and does not say so; a model in parts that computes something else, or h
 The checkpoint is made by tests/published_writer.py from transformers' model, without a line of dsv4.
 """
 
+import hashlib
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,13 +22,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
+from typer.testing import CliRunner
 
 from dsv4 import load, save
 from dsv4.checkpoint.convert import Converted, convert, digest_of, widened
 from dsv4.checkpoint.load import open_checkpoint
+from dsv4.checkpoint.names import scale_name
 from dsv4.checkpoint.stored import Stored
 from dsv4.checkpoint.stream import as_bytes, size_of
+from dsv4.cli import application
 from dsv4.errors import UserError
+from dsv4.measure.subjects import small_config
 from dsv4.model import Transformer
 from dsv4.model.packed import pack_weights, packed_of
 from dsv4.ops.weights import PackedMatrix, pack_matrix, unpack_matrix
@@ -36,6 +44,13 @@ LOGITS = 5e-5  # two orders of summation in fp32, as in test_peers.py; measured 
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DeepseekV4ForCausalLM]:
     folder = tmp_path_factory.mktemp("released")
     return folder, published_writer.write(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DeepseekV4ForCausalLM]:
+    """With FP8 experts."""
+    folder = tmp_path_factory.mktemp("base")
+    return folder, published_writer.write(folder, experts="fp8")
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +103,9 @@ def raw(t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("experts", ["fp4", "fp8"])
-def test_logits_are_those_of_transformers(made, tmp_path, experts):
+def test_logits_are_those_of_transformers(made, base, experts):
     """FP4 experts as released, FP8 ones as in the base models; packed, and as numbers."""
-    folder, peer = made if experts == "fp4" else (tmp_path, published_writer.write(tmp_path, experts="fp8"))
+    folder, peer = made if experts == "fp4" else base
     want = theirs(peer, 300)
     assert want.std() > 0.5
     for weights in ("released", "plain"):
@@ -181,6 +196,20 @@ def test_scales_in_fp32(folder, tmp_path):
     refused(folder, tmp_path, tensors, "no positive number")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "gib"), [("released", 1.0), ("layers", 1.0), ("memory", 1.5), ("convert", 0.5)])
+def test_peak_memory(tmp_path, how, gib):
+    """Resident memory of a process of its own: within 10% of the model's and one tensor's; of a stream's, its budget.
+    The same at 4 GiB: `python tests/peak.py make FOLDER 4`, then `python tests/peak.py released FOLDER` (1.5% above the
+    model).
+    """
+    program = [sys.executable, str(Path(__file__).with_name("peak.py"))]
+    subprocess.run([*program, "make", str(tmp_path / "big"), str(gib)], check=True)
+    said = json.loads(subprocess.run([*program, how, str(tmp_path / "big")], check=True, capture_output=True).stdout)
+    bound = said["model"] + said["largest"] if how != "convert" else 300e6
+    assert said["peak"] < 1.1 * bound, said
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +238,7 @@ def test_numbers_that_bf16_does_not_hold_are_kept(model, folder, tmp_path):
 
 def test_a_model_that_was_packed_here(tmp_path):
     """Made, trained or rounded here, saved, loaded: the same bits."""
-    config = load_config()
+    config = small_config((0, 4, 128), mtp=1)
     torch.manual_seed(0)
     model = Transformer(config)
     pack_weights(model)
@@ -218,17 +247,11 @@ def test_a_model_that_was_packed_here(tmp_path):
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
 
 
-def load_config():
-    from dsv4.measure.subjects import small_config
-
-    return small_config((0, 4, 128), mtp=1)
-
-
 # --- converting ------------------------------------------------------------------------------------------------------
 
 
 def converted(source: Path, target: Path, *args: str, **kwargs) -> list[Converted]:
-    return list(convert(source, target, *args, **kwargs))
+    return convert(source, target, *args, **kwargs)
 
 
 SLOW = pytest.mark.slow
@@ -277,10 +300,9 @@ def test_transformers_loads_every_layout(folder, model, tmp_path, weights):
         assert differ(logits(load(tmp_path / layout, weights="released")), logits(model)) < LOGITS, layout
 
 
-def test_rounding_is_said(made, tmp_path):
+def test_rounding_is_said(base, tmp_path):
     """FP8 experts do not fit FP4: their checksums differ, all others' do not; config.json says what they are now."""
-    published_writer.write(tmp_path, experts="fp8")
-    rows = converted(tmp_path, tmp_path / "out", "published", "fp4")
+    rows = converted(base[0], tmp_path / "out", "published", "fp4")
     assert {row.same for row in rows if ".experts." in row.name} == {False}
     assert {row.same for row in rows if ".experts." not in row.name} == {True}
     said = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
@@ -291,8 +313,6 @@ def test_rounding_is_said(made, tmp_path):
 
 def test_the_checksum_is_of_the_numbers(folder, model):
     _, sources, _, _ = open_checkpoint(folder)
-    import hashlib
-
     matrix = model.layers[0].attn.wo_b.weight
     numbers = matrix.unpack(torch.bfloat16).view(torch.uint8).numpy().tobytes()
     assert digest_of(sources["layers.0.attn.wo_b.weight"]) == "bf16:" + hashlib.sha256(numbers).hexdigest()
@@ -452,9 +472,7 @@ def test_a_file_that_shrinks_while_it_is_streamed(folder, tmp_path):
 
 def test_stacked_experts_that_share_a_scale_are_refused_packed(tmp_path):
     """FP8 experts of 64 rows: two of them would have one scale in a stack; as numbers they load."""
-    from dsv4.checkpoint.names import scale_name
-
-    model = Transformer(load_config())
+    model = Transformer(small_config((0, 4, 128), mtp=1))
     inner = model.config.moe_intermediate_size
     assert inner % 128
     save(model, tmp_path)
@@ -468,3 +486,24 @@ def test_stacked_experts_that_share_a_scale_are_refused_packed(tmp_path):
     load(tmp_path)
     with pytest.raises(UserError, match="no multiple of 128, so they cannot be kept as one packed"):
         load(tmp_path, weights="released")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(folder, tmp_path, capsys):
+    """A line for every tensor, JSON for machines, the sum on stderr."""
+    verb = application(["convert"])
+    out = tmp_path / "out"
+    runner = CliRunner()
+    done = runner.invoke(verb, ["convert", str(folder), str(out), "--weights", "fp8", "--shard", "2MB"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    line = next(line for line in lines if line.startswith("layers.1.ffn.experts.0.w1.weight "))
+    assert re.fullmatch(r"\S+  fp4 -> fp8  bf16:[0-9a-f]{64}", line)
+    assert "tensors are those of" in done.stderr and "rounded" not in done.stderr
+    assert len(list(out.glob("*.safetensors"))) > 1
+    done = runner.invoke(verb, ["convert", str(out), str(tmp_path / "b"), "--weights", "bfloat16", "--json"])
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(lines) and all(row["same"] for row in rows)
+    assert runner.invoke(verb, ["convert", str(out), str(tmp_path / "c"), "--weights", "int3"]).exit_code != 0

@@ -68,15 +68,17 @@ def convert(
     *,
     max_shard_bytes: int = 5 * 10**9,
     shown: Callable[[str, int, int], object] = lambda what, done, total: None,
-) -> Iterator[Converted]:
-    """Convert a checkpoint folder (or the latest of a run) to another folder; yields what became of each tensor, once
+    each: Callable[[Converted], object] = lambda row: None,
+) -> list[Converted]:
+    """Convert a checkpoint folder (or the latest of a run) to another folder; returns what became of each tensor, once
     all is written.
 
     layout: "published", "transformers" (without the MTP block, which it does not have) or "training": the published
     names in FP32, what a run of ours keeps beside its optimiser's state, which no other folder has. weights: "released"
     leaves every tensor in its format; "fp8" and "fp4" have the matrices in codes that the released files have so, "fp4"
     the routed experts alone (all others are FP8); a dtype has all in numbers, FP32 where a model of that dtype holds
-    FP32. shown: called with what is being done, bytes done, and bytes in all.
+    FP32. shown: called with what is being done, bytes done, and bytes in all; each: with every tensor's row when it is
+    known.
 
     UserError, before anything is written, for folders that cannot be loaded, and for FP4 that FP8 does not hold
     exactly.
@@ -123,7 +125,7 @@ def convert(
     if stop_ids != config.stop_ids and GENERATION not in small:
         small[GENERATION] = as_json({"eos_token_id": list(stop_ids) or None})
     write_folder(target, list(shards_of(entries, max_shard_bytes)), small, wrote)
-    yield from _compared(target, plans, shown)
+    return _compared(target, plans, shown, each)
 
 
 # --- one tensor ------------------------------------------------------------------------------------------------------
@@ -255,7 +257,11 @@ def widened(codes: Tensor, scales: Tensor) -> PackedMatrix | None:
 
 
 def _check_widening(source: Source) -> None:
+    """UserError if FP8 does not hold a matrix. With scales that span at most 14 powers of two it does, whatever the
+    codes."""
     scales = source.byte_scales()
+    if int(scales.max()) - int(scales.min()) <= 14:
+        return
     for first, codes in source.code_pieces(ROWS):
         if widened(codes, scales[first : first + len(codes)]) is None:
             raise UserError(
@@ -268,16 +274,19 @@ def _check_widening(source: Source) -> None:
 # --- what came of it -------------------------------------------------------------------------------------------------
 
 
-def _compared(target: Path, plans: list[Plan], shown: Callable[[str, int, int], object]) -> Iterator[Converted]:
+def _compared(
+    target: Path, plans: list[Plan], shown: Callable[[str, int, int], object], each: Callable[[Converted], object]
+) -> list[Converted]:
     _, written, _, _ = open_checkpoint(target)
     total, done = sum(plan.source.weight.nbytes for plan in plans), 0
+    rows = []
     for plan in plans:
-        after = written[plan.name]
-        yield Converted(
-            plan.name, plan.source.format, after.format, digest_of(plan.source), digest_of(after)
-        )  # fmt: skip
-        done += plan.source.weight.nbytes
+        before, after = plan.source, written[plan.name]
+        rows.append(Converted(plan.name, before.format, after.format, digest_of(before), digest_of(after)))
+        each(rows[-1])
+        done += before.weight.nbytes
         shown("compare", done, total)
+    return rows
 
 
 def digest_of(source: Source) -> str:

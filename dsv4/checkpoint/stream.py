@@ -19,7 +19,7 @@ def as_bytes(given: int | str) -> int:
     """A number of bytes, also as "16GiB" or "500 MB"; UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(given).upper())
     if match is None or match[2] == "I":
-        raise UserError(f"memory={given!r} is not a number of bytes: write it as 16GiB or 500MB")
+        raise UserError(f"{given!r} is not a number of bytes: write it as 16GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
