@@ -191,23 +191,12 @@ _CHANGING = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.sy
 
 
 class Operations:
-    """Counts a process's file operations below `folder` and strikes at one of them: an audit hook cannot be fooled.
-
-    `tensors` of the safetensors library are written outside Python: they are counted where they are called.
-    """
+    """Counts a process's file operations below `folder` and strikes at one of them: an audit hook cannot be fooled."""
 
     def __init__(self, folder: Path, strike: Callable[[int, str], None]):
         self.folder, self.strike = str(folder), strike
         self.count = 0
         sys.addaudithook(self._heard)
-        saving: Any = sys.modules["dsv4.checkpoint.save"]  # the name in its package is the function's
-        library = saving.save_file
-
-        def counted(tensors: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-            self._happens("write", str(path))
-            library(tensors, path, *args, **kwargs)
-
-        saving.save_file = counted
 
     def _heard(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import dsv4
 from dsv4 import controls
-from dsv4.checkpoint import load, read_config, resolve_checkpoint, save, write_tensors
+from dsv4.checkpoint import load, read_config, resolve_checkpoint, save, write_tensors, writing
 from dsv4.checkpoint.names import LAYOUTS, file_names, layout_of
+from dsv4.checkpoint.writing import stream_file
 from dsv4.config import preset_of
 from dsv4.errors import FileError, UserError
 from dsv4.files import DIGESTS, write_digests
@@ -341,7 +342,7 @@ def test_nothing_is_read_before_everything_fits(folder, monkeypatch):
     def read(*args):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(module, "_read", read)
+    monkeypatch.setattr(module, "_fill", read)
     refused(folder, "norm.weight in .* has shape")
 
 
@@ -369,23 +370,23 @@ def test_hash_table_that_names_no_expert(folder):
     refused(folder, "expert 6 of 6")
 
 
-def test_quantised_tensors(folder):
+def test_codes_without_their_scales(folder):
     """FP8 weights, and FP4 weights packed two to a byte: named as what they are, not as tensors of a wrong shape."""
 
     def fp8(tensors):
         tensors["layers.0.attn.wq_a.weight"] = tensors["layers.0.attn.wq_a.weight"].to(torch.float8_e4m3fn)
-        tensors["layers.0.attn.wq_a.scale"] = torch.ones(1, 1)
 
     shutil.copytree(folder, folder.parent / "fp4")
     rewrite(folder, fp8)
-    refused(folder, "layers.0.attn.wq_a.weight is F8_E4M3: quantised")
+    refused(folder, "layers.0.attn.wq_a.weight is F8_E4M3, codes of a quantised matrix, and has 0 tensors of scales")
 
     def fp4(tensors):
         name = "layers.0.ffn.experts.0.w1.weight"
         tensors[name] = torch.zeros(tensors[name].shape[0], tensors[name].shape[1] // 2, dtype=torch.int8)
+        tensors["layers.0.ffn.experts.0.w1.scale"] = torch.ones(1, 1)
 
     rewrite(folder.parent / "fp4", fp4)
-    refused(folder.parent / "fp4", "layers.0.ffn.experts.0.w1.weight is I8: quantised")
+    refused(folder.parent / "fp4", "the scales of layers.0.ffn.experts.0.w1.weight are F8_E8M0")
 
 
 def test_folders_that_hold_no_checkpoint(model, tmp_path):
@@ -432,17 +433,16 @@ def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch, g
     """The disk is full at the first, second or third shard: the folder still loads as it was, without litter."""
     save(model, tmp_path, max_shard_bytes=before)
     names = {f.name for f in tmp_path.iterdir()}
-    module = sys.modules[save.__module__]
     left = [good_files]
 
-    def failing(tensors, path, metadata=None):
+    def failing(path, *args):
         if not left[0]:
             Path(path).write_bytes(b"half a file")
             raise DiskFull
         left[0] -= 1
-        save_file(tensors, path, metadata=metadata)
+        stream_file(path, *args)
 
-    monkeypatch.setattr(module, "save_file", failing)
+    monkeypatch.setattr(writing, "stream_file", failing)
     other = randomise(Transformer(small_config((0, 4, 128), mtp=1)), seed=77)
     with pytest.raises(FileError, match="what was in .* before is as it was"):
         save(other, tmp_path, max_shard_bytes=100_000)
@@ -568,16 +568,16 @@ def test_places_that_cannot_be_written(model, tmp_path):
 def test_a_folder_that_is_deleted_meanwhile(model, tmp_path, monkeypatch):
     folder = tmp_path / "gone"
 
-    def failing(tensors, path, metadata=None):
+    def failing(path, *args):
         shutil.rmtree(folder, ignore_errors=True)
-        save_file(tensors, path, metadata=metadata)
+        stream_file(path, *args)
 
-    monkeypatch.setattr(sys.modules[save.__module__], "save_file", failing)
+    monkeypatch.setattr(writing, "stream_file", failing)
     said(f"cannot write {folder}", save, model, folder)
 
 
 def test_a_file_that_the_machine_cuts_short(tmp_path):
-    """Told by safetensors in an exception of its own; nothing of the file stays."""
+    """Nothing of the file stays."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

@@ -1,27 +1,33 @@
-"""Folder -> model: strict (every tensor used exactly once), shapes and dtypes checked before any weight is read."""
+"""Folder -> model: strict (every tensor used exactly once), shapes and dtypes checked before any weight is read, and
+never more in memory than the model and a piece of one tensor.
+"""
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import nn
 
 from dsv4 import controls, files
 from dsv4.checkpoint.folder import resolve_checkpoint
-from dsv4.checkpoint.names import Layout, file_names, known_names, layout_of
+from dsv4.checkpoint.names import Layout, Place, file_names, known_names, layout_of
+from dsv4.checkpoint.source import Source, pair
+from dsv4.checkpoint.stored import Stored, open_folder
+from dsv4.checkpoint.stream import Stream, as_bytes, size_of
 from dsv4.config import AnyConfig, ModelConfig, kind_of, read_any
 from dsv4.config.rules import as_ids, check_ids
 from dsv4.errors import UserError, shown
 from dsv4.model import LanguageModel
 from dsv4.model.moe import check_hash_table
+from dsv4.model.packed import choose_numbers, put, released_code
+from dsv4.ops.weights import BLOCKS, PackedMatrix
 
 log = logging.getLogger("dsv4")
 
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
-_PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32"}
+Weights = Literal["plain", "released"]
 
 
 def read_config(folder: str | Path) -> AnyConfig:
@@ -39,42 +45,84 @@ def load(
     config: AnyConfig | None = None,
     *,
     mtp: bool = True,
+    weights: Weights = "plain",
+    numbers: str = "plain",
+    layers: Iterable[int] | None = None,
+    memory: int | str | None = None,
 ) -> LanguageModel:
     """A model from a folder in published or transformers layout (safetensors, one file or sharded), or from the latest
     checkpoint of a run folder.
 
-    dtype is that of the large matrices. mtp=False leaves the MTP block out. The model comes without one from a
-    transformers folder, which never holds it, and from a folder with a DSpark drafter in its place. `stop_ids` of the
-    model are those of config.json and generation_config.json. Raises UserError, before any weight is read, for a
-    missing, truncated, misshapen, unknown or repeated tensor, and for a file that has changed since digests.json listed
-    it.
+    dtype is that of the large matrices, and of the activations. weights: "plain" has every matrix in dtype, what is FP8
+    or FP4 on file unpacked; "released" keeps those as the codes they are (ops.PackedMatrix). numbers: "published"
+    rounds where the released code rounds, "plain" does not (model/packed.py). mtp=False leaves the MTP block out. The
+    model comes without one from a transformers folder, which never holds it, and from a folder with a DSpark drafter in
+    its place. `stop_ids` of the model are those of config.json and generation_config.json.
+
+    layers: only these blocks are read, by their numbers (the MTP block's is that after the last), with what lies
+    outside of blocks; the others stay on the meta device and cannot run. memory: bytes that the weights may take, such
+    as "16GiB"; blocks beyond that are read from disk when they run, each time.
+
+    Raises UserError, before any weight is read, for a missing, truncated, misshapen, unknown or repeated tensor, and
+    for a file that has changed since digests.json listed it; and for codes and scales that are no numbers.
     """
     folder, device = resolve_checkpoint(folder, needs_config=config is None), _device(device)
+    if weights not in ("plain", "released"):
+        raise UserError(f"weights={weights!r} is unknown: use plain or released")
+    room = None if memory is None else as_bytes(memory)
+    config, sources, layout, stop_ids = open_checkpoint(folder, config, mtp=mtp)
+    with torch.device("meta"):
+        model = controls.build(config, dtype)
+    parts = match(model, sources, layout, folder)
+    if weights == "released":
+        _pack(model, parts)
+    choose_numbers(model, numbers)
+    blocks = dict(enumerate([*model.layers, *model.mtp]))
+    wanted = _wanted(layers, blocks)
+    streamed = {}
+    if room is not None:
+        streamed = {i: blocks[i] for i in wanted}
+        room = _room(model, streamed, room)
+    _allocate(model, device, set(blocks.values()) - {blocks[i] for i in wanted})
+
+    def read(i: int | None) -> None:
+        for name, part in parts.items():
+            if _block_of(name, len(model.layers)) == i:
+                _fill(model, name, part)
+
+    for i in (None, *(i for i in wanted if i not in streamed)):
+        read(i)
+    for i in set(blocks) - set(wanted):
+        blocks[i].register_forward_pre_hook(_absent(i, folder))
+        model.absent = "only some of its layers were loaded"
+    if room is not None:
+        model.stream = Stream(streamed, read, room)
+        model.absent = "its layers are read from disk as they run"
+    model.stop_ids = stop_ids
+    return model
+
+
+def open_checkpoint(
+    folder: Path, config: AnyConfig | None = None, *, mtp: bool = True
+) -> tuple[AnyConfig, dict[str, Source], Layout, tuple[int, ...]]:
+    """What a checkpoint folder holds, its headers read and no weight: the configuration of the model that can be built
+    of it, its tensors by their names in the layout, the layout, and the stop ids. UserError as in `load`."""
     files.check_digests(folder, lambda name: name in (GENERATION, INDEX))
     config = config or read_config(folder)
     stop_ids = as_ids([*config.stop_ids, *_generation_stops(folder, config)])
     names = _weight_files(folder)
     files.check_digests(folder, lambda name: name in names or PurePosixPath(name).match("model*.safetensors"))
-    with ExitStack() as stack:
-        tensors = _open(folder, names, stack)
-        layout = layout_of(tensors)
-        if isinstance(config, ModelConfig):
-            config, tensors = _drafting(folder, config, tensors, layout, mtp)
-        elif layout == "transformers":
-            raise UserError(
-                f"{folder} names its tensors as transformers does, which is not read for a model of kind "
-                f"{kind_of(config)}: give a folder that dsv4 has saved"
-            )
-        with torch.device("meta"):
-            model = controls.build(config, dtype)
-        places = _match(model, tensors, layout, folder)
-        state = {name: _read(t, places[name], tensors, device) for name, t in model.state_dict().items()}
-    for name, tensor in state.items():
-        if isinstance(config, ModelConfig) and name.endswith("tid2eid"):
-            check_hash_table(tensor, config, name)
-    model.load_state_dict(state, assign=True)
-    model.stop_ids = stop_ids
-    return model
+    found = open_folder(folder, names)
+    tensors = {name: found[given] for name, given in known_names(found).items()}
+    layout = layout_of(tensors)
+    if isinstance(config, ModelConfig):
+        config, tensors = _drafting(folder, config, tensors, layout, mtp)
+    elif layout == "transformers":
+        raise UserError(
+            f"{folder} names its tensors as transformers does, which is not read for a model of kind "
+            f"{kind_of(config)}: give a folder that dsv4 has saved"
+        )
+    return config, pair(tensors), layout, stop_ids
 
 
 def _device(given: torch.device | str) -> torch.device:
@@ -125,26 +173,9 @@ def _generation_stops(folder: Path, config: AnyConfig) -> tuple[int, ...]:
     return as_ids(stops)
 
 
-def _open(folder: Path, names: list[str], stack: ExitStack) -> dict[str, Any]:
-    """Every tensor of every shard, by its name in the layout -> its safetensors slice handle; only headers are read."""
-    tensors: dict[str, Any] = {}
-    for name in names:
-        file = folder / name
-        try:
-            handle = stack.enter_context(safe_open(file, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            reason = files.reason_of(error)
-            raise UserError(f"{file} cannot be read, or is truncated or damaged ({reason}): fetch it again") from None
-        for tensor in handle.keys():  # noqa: SIM118 (not a dict)
-            if tensor in tensors:
-                raise UserError(f"tensor {tensor} appears twice in {folder}: remove the stray .safetensors file")
-            tensors[tensor] = handle.get_slice(tensor)
-    return {name: tensors[given] for name, given in known_names(tensors).items()}
-
-
 def _drafting(
-    folder: Path, config: ModelConfig, tensors: dict[str, Any], layout: Layout, mtp: bool
-) -> tuple[ModelConfig, dict[str, Any]]:
+    folder: Path, config: ModelConfig, tensors: dict[str, Stored], layout: Layout, mtp: bool
+) -> tuple[ModelConfig, dict[str, Stored]]:
     """Configuration and tensors without what cannot be or was not asked to be built beside the trunk; says so."""
     drafts = {name for name in tensors if name.startswith(("mtp.", "model.mtp."))}
     if config.dspark_stages:
@@ -168,37 +199,119 @@ def _drafting(
     return trunk, {name: tensor for name, tensor in tensors.items() if name not in drafts}
 
 
-def _match(model: LanguageModel, tensors: dict[str, Any], layout: Layout, folder: Path) -> dict[str, list]:
-    """For each model tensor its file tensors with their places; UserError unless the two sides match exactly."""
-    places: dict[str, list] = {}
-    left = set(tensors)
+Parts = list[tuple[Source, Place]]  # what a tensor of a model is put together from, and where in it each lies
+
+
+def match(model: LanguageModel, sources: dict[str, Source], layout: Layout, folder: Path) -> dict[str, Parts]:
+    """For each tensor of a model (nothing packed) its parts; UserError unless the two sides match exactly."""
+    parts: dict[str, Parts] = {}
+    left = set(sources)
     for name, tensor in model.state_dict().items():
-        places[name] = []
+        parts[name] = []
         for file_name, place in file_names(name, tuple(tensor.shape), layout):
-            if file_name not in tensors:
+            source = sources.get(file_name)
+            if source is None:
                 raise UserError(f"{folder} lacks tensor {file_name}: it is incomplete or of another configuration")
-            if tensors[file_name].get_dtype() not in _PLAIN:
-                raise UserError(
-                    f"tensor {file_name} is {tensors[file_name].get_dtype()}: quantised weights cannot be read yet; "
-                    "convert it to BF16 first"
-                )
-            shape, want = tuple(tensors[file_name].get_shape()), tuple(tensor.shape[len(place) :])
+            shape, want = source.shape, tuple(tensor.shape[len(place) :])
             if shape != want:
                 raise UserError(f"tensor {file_name} in {folder} has shape {shape}, the configuration asks for {want}")
             left.discard(file_name)
-            places[name].append((file_name, place))
+            parts[name].append((source, place))
     if left:
         remedy = "is its config.json right?"
         if all(name.startswith("mtp.") for name in left):
             remedy = "they are passed over by load(folder, mtp=False)"
         raise UserError(f"{folder} holds {len(left)} tensors too many, such as {min(left)}: {remedy}")
-    return places
+    return parts
 
 
-def _read(like: Tensor, places: list, tensors: dict[str, Any], device: torch.device | str) -> Tensor:
-    if places[0][1] == ():
-        return tensors[places[0][0]][...].to(device=device, dtype=like.dtype)
-    whole = torch.empty(like.shape, dtype=like.dtype, device=device)
-    for name, place in places:
-        whole[place] = tensors[name][...].to(like.dtype)
-    return whole
+def _pack(model: LanguageModel, parts: dict[str, Parts]) -> None:
+    """Give a model on the meta device packed matrices where the files have codes; UserError where it cannot have them.
+
+    A code on file for what no op multiplies packed (released_code) is unpacked like any other number.
+    """
+    for name, sources in parts.items():
+        codes = {source.code for source, _ in sources}
+        if codes == {""} or not released_code(name):
+            continue
+        first = sources[0][0]
+        code = first.code
+        high, wide = BLOCKS[code] if code else (1, 1)
+        like = model.get_parameter(name)
+        rows, columns = like.numel() // like.shape[-1], like.shape[-1]
+        if len(codes) > 1 or (len(sources) > 1 and first.shape[0] % high):
+            why = "are in several formats" if len(codes) > 1 else f"have {first.shape[0]} rows, no multiple of {high}"
+            raise UserError(
+                f"the matrices {first.name} and those stacked with it {why}, so they cannot be kept as one packed "
+                "matrix: load with weights='plain'"
+            )
+        packed = columns // 2 if code == "fp4" else columns
+        put(
+            model, name,
+            PackedMatrix(
+                code, torch.empty(rows, packed, dtype=torch.uint8, device="meta"),
+                torch.empty(-(-rows // high), -(-columns // wide), dtype=torch.uint8, device="meta"),
+            ),
+        )  # fmt: skip
+
+
+def _fill(model: LanguageModel, name: str, parts: Parts) -> None:
+    """Read one tensor of a model into its place."""
+    path, _, leaf = name.rpartition(".")
+    there = getattr(model.get_submodule(path), leaf)
+    if isinstance(there, PackedMatrix):
+        for i, (source, _) in enumerate(parts):  # in the order in which they lie below each other
+            source.fill_packed(there, i * source.shape[0])
+        return
+    tensor = there.detach()
+    for source, place in parts:
+        source.fill(tensor[place])
+    if isinstance(model.config, ModelConfig) and leaf == "tid2eid":
+        check_hash_table(tensor, model.config, name)
+
+
+def _wanted(layers: Iterable[int] | None, blocks: dict[int, nn.Module]) -> list[int]:
+    wanted = sorted(blocks if layers is None else set(layers))
+    for i in wanted:
+        if i not in blocks:
+            raise UserError(
+                f"layer {i} does not exist: the model has layers 0 to {len(blocks) - 1}, the MTP block among"
+            )
+    return wanted
+
+
+def _room(model: LanguageModel, streamed: dict[int, nn.Module], budget: int) -> int:
+    """What of a budget is left for streamed blocks; UserError if not even the largest of them fits."""
+    sizes = [size_of(block) for block in streamed.values()]
+    outside = size_of(model) - sum(size_of(block) for block in (*model.layers, *model.mtp))
+    if budget < outside + max(sizes, default=0):
+        raise UserError(
+            f"memory={budget} bytes is too little: what lies outside of the layers takes {outside}, the largest layer "
+            f"{max(sizes)} more; give at least {outside + max(sizes)}"
+        )
+    return budget - outside
+
+
+def _allocate(module: nn.Module, device: torch.device, leave: set[nn.Module]) -> None:
+    """Memory, not yet filled, for all tensors of a module on the meta device but those of the modules in `leave`."""
+    for child in module.children():
+        if child not in leave:
+            _allocate(child, device, leave)
+    module.to_empty(device=device, recurse=False)
+
+
+def _block_of(name: str, layers: int) -> int | None:
+    """The number of the block that a tensor of this name is in; the MTP block's is that after the last."""
+    kind, _, rest = name.partition(".")
+    if kind not in ("layers", "mtp"):
+        return None
+    return int(rest.partition(".")[0]) + (layers if kind == "mtp" else 0)
+
+
+def _absent(i: int, folder: Path):
+    def refuse(module: nn.Module, args: object) -> None:
+        raise UserError(
+            f"layer {i} of {folder} was not loaded: load it with layers=range({i}, {i + 1}), or leave it out"
+        )
+
+    return refuse

@@ -34,6 +34,11 @@ def file_names(name: str, shape: tuple[int, ...], layout: Layout) -> Iterator[tu
         yield (published if layout == "published" else _to_transformers(published)), place
 
 
+def scale_name(name: str) -> str:
+    """The name of the scales of a matrix in codes, `X.weight` -> `X.scale`, in either layout."""
+    return f"{name.removesuffix('weight')}scale"
+
+
 def layout_of(names: Iterable[str]) -> Layout:
     """The layout that a folder's tensor names are of; one stray name does not decide it."""
     names = set(names)

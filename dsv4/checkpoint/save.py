@@ -1,27 +1,29 @@
-"""Model -> folder: all files are complete under temporary names before the first of them is renamed.
+"""Model -> folder: a model as it is held, packed matrices as the codes they are."""
 
-A folder is several files, so its renames are not one step. What loads at every moment is the old model, the new one,
-or nothing: unless a single file changes, config.json is taken away first and comes back last.
-"""
-
-import json
 import math
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4 import controls, files
-from dsv4.checkpoint.load import CONFIG, GENERATION, INDEX, listed_files
-from dsv4.checkpoint.names import LAYOUTS, Layout, file_names
+from dsv4.checkpoint.load import CONFIG, GENERATION
+from dsv4.checkpoint.names import LAYOUTS, Layout, file_names, scale_name
+from dsv4.checkpoint.writing import Entry, as_json, shards_of, whole, write_folder, write_tensors
 from dsv4.config import AnyConfig, ModelConfig, kind_of
-from dsv4.errors import FileError, UserError
+from dsv4.errors import UserError
 from dsv4.model import LanguageModel
 from dsv4.model.language import as_dtype
+from dsv4.model.packed import packed_of
+from dsv4.ops.weights import BLOCKS, PackedMatrix
+
+__all__ = ["save", "write_tensors"]
+
+# What the released files keep in FP32 of all that is FP32 here; the rest of it is BF16 there.
+RELEASED_FP32 = re.compile(r"(^|\.)(hc_\w+|ape|attn_sink|gate\.bias)$")
+CODE_DTYPES = {"fp8": torch.float8_e4m3fn, "fp4": torch.int8}
 
 
 def save(
@@ -35,119 +37,35 @@ def save(
     """Write weights and config.json. layout "published" has the released names; "transformers" what it can load as is.
 
     dtype is that of the large matrices, as in `load`; what a model of that dtype holds in fp32 stays fp32 (default: all
-    as held). The transformers layout leaves out the MTP block, which transformers does not have. Weights above
-    `max_shard_bytes` are sharded with an index. Stop ids that config.json does not name go into generation_config.json.
-    FileError if the machine does not let it be written; until all is written, what was in the folder stays.
+    as held). Packed matrices are written as their codes and scales, and beside them what the released files have in
+    BF16 is BF16, unless that would change a number. The transformers layout leaves out the MTP block, which
+    transformers does not have. Weights above `max_shard_bytes` are sharded with an index. Stop ids that config.json
+    does not name go into generation_config.json. FileError if the machine does not let it be written; until all is
+    written, what was in the folder stays.
     """
     if layout not in LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: use one of {', '.join(LAYOUTS)}")
     if layout == "transformers":
-        _check_sayable(model.config)
+        check_sayable(model.config)
     if model.device.type == "meta":
         raise UserError("the model is on the meta device and has no weights to save: build it on another device")
-    folder, number_format = Path(folder), as_dtype(dtype or model.dtype)
+    if model.absent:
+        raise UserError(f"the model cannot be saved, because {model.absent}: load the whole of it, or use dsv4 convert")
+    packed = packed_of(model)
+    if packed and dtype is not None:
+        raise UserError(
+            f"the model has FP8 or FP4 matrices, which are written as they are, not in {dtype}: leave it out"
+        )
+    number_format = as_dtype(dtype or (torch.bfloat16 if packed else model.dtype))
+    folder = Path(folder)
     files.make_folder(folder)
-    _clear(folder)
-    safe = f"what was in {folder} before is as it was"
-    held: list[list[str]] = []
-    shards: list[Path] = []
-    small: dict[str, str] = {}
-    total = 0
-    try:
-        for number, shard in enumerate(_shards(model, layout, number_format if dtype else None, max_shard_bytes), 1):
-            shards.append(folder / f".shard-{number:05d}.tmp")
-            write_tensors(shards[-1], shard, safe=safe)
-            held.append(list(shard))
-            total += sum(t.nbytes for t in shard.values())
-        targets = _targets(len(shards))
-        if len(targets) > 1:
-            where = {name: target for names, target in zip(held, targets, strict=True) for name in names}
-            small[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": where})
-        stops = _generation_config(folder, model)
-        if stops is not None:
-            small[GENERATION] = _json(stops)
-        small[CONFIG] = _json(_config_of(model.config, layout, number_format))
-        small = {name: text for name, text in small.items() if _content(folder / name) != text.encode()}
-        removed = _stale(folder, targets)
-        if len(targets) + len(small) + len(removed) > 1 and CONFIG not in small:
-            small[CONFIG] = _content(folder / CONFIG).decode()
-        for name, text in small.items():
-            with files.explained(folder / name, safe=safe):
-                _temporary(folder, name).write_text(text, encoding="utf-8", newline="")
-                files.synchronise(_temporary(folder, name))
-        new = dict(zip(targets, shards, strict=True)) | {name: _temporary(folder, name) for name in small}
-        for name in new:
-            if (folder / name).is_dir():
-                raise FileError(f"cannot write {folder / name}: it is a folder; move it away; {safe}")
-        _exchange(folder, new, removed)
-    except BaseException:  # a full disk, an interrupt: leave no litter
-        for temporary in (*shards, *(_temporary(folder, name) for name in small)):
-            files.discard(temporary)
-        raise
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], *, safe: str = "") -> None:
-    """Write a safetensors file and have the machine put it on its disk.
-
-    FileError (path, reason, `safe`: what is still in good order) if it does not; what was written of it is removed.
-    """
-    try:
-        with files.explained(path, safe=safe):
-            try:
-                save_file(tensors, path, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(files.reason_of(error)) from None
-            path.chmod(files.MODE)  # the library's own choice is for its owner's eyes alone
-            files.synchronise(path)
-    except BaseException:
-        files.discard(path)
-        raise
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a process that died here was writing, safetensors' own temporaries among it."""
-    small = (_temporary(folder, name) for name in (INDEX, GENERATION, CONFIG))
-    for stale in (*folder.glob(".shard-*.tmp"), *folder.glob(".tmp??????"), *small):
-        files.discard(stale)
-
-
-def _exchange(folder: Path, new: dict[str, Path], removed: list[str]) -> None:
-    """Rename the complete files to their names; config.json, if it is among them, is away meanwhile and comes last."""
-    again = "save it again: without its config.json it loads nothing that is half new" if CONFIG in new else ""
-    with files.explained(folder, "exchange the files of", safe=again):
-        if CONFIG in new:
-            (folder / CONFIG).unlink(missing_ok=True)
-            files.synchronise(folder)
-        for name, temporary in new.items():
-            if name != CONFIG:
-                os.replace(temporary, folder / name)
-        for name in removed:
-            (folder / name).unlink(missing_ok=True)
-        files.synchronise(folder)
-        if CONFIG in new:
-            os.replace(new[CONFIG], folder / CONFIG)
-            files.synchronise(folder)
-
-
-def _targets(count: int) -> list[str]:
-    """The names of the weight files."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-def _stale(folder: Path, targets: list[str]) -> list[str]:
-    """The files of what was saved here before that would be read beside the new ones, or judge them."""
-    old = {p.name for pattern in ("model*.safetensors", "mtp*.safetensors") for p in folder.glob(pattern)}
-    if (folder / INDEX).exists():
-        try:
-            old |= listed_files(folder)
-        except UserError:  # a damaged index names nothing
-            pass
-        if len(targets) == 1:
-            old.add(INDEX)
-    old |= {files.DIGESTS} if (folder / files.DIGESTS).exists() else set()
-    return sorted(old - set(targets))
+    shards = list(shards_of(_entries(model, layout, number_format if dtype else None, packed), max_shard_bytes))
+    codes = {matrix.code for name, matrix in packed.items() if ".experts." in name} if packed else None
+    small = {CONFIG: as_json(config_of(model.config, layout, number_format, codes))}
+    stops = _generation_config(folder, model)
+    if stops is not None:
+        small = {GENERATION: as_json(stops), **small}
+    write_folder(folder, shards, small)
 
 
 def _generation_config(folder: Path, model: LanguageModel) -> dict | None:
@@ -162,31 +80,49 @@ def _generation_config(folder: Path, model: LanguageModel) -> dict | None:
     return {**there, "eos_token_id": list(model.stop_ids) or None}
 
 
-def _shards(
-    model: LanguageModel, layout: Layout, dtype: torch.dtype | None, max_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    """File tensors in shards of at most `max_bytes` (a larger single tensor has a shard of its own)."""
+def _entries(
+    model: LanguageModel, layout: Layout, dtype: torch.dtype | None, packed: dict[str, PackedMatrix]
+) -> Iterator[Entry]:
+    """All tensors of a file, by their names in the layout."""
+    with torch.device("meta"):
+        like = controls.build(model.config, dtype or model.dtype).state_dict()
     state = model.state_dict()
-    dtypes = {name: tensor.dtype for name, tensor in state.items()}
-    if dtype is not None:
-        with torch.device("meta"):
-            dtypes = {name: tensor.dtype for name, tensor in controls.build(model.config, dtype).state_dict().items()}
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in state.items():
+    for name, plain in like.items():
         if layout == "transformers" and name.startswith("mtp."):
             continue
-        for file_name, place in file_names(name, tuple(tensor.shape), layout):
-            part = tensor[place].detach().to("cpu", dtypes[name])
-            if shard and size + part.nbytes > max_bytes:
-                yield shard
-                shard, size = {}, 0
-            shard[file_name] = part.clone(memory_format=torch.contiguous_format)
-            size += part.nbytes
-    yield shard
+        places = file_names(name, tuple(plain.shape), layout)
+        if name in packed:
+            yield from _packed_entries(packed[name], [file_name for file_name, _ in places])
+            continue
+        tensor = state[name]
+        for file_name, place in places:
+            part = tensor[place]
+            if packed:
+                yield whole(file_name, part, released_dtype(file_name, part))
+            else:
+                yield whole(file_name, part, plain.dtype if dtype else None)
 
 
-def _check_sayable(config: AnyConfig) -> None:
+def _packed_entries(matrix: PackedMatrix, names: list[str]) -> Iterator[Entry]:
+    """Matrices that lie one below the other, each as its codes and scales."""
+    rows = matrix.shape[0] // len(names)
+    scaled = len(matrix.scales) // len(names)
+    assert len(names) == 1 or rows % BLOCKS[matrix.code][0] == 0, "stacked matrices that share a scale"
+    for i, name in enumerate(names):
+        codes, scales = matrix.codes[i * rows :][:rows], matrix.scales[i * scaled :][:scaled]
+        yield whole(name, codes.view(CODE_DTYPES[matrix.code]))
+        yield whole(scale_name(name), scales.view(torch.float8_e8m0fnu))
+
+
+def released_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    """The dtype of a tensor in numbers beside packed ones: BF16, unless the released files have FP32 (or whole
+    numbers), or it changes a number."""
+    if not tensor.is_floating_point() or RELEASED_FP32.search(name):
+        return tensor.dtype
+    return torch.bfloat16 if torch.equal(tensor.bfloat16().to(tensor.dtype), tensor) else torch.float32
+
+
+def check_sayable(config: AnyConfig) -> None:
     """UserError unless transformers has what this configuration says."""
     if not isinstance(config, ModelConfig):
         raise UserError(f"a model of kind {kind_of(config)} is saved in the published layout alone: leave out layout")
@@ -198,12 +134,21 @@ def _check_sayable(config: AnyConfig) -> None:
             )
 
 
-def _config_of(config: AnyConfig, layout: Layout, dtype: torch.dtype) -> dict:
+def config_of(config: AnyConfig, layout: Layout, dtype: torch.dtype, codes: set[str] | None = None) -> dict:
+    """What config.json says. codes: of the experts' matrices, if matrices are FP8 or FP4."""
     data = config.to_json()
     if layout == "transformers":
         assert isinstance(config, ModelConfig)
         data |= _transformers_rope(config)
-    return {**data, "torch_dtype": str(dtype).removeprefix("torch.")}
+    data["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if codes is not None:
+        if codes == {"fp4"}:
+            data["expert_dtype"] = "fp4"  # the released files with FP8 experts do not have this key
+        data["quantization_config"] = {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+            "weight_block_size": list(BLOCKS["fp8"]),
+        }  # fmt: skip
+    return data
 
 
 def _transformers_rope(config: ModelConfig) -> dict:
@@ -219,15 +164,3 @@ def _transformers_rope(config: ModelConfig) -> dict:
         compress |= {**scaling, "attention_factor": 1.0}
     main = {"rope_type": "default", "rope_theta": config.rope_theta, **partial}
     return {"rope_parameters": {"main": main, "compress": compress}, **partial}
-
-
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
-
-
-def _temporary(folder: Path, name: str) -> Path:
-    return folder / f".{name}.tmp"

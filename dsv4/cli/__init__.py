@@ -23,6 +23,7 @@ VERBS = {
     "train": "Train a model.",
     "generate": "Continue one prompt or many.",
     "chat": "Write a text together with a model, turn by turn.",
+    "convert": "Write a checkpoint in another layout or format.",
     "cost": "Count what a million tokens cost.",
     "bench": "Measure: is it right, and how fast?",
     "conform": "Judge a port of V4: is it right, and if not, which mistake is it?",

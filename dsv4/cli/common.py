@@ -29,6 +29,12 @@ Speculative = Annotated[int, Option(help="Tokens that the model's MTP block draf
 
 Threads = Annotated[int, Option(min=0, help="Of the processor, for one operation; 0: as torch has them.")]
 
+Weights = Annotated[str, Option(help="plain: all matrices in dtype; released: FP8 and FP4 as they are on file.")]
+Numbers = Annotated[str, Option(help="published: rounded where the released code rounds, slowly; plain: not.")]
+WeightMemory = Annotated[
+    str, Option("--memory", help="Bytes for the weights, such as 16GiB; layers beyond are read from disk as they run.")
+]
+
 
 def resolve_device(name: str) -> torch.device:
     """auto (cuda where there is one), cpu, cuda, or cuda:N; UserError naming what exists."""

@@ -36,6 +36,9 @@ def generate(
     device: common.Device = "auto",
     dtype: common.Dtype = "float32",
     cache: common.Cache = "",
+    weights: common.Weights = "plain",
+    numbers: common.Numbers = "plain",
+    memory: common.WeightMemory = "",
     speculative: common.Speculative = 0,
     threads: common.Threads = 0,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object when all is done.")] = False,
@@ -54,7 +57,8 @@ def generate(
     texts = [] if prompt is None else [_from_stdin() if prompt == "-" else prompt]
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
-    engine = common.open_engine(model_folder, device, dtype, cache, threads, speculative=speculative)
+    held = {"weights": weights, "numbers": numbers, "memory": memory or None}
+    engine = common.open_engine(model_folder, device, dtype, cache, threads, speculative=speculative, **held)
     started = time.perf_counter()
     try:
         done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)

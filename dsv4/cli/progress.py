@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 PLAIN_SECONDS = 15.0  # at most one plain line in this time, unless it brings an evaluation
@@ -72,6 +73,40 @@ def preparation_progress() -> Iterator[Callable[[str, int, int | None], None]]:
             shown = now
             of = f" of {total / 1e6:,.0f}" if total else ""
             print(f"{what}: {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)
+
+    yield plain
+
+
+@contextmanager
+def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function to call with (what is being done, bytes done, bytes in all): one bar or line for each."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done)
+
+            yield show
+        return
+    shown = time.monotonic()
+    began: dict[str, float] = {}
+
+    def plain(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        start = began.setdefault(what, now)
+        if now - shown >= PLAIN_SECONDS:
+            shown, left = now, (now - start) / max(1, done) * (total - done)
+            print(
+                f"{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {_clock(left)} left", file=sys.stderr, flush=True
+            )
 
     yield plain
 

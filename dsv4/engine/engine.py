@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -107,9 +107,13 @@ class Engine:
         *,
         dtype: torch.dtype | str = "float32",
         device: torch.device | str = "cpu",
+        weights: Literal["plain", "released"] = "plain",
+        numbers: str = "plain",
+        memory: int | str | None = None,
         **options: Any,
     ) -> "Engine":
-        """The engine of a run folder (its latest checkpoint) or a checkpoint folder; `options` are those of Engine.
+        """The engine of a run folder (its latest checkpoint) or a checkpoint folder. dtype, device, weights, numbers
+        and memory are those of `load`; `options` are those of Engine.
 
         UserError, before any weight is read, if model or tokenizer is missing or damaged, or if the model has no MTP
         block for speculative=n.
@@ -119,7 +123,8 @@ class Engine:
             raise UserError(f"{folder} has no tokenizer.json: copy in the one that the model was trained with")
         tokenizer = load_tokenizer(folder)
         check_depth(options.get("speculative", 0), getattr(read_config(folder), "num_nextn_predict_layers", 0))
-        return cls(load(folder, dtype=dtype, device=device), tokenizer, **options)
+        model = load(folder, dtype=dtype, device=device, weights=weights, numbers=numbers, memory=memory)
+        return cls(model, tokenizer, **options)
 
     @property
     def model(self) -> LanguageModel:

@@ -118,6 +118,9 @@ class LanguageModel(nn.Module):
     head: Head
     mtp: nn.ModuleList
     stop_ids: tuple[int, ...]
+    absent = ""  # why not all of its weights are there
+    stream: Any = None  # what reads its blocks from disk as they run (checkpoint/stream.py)
+    numbers: str  # "plain", or "published": rounded where the released code rounds (packed.choose_numbers)
 
     def __init__(
         self,
@@ -130,7 +133,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.dtype, self.recompute = config, as_dtype(dtype), recompute
         self.compute_dtype = self.dtype if compute_dtype is None else as_dtype(compute_dtype)
-        self.stop_ids = config.stop_ids
+        self.stop_ids, self.numbers = config.stop_ids, "plain"
 
     @property
     def device(self) -> torch.device:

@@ -93,8 +93,8 @@ class Transformer(LanguageModel):
     ) -> BatchMemory:
         """Empty memories for `batch` rows; `capacity` tokens are preallocated.
 
-        format: packed, float32, bfloat16 or float16 (or that dtype); default: compute_dtype. mtp: with a window
-        for the MTP block, which `draft` needs.
+        format: packed, float32, bfloat16 or float16 (or that dtype); default: compute_dtype, or packed where `numbers`
+        is "published". mtp: with a window for the MTP block, which `draft` needs.
         """
         if batch < 1:
             raise UserError(f"batch={batch} must be at least 1")
@@ -111,13 +111,21 @@ class Transformer(LanguageModel):
         mtp: bool = False,
     ) -> Pool:
         """A pool for the memories of many sequences; `pool.new()` is one. Arguments: see `cache.Pool`."""
+        format = format or ("packed" if self.numbers == "published" else self.compute_dtype)
         return Pool(
-            self.config, format=format or self.compute_dtype, device=self.device, max_rewind=max_rewind,
+            self.config, format=format, device=self.device, max_rewind=max_rewind,
             numbers=self.compute_dtype, mtp=mtp, pages=pages, slots=slots,
         )  # fmt: skip
 
     def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> Trunk:
-        """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories."""
+        """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories.
+
+        Where `numbers` is "published", a segment without a memory is given one for this call: the released code rounds
+        the rows that attention reads, a prompt's own too.
+        """
+        if self.numbers == "published":
+            mtp = bool(self.mtp)
+            segments = [s if s.memory else Segment(s.length, self.new_cache(mtp=mtp)[0]) for s in segments]
         run = plan(self.config, segments, self.device)
         memories = run.memories()
         for memory in memories:
@@ -148,13 +156,19 @@ class Transformer(LanguageModel):
         Row t sees the trunk's streams at t and the token at t+1 and predicts t+2; the last token of a segment has no
         next one and drops out.
         """
-        assert self.mtp and not trunk.run.memories()
+        published = self.numbers == "published"  # then every run has memories, this one's are its own
+        assert self.mtp and (published or not trunk.run.memories())
         lengths = [s.length - 1 for s in trunk.run.segments if s.length > 1]
         assert lengths, "no segment has a next token"
         keep = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         keep[trunk.run.last] = False
         rows = keep.nonzero()[:, 0]
         following = ids.to(self.device)[rows + 1]
+        if published:
+            every = ids.to(self.device).index_copy(0, rows, following)  # the last ones' are of no consequence
+            hidden, _, routing = self.draft(trunk, every)
+            kept = Routing(routing.scores[rows], routing.chosen[rows], routing.weights[rows])
+            return hidden[rows], rows, kept
         run = plan(self.config, [Segment(n) for n in lengths], self.device)
         hidden, _, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.pools))
         return hidden, rows, routing

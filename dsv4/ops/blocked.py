@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv4.ops.formats import PackedRows
+from dsv4.ops.limits import Limits
 from dsv4.ops.reference import gate_scores, gate_weights, hyper_logits, hyper_read, rms_norm, unpacked_experts
 from dsv4.ops.spans import Spans
 from dsv4.ops.weights import PackedMatrix
@@ -528,3 +529,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
     return _CrossEntropy.apply(hidden, head, targets, ignore)  # type: ignore[return-value]
+
+
+LIMITS = {"experts": Limits()}

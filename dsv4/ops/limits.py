@@ -15,7 +15,8 @@ _PACKED = (PackedRows, PackedMatrix)
 
 @dataclass(frozen=True)
 class Limits:
-    """The calls that a form serves; None allows everything.
+    """The calls that a form serves; None allows everything. No form with limits rounds what a matrix multiplies
+    (PackedMatrix.rounds_inputs): the reference does.
 
     devices: types of device. dtypes: of floating-point tensors. gradient, packed: False where the form has no backward
     pass, or reads no packed rows and weights. also: a function of the op's arguments that gives "" or a further reason,
@@ -40,6 +41,8 @@ class Limits:
             if not isinstance(arg, Tensor):
                 if not self.packed and isinstance(arg, _PACKED):
                     return "packed rows" if isinstance(arg, PackedRows) else "a packed weight"
+                if isinstance(arg, PackedMatrix) and arg.rounds_inputs:
+                    return "a weight whose inputs are rounded"
                 continue
             if devices is not None and not (cpu and arg.is_cpu) and arg.device.type not in devices:
                 return f"device {arg.device.type}"

@@ -196,7 +196,7 @@ def hyper_write(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     if isinstance(weight, PackedMatrix):
-        return F.linear(x, weight.unpack(x.dtype))
+        return F.linear(weight.as_input(x), weight.unpack(x.dtype))
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -262,15 +262,33 @@ def gate_weights(scores: Tensor, chosen: Tensor, scale: float) -> Tensor:
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, limit: float
 ) -> Tensor:
-    w13, w2 = unpacked_experts(w13, w2, x.dtype)
+    packed = isinstance(w13, PackedMatrix)
+    inputs = w13.as_input(x) if packed else x
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in range(len(w13)):
+    for expert in range(w13.shape[0] // (2 * w2.shape[1]) if packed else len(w13)):
         token, slot = torch.where(chosen == expert)
-        w1, w3 = w13[expert].to(x.dtype)
-        act = weights[token, slot, None] * swiglu(F.linear(x[token], w1), F.linear(x[token], w3), limit)
+        if packed and not len(token):
+            continue
+        w1, w3, down = _expert(w13, w2, expert, x.dtype)
+        act = weights[token, slot, None] * swiglu(F.linear(inputs[token], w1), F.linear(inputs[token], w3), limit)
         act = act.to(x.dtype)
-        out = out.index_add(0, token, F.linear(act, w2[expert].to(x.dtype)).float())
+        act = w2.as_input(act) if isinstance(w2, PackedMatrix) else act
+        out = out.index_add(0, token, F.linear(act, down).float())
     return out
+
+
+def _expert(
+    w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix, expert: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three matrices of one of the stacked experts, as numbers."""
+    if isinstance(w13, Tensor):
+        assert isinstance(w2, Tensor), "either both are packed or none"
+        w1, w3 = w13[expert].to(dtype)
+        return w1, w3, w2[expert].to(dtype)
+    assert isinstance(w2, PackedMatrix), "either both are packed or none"
+    width, inner = w13.shape[1], w2.shape[1]
+    w1, w3 = w13.unpack(dtype, range(2 * inner * expert, 2 * inner * (expert + 1))).view(2, inner, width)
+    return w1, w3, w2.unpack(dtype, range(width * expert, width * (expert + 1)))
 
 
 def unpacked_experts(

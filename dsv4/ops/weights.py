@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv4.ops.formats import e2m1_numbers, power_of_two_scale, to_e2m1, to_e4m3
+from dsv4.ops.formats import Packed, e2m1_numbers, pack_rows, power_of_two_scale, to_e2m1, to_e4m3, unpack_rows
 
 # code -> rows and columns that share a scale
 BLOCKS = {"fp8": (128, 128), "fp4": (1, 32)}
@@ -18,11 +18,13 @@ class PackedMatrix(nn.Module):
     """A matrix [rows, columns] as bytes. A module without parameters: its bytes move and are saved with the model.
 
     codes: [rows, columns] (FP8) or [rows, columns / 2] (FP4); scales: [ceil(rows / block), ceil(columns / block)]; both
-    of any one-byte dtype, kept as uint8. It has no gradient.
+    of any one-byte dtype, kept as uint8. It has no gradient. rounds_inputs: what it multiplies is rounded to FP8 first
+    (`round_inputs`), as the released code does.
     """
 
     codes: Tensor
     scales: Tensor
+    rounds_inputs = False
 
     def __init__(self, code: str, codes: Tensor, scales: Tensor):
         super().__init__()
@@ -43,14 +45,34 @@ class PackedMatrix(nn.Module):
     def device(self) -> torch.device:
         return self.codes.device
 
-    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Numbers [rows, columns]. BF16 holds them exactly unless they are next to the smallest normal number."""
-        rows, columns = self.shape
-        values = e2m1_numbers(self.codes) if self.code == "fp4" else self.codes.view(torch.float8_e4m3fn).float()
-        scale = self.scales.view(torch.float8_e8m0fnu).float()
-        for dim, block in enumerate(BLOCKS[self.code]):
-            scale = scale.repeat_interleave(block, dim=dim)
-        return (values * scale[:rows, :columns]).to(dtype)
+    def as_input(self, x: Tensor) -> Tensor:
+        """x [..., columns] as it is multiplied by this matrix."""
+        return round_inputs(x) if self.rounds_inputs else x
+
+    def unpack(self, dtype: torch.dtype = torch.float32, part: range | None = None) -> Tensor:
+        """Numbers [rows, columns], or those of a part of the rows. BF16 holds them exactly unless they are next to the
+        smallest normal number."""
+        part = range(self.shape[0]) if part is None else part
+        return unpack_matrix(self.code, self.codes[part.start : part.stop], self.scales, part.start).to(dtype)
+
+
+def unpack_matrix(code: str, codes: Tensor, scales: Tensor, first: int = 0) -> Tensor:
+    """Numbers fp32 [n, columns] of rows first, first + 1, ... of a packed matrix: their codes, and the scales of all
+    rows, uint8 (2^(byte - 127)) or fp32 multipliers."""
+    values = e2m1_numbers(codes) if code == "fp4" else codes.view(torch.float8_e4m3fn).float()
+    high, wide = BLOCKS[code]
+    scale = scales if scales.dtype == torch.float32 else scales.view(torch.float8_e8m0fnu).float()
+    scale = scale[torch.arange(first, first + len(codes), device=codes.device) // high]
+    return values.mul_(scale.repeat_interleave(wide, dim=1)[:, : values.shape[1]])
+
+
+def round_inputs(x: Tensor) -> Tensor:
+    """x [..., n] through FP8 and back, in x's dtype, which holds the result exactly: e4m3, ties to even, for every 128
+    numbers of a row a scale, the least power of two with which the largest of them is not above 448; a block whose
+    numbers are all below 1e-4 is scaled as if that were its largest. Source: the released code's `act_quant`.
+    """
+    format = Packed(x.shape[-1], "fp8", 128, numbers=x.dtype)
+    return unpack_rows(pack_rows(x.reshape(-1, x.shape[-1]), format), format).view(x.shape)
 
 
 def pack_matrix(weight: Tensor, code: str) -> PackedMatrix:
