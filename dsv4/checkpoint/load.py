@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dsv4 import controls, files
 from dsv4.checkpoint.folder import resolve_checkpoint
+from dsv4.checkpoint.headers import read_header
 from dsv4.checkpoint.names import Layout, file_names, known_names, layout_of
+from dsv4.checkpoint.shards import CONFIG, GENERATION, INDEX, weight_files
 from dsv4.config import AnyConfig, ModelConfig, kind_of, read_any
 from dsv4.config.rules import as_ids, check_ids
 from dsv4.errors import UserError, shown
@@ -20,7 +22,6 @@ from dsv4.model.moe import check_hash_table
 
 log = logging.getLogger("dsv4")
 
-CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32"}
 
 
@@ -53,7 +54,7 @@ def load(
     files.check_digests(folder, lambda name: name in (GENERATION, INDEX))
     config = config or read_config(folder)
     stop_ids = as_ids([*config.stop_ids, *_generation_stops(folder, config)])
-    names = _weight_files(folder)
+    names = weight_files(folder)
     files.check_digests(folder, lambda name: name in names or PurePosixPath(name).match("model*.safetensors"))
     with ExitStack() as stack:
         tensors = _open(folder, names, stack)
@@ -85,36 +86,6 @@ def _device(given: torch.device | str) -> torch.device:
         raise UserError(f"device {shown(given)} is unknown: use cpu, cuda or cuda:N") from None
 
 
-def listed_files(folder: Path) -> set[str]:
-    """The weight files that a folder's index names, relative to it; UserError if the index is damaged."""
-    index, remedy = folder / INDEX, "fetch it again, or remove it if no file is missing"
-    places = files.read_json(index, "the index", remedy).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"the index {index} has no weight_map from tensor names to file names: {remedy}")
-    names = set(places.values())
-    for name in sorted(names):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or path.suffix != ".safetensors":
-            raise UserError(f"the index {index} names {shown(name)}, which is no .safetensors file in there: {remedy}")
-    return names
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The files that hold the weights, relative to the folder: what the index names, else all that look like it."""
-    with files.explained(folder, "read"):
-        if (folder / INDEX).exists():
-            names = sorted(listed_files(folder))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise UserError(f"{folder} lacks {missing[0]}, which its index lists: fetch the missing file")
-        else:
-            found = [p for pattern in ("model*", "mtp*") for p in folder.glob(f"{pattern}.safetensors")]
-            names = sorted(p.name for p in found or folder.glob("*.safetensors"))
-    if not names:
-        raise UserError(f"{folder} holds no .safetensors file: give the folder of a checkpoint")
-    return names
-
-
 def _generation_stops(folder: Path, config: AnyConfig) -> tuple[int, ...]:
     """The stop ids of generation_config.json, if there is one."""
     path = folder / GENERATION
@@ -130,6 +101,7 @@ def _open(folder: Path, names: list[str], stack: ExitStack) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for name in names:
         file = folder / name
+        read_header(file)
         try:
             handle = stack.enter_context(safe_open(file, framework="pt"))
         except (SafetensorError, OSError) as error:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4 import controls, files
-from dsv4.checkpoint.load import CONFIG, GENERATION, INDEX, listed_files
 from dsv4.checkpoint.names import LAYOUTS, Layout, file_names
+from dsv4.checkpoint.shards import CONFIG, GENERATION, INDEX, listed_files
 from dsv4.config import AnyConfig, ModelConfig, kind_of
 from dsv4.errors import FileError, UserError
 from dsv4.model import LanguageModel
