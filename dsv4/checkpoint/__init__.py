@@ -1,6 +1,6 @@
 """Weights in and out: safetensors and JSON only, strict, published names.
 
-Each name is imported when it is first used, so that what looks at headers alone (`dsv4 inspect`) does not wait for torch.
+Each name is imported when it is first used: what looks at headers alone (`dsv4 inspect`) does not wait for torch.
 """
 
 import sys
@@ -32,7 +32,7 @@ def __getattr__(name: str):
 
 
 class _Package(ModuleType):
-    """`load` and `save` are functions here, although Python names the files they are in the same when it has read them."""
+    """`load` and `save` are functions here, although Python, having read their files, would put the files there."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _HOME and isinstance(value, ModuleType):

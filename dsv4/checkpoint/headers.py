@@ -1,11 +1,12 @@
-"""The headers of safetensors files, read strictly and by themselves: no tensor, no torch, nothing that could execute.
+"""The headers of safetensors files, read strictly and by themselves: no tensor, no torch, nothing that executes.
 
-A file is 8 bytes (the length n of the header, little-endian), n bytes of JSON, then the tensors' bytes. The header maps a
-name to {"dtype", "shape", "data_offsets": [begin, end]}, and `__metadata__` to strings. Every rule of the format is held
-to: the bytes are covered once and wholly, sizes follow from dtype and shape, no name is there twice.
+A file is 8 bytes (the length n of the header, little-endian), n bytes of JSON, the tensors' bytes. The header maps
+a name to {"dtype", "shape", "data_offsets": [begin, end]}, and `__metadata__` to strings. Every rule of the format is
+held to: the bytes are covered once and wholly, sizes follow from dtype and shape, no name is there twice.
 """
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -18,6 +19,7 @@ from dsv4.errors import UserError, shown
 LARGEST_HEADER = 32 << 20
 _LARGEST_SIZE = 1 << 48  # of one axis: beyond it torch cannot say the shape of an empty tensor
 _MOST_AXES = 16
+LONGEST_NAME = 1000  # characters: a sentence about a tensor or a file stays one
 _MARGIN = 64  # bytes that tell what a file is that is none of ours
 
 BITS = {
@@ -158,44 +160,54 @@ def _strings(metadata: Any) -> dict[str, str]:
 def _checked(entries: dict[str, Any], metadata: dict[str, str], start: int, size: int) -> Header:
     """The tensors, if each is well said and all together cover the bytes from `start` to `size` once."""
     tensors: dict[str, TensorInfo] = {}
-    aligned = True
+    known: dict[
+        str, tuple[str, tuple[int, ...], int]
+    ] = {}  # dtypes and shapes with their bytes: there are few in a file
     for name, entry in entries.items():
-        if not name.isprintable():
-            raise _Bad(f"a tensor is named {shown(name)}, which has characters that cannot be printed")
-        info = _tensor(name, entry, start)
-        aligned = aligned and info.begin * 8 % BITS[info.dtype] == 0
-        tensors[name] = info
-    end = start
-    for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
-        if info.begin != end:
-            how = "overlaps the tensor before it" if info.begin < end else "leaves a gap before it"
-            raise _Bad(f"tensor {shown(name)} {how}: it begins at byte {info.begin - start:,}, not {end - start:,}")
-        end = info.end
-    if end != size:
-        how = "is truncated" if end > size else "has bytes that belong to no tensor"
-        raise _Bad(f"it {how}: its tensors end at byte {end:,}, the file at {size:,}")
-    return Header(tensors, metadata, size, aligned)
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise _Bad(f"a tensor is named {shown(name)}, which is too long or has characters that cannot be printed")
+        if type(entry) is not dict or entry.keys() != _KEYS:
+            raise _Bad(f"tensor {shown(name)} has not just dtype, shape and data_offsets")
+        said = f"{entry['dtype']!r} {entry['shape']!r}"
+        dtype, shape, length = known.get(said) or _judged(name, entry["dtype"], entry["shape"])
+        known[said] = dtype, shape, length
+        offsets = entry["data_offsets"]
+        if type(offsets) is not list or len(offsets) != 2 or type(offsets[0]) is not int or type(offsets[1]) is not int:
+            raise _Bad(f"tensor {shown(name)} has the offsets {shown(offsets)}")
+        begin, end = offsets
+        if begin < 0 or end - begin != length:
+            raise _Bad(
+                f"tensor {shown(name)}, {dtype} of shape {shown(list(shape))}, has {shown(length)} bytes, not those "
+                f"from {shown(begin)} to {shown(end)}"
+            )
+        tensors[name] = TensorInfo(dtype, shape, start + begin, start + end)
+    return Header(tensors, metadata, size, _aligned(tensors, start, size))
 
 
-def _tensor(name: str, entry: Any, start: int) -> TensorInfo:
-    if not isinstance(entry, dict) or entry.keys() != _KEYS:
-        raise _Bad(f"tensor {shown(name)} has not just dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    bits = BITS.get(dtype) if isinstance(dtype, str) else None
-    if bits is None:
+def _judged(name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...], int]:
+    """A dtype and a shape with the bytes they take."""
+    if type(dtype) is not str or dtype not in BITS:
         raise _Bad(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
-    if not isinstance(shape, list) or len(shape) > _MOST_AXES:
+    if type(shape) is not list or len(shape) > _MOST_AXES or not all(type(axis) is int for axis in shape):
         raise _Bad(f"tensor {shown(name)} has the shape {shown(shape)}")
-    for axis in shape:
-        if type(axis) is not int or not 0 <= axis <= _LARGEST_SIZE:
-            raise _Bad(f"tensor {shown(name)} has the shape {shown(shape)}")
-        bits *= axis
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int for at in offsets):
-        raise _Bad(f"tensor {shown(name)} has the offsets {shown(offsets)}")
-    begin, end = offsets
-    if not 0 <= begin <= end or (end - begin) * 8 != bits:
-        raise _Bad(
-            f"tensor {shown(name)}, {dtype} of shape {shown(shape)}, has {shown(bits // 8)} bytes, not those from "
-            f"{shown(begin)} to {shown(end)}"
-        )
-    return TensorInfo(dtype, tuple(shape), start + begin, start + end)
+    if not all(0 <= axis <= _LARGEST_SIZE for axis in shape):
+        raise _Bad(f"tensor {shown(name)} has the shape {shown(shape)}")
+    bits = math.prod(shape) * BITS[dtype]
+    if bits % 8:
+        raise _Bad(f"tensor {shown(name)}, {dtype} of shape {shown(shape)}, ends within a byte")
+    return dtype, tuple(shape), bits // 8
+
+
+def _aligned(tensors: dict[str, TensorInfo], start: int, size: int) -> bool:
+    """Whether every tensor begins at a multiple of its elements' size; the bytes must be covered once, and wholly."""
+    aligned, at = True, start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != at:
+            how = "overlaps the tensor before it" if info.begin < at else "leaves a gap before it"
+            raise _Bad(f"tensor {shown(name)} {how}: it begins at byte {info.begin - start:,}, not {at - start:,}")
+        aligned = aligned and at * 8 % BITS[info.dtype] == 0
+        at = info.end
+    if at != size:
+        how = "is truncated" if at > size else "has bytes that belong to no tensor"
+        raise _Bad(f"it {how}: its tensors end at byte {at:,}, the file at {size:,}")
+    return aligned

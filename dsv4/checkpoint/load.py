@@ -22,7 +22,7 @@ from dsv4.model.moe import check_hash_table
 
 log = logging.getLogger("dsv4")
 
-_PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32"}
+_NUMBERS, _IDS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32"}
 
 
 def read_config(folder: str | Path) -> AnyConfig:
@@ -149,7 +149,7 @@ def _match(model: LanguageModel, tensors: dict[str, Any], layout: Layout, folder
         for file_name, place in file_names(name, tuple(tensor.shape), layout):
             if file_name not in tensors:
                 raise UserError(f"{folder} lacks tensor {file_name}: it is incomplete or of another configuration")
-            if tensors[file_name].get_dtype() not in _PLAIN:
+            if tensors[file_name].get_dtype() not in (_NUMBERS if tensor.is_floating_point() else _IDS):
                 raise UserError(
                     f"tensor {file_name} is {tensors[file_name].get_dtype()}: quantised weights cannot be read yet; "
                     "convert it to BF16 first"

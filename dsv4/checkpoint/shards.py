@@ -1,9 +1,10 @@
-"""Which files hold a checkpoint's weights: what its index names, or else what looks like it. Nothing else is ever opened."""
+"""Which files hold a checkpoint's weights: what its index names, else what looks like it. No other is ever opened."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsv4 import files
+from dsv4.checkpoint.headers import LONGEST_NAME
 from dsv4.errors import UserError, shown
 
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
@@ -21,8 +22,8 @@ def read_index(folder: Path) -> dict[str, str]:
         raise UserError(f"the index {index} has no weight_map from tensor names to file names: {_REMEDY}")
     for name in sorted(set(places.values())):
         path = PurePosixPath(name)
-        leads_out = path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable()
-        if leads_out or path.suffix != ".safetensors":
+        leads_out = path.is_absolute() or ".." in path.parts or "\\" in name
+        if leads_out or not name.isprintable() or len(name) > LONGEST_NAME or path.suffix != ".safetensors":
             raise UserError(f"the index {index} names {shown(name)}, which is no .safetensors file in there: {_REMEDY}")
     return places
 

@@ -23,6 +23,7 @@ VERBS = {
     "train": "Train a model.",
     "generate": "Continue one prompt or many.",
     "chat": "Write a text together with a model, turn by turn.",
+    "inspect": "Look into a checkpoint.",
     "cost": "Count what a million tokens cost.",
     "bench": "Measure: is it right, and how fast?",
     "doctor": "Check the installation.",
