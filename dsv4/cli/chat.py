@@ -36,8 +36,8 @@ def chat(
     Example: dsv4 chat runs/demo --temperature 0.8 --max-tokens 60
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
-    place = common.find_model(model_folder, from_hub)
-    engine = common.open_engine(place, device, dtype, cache, threads, max_batch=1, speculative=speculative)
+    options = {"max_batch": 1, "speculative": speculative}
+    engine = common.open_engine(model_folder, from_hub, device, dtype, cache, threads, **options)
     session, done = Session(engine), list[Completion]()
     typer.echo(HELLO)
     piped = None if sys.stdin.isatty() else read_lines(sys.stdin.buffer, "stdin")

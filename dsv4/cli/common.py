@@ -60,11 +60,15 @@ def find_model(folder: str | None, from_hub: str) -> Path:
     return download(from_hub)
 
 
-def open_engine(path: Path, device: str, dtype: str, cache: str, threads: int = 0, **options: Any) -> Engine:
-    """The engine of a run or checkpoint folder, as the options above say; all of them are judged first."""
+def open_engine(
+    folder: str | None, from_hub: str, device: str, dtype: str, cache: str, threads: int = 0, **options: Any
+) -> Engine:
+    """The engine of a run or checkpoint folder or of a model of the hub, as the options above say; all of them are
+    judged first."""
     place, numbers, memory_format = resolve_device(device), resolve_dtype(dtype), resolve_cache(cache)
     if threads:
         torch.set_num_threads(threads)
+    path = find_model(folder, from_hub)
     return Engine.open(path, device=place, dtype=numbers, memory_format=memory_format, **options)
 
 

@@ -58,8 +58,7 @@ def generate(
     texts = [] if prompt is None else [_from_stdin() if prompt == "-" else prompt]
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
-    place = common.find_model(model_folder, from_hub)
-    engine = common.open_engine(place, device, dtype, cache, threads, speculative=speculative)
+    engine = common.open_engine(model_folder, from_hub, device, dtype, cache, threads, speculative=speculative)
     started = time.perf_counter()
     try:
         done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
@@ -72,7 +71,11 @@ def generate(
         rows = [_row(text, c, speculative > 0) for text, c in zip(texts, done, strict=True)]
         speed = {"seconds": round(seconds, 4), "tokens_per_second": round(new / seconds, 2)}
         totals = {"new_tokens": new, "memory_bytes": held, **speed}
-        typer.echo(json.dumps({"model": from_hub or str(place), "completions": rows, **totals}, ensure_ascii=False))
+        typer.echo(
+            json.dumps(
+                {"model": from_hub or str(Path(model_folder or "")), "completions": rows, **totals}, ensure_ascii=False
+            )
+        )
     known = sum(len(c.prompt_ids) for c in done)
     typer.echo(
         f"{new} new tokens after {known} of prompt in {seconds:.2f} s: {new / seconds:.1f} tokens/s; "
