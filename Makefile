@@ -3,6 +3,7 @@
 #   make demo    train a small V4 on real English and continue a prompt     make test    the tests
 #   make check   ruff and pyright                                           make setup   only install
 #   make faults  crashes, full disks, damaged files, kills and races: what a training run survives (minutes)
+#   make fuzz    100,000 damaged and hostile checkpoints for load and inspect (half an hour)
 #   make bench-count     instructions of the C++ ops beside the committed ones: a slower commit, without a clock (valgrind)
 #   make gpu-check   parity and timings on a machine with a GPU; needs torch alone, no set-up, no network
 # Options for the program behind a target go into ARGS, as in: make test ARGS="-k muon"
@@ -13,7 +14,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
 
-.PHONY: setup demo test check faults bench-count gpu-check
+.PHONY: setup demo test check faults fuzz bench-count gpu-check
 
 setup: $(VENV)/.dev
 
@@ -30,6 +31,9 @@ check: $(VENV)/.dev
 
 faults: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PY) tests/faults.py $(ARGS)
+
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz.py $(ARGS)
 
 bench-count: $(VENV)/.core
 	$(PY) -m dsv4 bench count $(ARGS)

@@ -8,15 +8,17 @@ import codecs
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsv4.errors import FileError, UserError
+from dsv4.errors import FileError, UserError, shown
 
 DIGESTS = "digests.json"  # beside the files it lists: sha256 of each, by name
 TEMPORARY = ".tmp"  # the end of a name that begins with a dot: a file that is not there yet
+LARGEST_JSON = 32 << 20  # bytes of a file that is parsed whole, which takes some 25 times as many; an index needs 15 MB
 _BLOCK = 1 << 20
 MODE = 0o666 & ~(_umask := os.umask(0o077))  # what a new file of this process is allowed; asking for it sets it
 os.umask(_umask)
@@ -109,19 +111,39 @@ def read_text(path: Path, what: str, remedy: str) -> str:
 
 
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file; UserError if it cannot be read, is damaged, or holds something else."""
+    """The JSON object in a file; UserError if it cannot be read, is damaged, or holds something else.
+
+    What is no regular file, or has more than LARGEST_JSON bytes, is refused unread.
+    """
+    with explained(path, "read"):
+        about = path.stat() if path.exists() else None  # read_text says that it is not there
+    if about and not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+        raise UserError(f"{what} {path} is no regular file; {remedy}")
+    if about and about.st_size > LARGEST_JSON:
+        raise UserError(f"{what} {path} has {about.st_size:,} bytes, at most {LARGEST_JSON:,} are read; {remedy}")
     return parse_json(read_text(path, what, remedy), f"{what} {path}", remedy)
 
 
 def parse_json(text: str, what: str, remedy: str) -> dict[str, Any]:
-    """The JSON object that a text is; UserError otherwise, also for nesting or digits beyond all reason."""
+    """The JSON object that a text is; UserError otherwise, also for nesting or digits beyond all reason, and for a name
+    that an object has twice."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not valid JSON ({reason_of(error)[:100]}); {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} must hold a JSON object, not a {type(value).__name__}; {remedy}")
     return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object_pairs_hook for json: ValueError for a name that is there twice, which readers take differently."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{shown(twice)} is there twice")
+    return found
 
 
 def read_lines(source: Path | Iterable[bytes], what: str = "") -> Iterator[tuple[int, str]]:

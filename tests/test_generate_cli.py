@@ -164,8 +164,11 @@ def test_wrong_use_is_one_sentence_and_code_2(run_folder, dsv4_run, tmp_path, ar
 
 
 def test_usage_errors_of_the_shell(run_folder):
-    for arguments in (["generate"], ["generate", str(run_folder), "--no-such"], ["chat", str(run_folder), "a", "b"]):
+    for arguments in (["generate", str(run_folder), "--no-such"], ["chat", str(run_folder), "a", "b"]):
         assert CliRunner().invoke(dsv4.cli.application(), arguments).exit_code == 2
+    for arguments in (["generate"], ["chat"], ["generate", str(run_folder), "text", "--from-hub", "a/b"]):
+        error = CliRunner().invoke(dsv4.cli.application(), arguments).exception
+        assert isinstance(error, UserError) and "the folder of a model or --from-hub NAME, and not both" in str(error)
     for verb in ("generate", "chat"):
         result = CliRunner().invoke(dsv4.cli.application(), [verb, "--help"])
         assert result.exit_code == 0 and f"Example: dsv4 {verb}" in result.output

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dsv4 import controls, files
 from dsv4.checkpoint.folder import resolve_checkpoint
-from dsv4.checkpoint.load import CONFIG, GENERATION, Parts, match, open_checkpoint
+from dsv4.checkpoint.load import Parts, match, open_checkpoint
 from dsv4.checkpoint.names import Layout, file_names, scale_name
 from dsv4.checkpoint.save import CODE_DTYPES, RELEASED_FP32, check_sayable, config_of
+from dsv4.checkpoint.shards import CONFIG, GENERATION
 from dsv4.checkpoint.source import Source
 from dsv4.checkpoint.stored import DTYPES
 from dsv4.checkpoint.writing import Entry, as_json, shards_of, write_folder

@@ -13,6 +13,7 @@ from torch import nn
 from dsv4 import controls, files
 from dsv4.checkpoint.folder import resolve_checkpoint
 from dsv4.checkpoint.names import Layout, Place, file_names, known_names, layout_of
+from dsv4.checkpoint.shards import CONFIG, GENERATION, INDEX, weight_files
 from dsv4.checkpoint.source import Source, pair
 from dsv4.checkpoint.stored import Stored, open_folder
 from dsv4.checkpoint.stream import Stream, as_bytes, size_of
@@ -26,8 +27,8 @@ from dsv4.ops.weights import BLOCKS, PackedMatrix
 
 log = logging.getLogger("dsv4")
 
-CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 Weights = Literal["plain", "released"]
+_IDS = ("I64", "I32")
 
 
 def read_config(folder: str | Path) -> AnyConfig:
@@ -110,7 +111,7 @@ def open_checkpoint(
     files.check_digests(folder, lambda name: name in (GENERATION, INDEX))
     config = config or read_config(folder)
     stop_ids = as_ids([*config.stop_ids, *_generation_stops(folder, config)])
-    names = _weight_files(folder)
+    names = weight_files(folder)
     files.check_digests(folder, lambda name: name in names or PurePosixPath(name).match("model*.safetensors"))
     found = open_folder(folder, names)
     tensors = {name: found[given] for name, given in known_names(found).items()}
@@ -131,36 +132,6 @@ def _device(given: torch.device | str) -> torch.device:
         return torch.device(given)
     except (RuntimeError, TypeError):
         raise UserError(f"device {shown(given)} is unknown: use cpu, cuda or cuda:N") from None
-
-
-def listed_files(folder: Path) -> set[str]:
-    """The weight files that a folder's index names, relative to it; UserError if the index is damaged."""
-    index, remedy = folder / INDEX, "fetch it again, or remove it if no file is missing"
-    places = files.read_json(index, "the index", remedy).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"the index {index} has no weight_map from tensor names to file names: {remedy}")
-    names = set(places.values())
-    for name in sorted(names):
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or path.suffix != ".safetensors":
-            raise UserError(f"the index {index} names {shown(name)}, which is no .safetensors file in there: {remedy}")
-    return names
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The files that hold the weights, relative to the folder: what the index names, else all that look like it."""
-    with files.explained(folder, "read"):
-        if (folder / INDEX).exists():
-            names = sorted(listed_files(folder))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise UserError(f"{folder} lacks {missing[0]}, which its index lists: fetch the missing file")
-        else:
-            found = [p for pattern in ("model*", "mtp*") for p in folder.glob(f"{pattern}.safetensors")]
-            names = sorted(p.name for p in found or folder.glob("*.safetensors"))
-    if not names:
-        raise UserError(f"{folder} holds no .safetensors file: give the folder of a checkpoint")
-    return names
 
 
 def _generation_stops(folder: Path, config: AnyConfig) -> tuple[int, ...]:
@@ -212,6 +183,11 @@ def match(model: LanguageModel, sources: dict[str, Source], layout: Layout, fold
             source = sources.get(file_name)
             if source is None:
                 raise UserError(f"{folder} lacks tensor {file_name}: it is incomplete or of another configuration")
+            if (source.weight.dtype in _IDS) == tensor.is_floating_point() and not source.code:
+                raise UserError(
+                    f"tensor {file_name} in {folder} is {source.weight.dtype}, which is no "
+                    f"{'weight' if tensor.is_floating_point() else 'table of ids'}: fetch it again"
+                )
             shape, want = source.shape, tuple(tensor.shape[len(place) :])
             if shape != want:
                 raise UserError(f"tensor {file_name} in {folder} has shape {shape}, the configuration asks for {want}")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dsv4 import controls, files
-from dsv4.checkpoint.load import CONFIG, GENERATION
 from dsv4.checkpoint.names import LAYOUTS, Layout, file_names, scale_name
+from dsv4.checkpoint.shards import CONFIG, GENERATION
 from dsv4.checkpoint.writing import Entry, as_json, shards_of, whole, write_folder, write_tensors
 from dsv4.config import AnyConfig, ModelConfig, kind_of
 from dsv4.errors import UserError

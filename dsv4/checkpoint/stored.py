@@ -1,11 +1,10 @@
 """The tensors of a folder as they lie in its files: names, dtypes, shapes, and their bytes piece by piece.
 
 Files are read, not mapped: pages of a mapped file count as the reader's memory, and a model larger than the memory is
-read more than once. Headers are judged by the safetensors library before anything is believed.
+read more than once. Headers are judged before anything is believed (headers.py).
 """
 
 import ctypes
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv4 import files
+from dsv4.checkpoint.headers import read_header
 from dsv4.errors import UserError
 
 DTYPES = {
@@ -98,17 +97,4 @@ def open_folder(folder: Path, names: list[str]) -> dict[str, Stored]:
 
 
 def _open(file: Path) -> list[Stored]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            names = list(handle.keys())
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError) as error:
-        reason = files.reason_of(error)
-        raise UserError(f"{file} cannot be read, or is truncated or damaged ({reason}): fetch it again") from None
-    found = []
-    for name in names:
-        entry = header[name]
-        found.append(Stored(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]))
-    return found
+    return [Stored(name, file, i.dtype, i.shape, i.begin) for name, i in read_header(file).tensors.items()]

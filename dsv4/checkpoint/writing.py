@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv4 import files
-from dsv4.checkpoint.load import CONFIG, GENERATION, INDEX, listed_files
+from dsv4.checkpoint.shards import CONFIG, GENERATION, INDEX, listed_files
 from dsv4.checkpoint.stored import DTYPES
 from dsv4.errors import FileError, UserError
 

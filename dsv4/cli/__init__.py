@@ -24,6 +24,7 @@ VERBS = {
     "generate": "Continue one prompt or many.",
     "chat": "Write a text together with a model, turn by turn.",
     "convert": "Write a checkpoint in another layout or format.",
+    "inspect": "Look into a checkpoint.",
     "cost": "Count what a million tokens cost.",
     "bench": "Measure: is it right, and how fast?",
     "conform": "Judge a port of V4: is it right, and if not, which mistake is it?",

@@ -101,6 +101,25 @@ def frontier(
 
 
 @bench.command()
+def inspect(
+    shards: Annotated[int, typer.Option(min=1, max=10_000, help="Files that each model is in.")] = 60,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; the time is their median.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """How long dsv4 inspect takes on the released models: real headers and index, the tensors holes in sparse files.
+
+    Example: dsv4 bench inspect --shards 60
+    """
+    from tempfile import TemporaryDirectory
+
+    from dsv4.bench.inspect import lines, measure
+
+    with TemporaryDirectory() as folder:
+        rows = measure(Path(folder), shards, repeats, _note)
+    print(json.dumps({"rows": rows}) if as_json else "\n".join(lines(rows)))
+
+
+@bench.command()
 def layer(
     layers: Annotated[str, typer.Option(help="Models or kinds, such as flash:csa,pro,v3.2; default: all.")] = "",
     context: Annotated[str, typer.Option(help="Tokens that are remembered, such as 64k or 1m.")] = "1m",

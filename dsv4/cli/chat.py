@@ -16,7 +16,7 @@ An empty line lets it go on. /undo takes back a turn, /reset everything, /quit l
 
 
 def chat(
-    model_folder: common.ModelFolder,
+    model_folder: common.ModelFolder = None,
     max_tokens: common.MaxTokens = 128,
     temperature: common.Temperature = 1.0,
     top_k: common.TopK = 0,
@@ -29,13 +29,15 @@ def chat(
     cache: common.Cache = "",
     speculative: common.Speculative = 0,
     threads: common.Threads = 0,
+    from_hub: common.FromHub = "",
 ) -> None:
     """Write a text together with a model, turn by turn.
 
     Example: dsv4 chat runs/demo --temperature 0.8 --max-tokens 60
     """
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [])
-    engine = common.open_engine(model_folder, device, dtype, cache, threads, max_batch=1, speculative=speculative)
+    options = {"max_batch": 1, "speculative": speculative}
+    engine = common.open_engine(model_folder, from_hub, device, dtype, cache, threads, **options)
     session, done = Session(engine), list[Completion]()
     typer.echo(HELLO)
     piped = None if sys.stdin.isatty() else read_lines(sys.stdin.buffer, "stdin")

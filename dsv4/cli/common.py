@@ -13,7 +13,16 @@ from dsv4.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-ModelFolder = Annotated[Path, Argument(help="A run folder (its latest checkpoint) or a checkpoint folder.")]
+ModelFolder = Annotated[
+    str | None,
+    Argument(
+        help="A run folder (its latest checkpoint) or a checkpoint folder; none with --from-hub.", show_default=False
+    ),
+]
+FromHub = Annotated[
+    str,
+    Option(metavar="NAME[@REVISION]", help="A model of the Hugging Face Hub in place of a folder; it is downloaded."),
+]
 MaxTokens = Annotated[int, Option(help="New tokens at most.")]
 Temperature = Annotated[float, Option(help="0 is greedy.")]
 TopK = Annotated[int, Option(help="Draw from the k most likely tokens; 0: off.")]
@@ -46,11 +55,26 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_engine(path: Path, device: str, dtype: str, cache: str, threads: int = 0, **options: Any) -> Engine:
-    """The engine of a run or checkpoint folder, as the options above say; all of them are judged first."""
+def find_model(folder: str | None, from_hub: str) -> Path:
+    """The folder that was given, or that of a model of the hub; UserError unless it is one of them."""
+    if not from_hub and folder is not None:
+        return Path(folder)
+    if folder is not None or not from_hub:
+        raise UserError("give the folder of a model or --from-hub NAME, and not both")
+    from dsv4.checkpoint.hub import download
+
+    return download(from_hub)
+
+
+def open_engine(
+    folder: str | None, from_hub: str, device: str, dtype: str, cache: str, threads: int = 0, **options: Any
+) -> Engine:
+    """The engine of a run or checkpoint folder or of a model of the hub, as the options above say; all of them are
+    judged first."""
     place, numbers, memory_format = resolve_device(device), resolve_dtype(dtype), resolve_cache(cache)
     if threads:
         torch.set_num_threads(threads)
+    path = find_model(folder, from_hub)
     return Engine.open(path, device=place, dtype=numbers, memory_format=memory_format, **options)
 
 

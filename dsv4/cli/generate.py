@@ -17,7 +17,7 @@ from dsv4.files import read_lines
 
 
 def generate(
-    model_folder: common.ModelFolder,
+    model_folder: common.ModelFolder = None,
     prompt: Annotated[
         str | None, Argument(help="The text to continue; - reads it from stdin; none: begin a document.")
     ] = None,
@@ -41,6 +41,7 @@ def generate(
     memory: common.WeightMemory = "",
     speculative: common.Speculative = 0,
     threads: common.Threads = 0,
+    from_hub: common.FromHub = "",
     as_json: Annotated[bool, Option("--json", help="Print one JSON object when all is done.")] = False,
 ) -> None:
     """Continue one prompt or many.
@@ -50,7 +51,10 @@ def generate(
 
     Example: dsv4 generate runs/demo "It was a dark" --max-tokens 200 --temperature 0.8 --seed 1
     Several lines: dsv4 generate runs/demo - < chapter.txt
+    Of the hub: dsv4 generate --from-hub owner/model@revision "It was a dark"
     """
+    if from_hub and prompt is None:  # there is no folder, so the first word is the prompt
+        model_folder, prompt = None, model_folder
     params = SamplingParams(temperature, top_k, top_p, min_p, seed, max_tokens, stop or [], logprobs)
     if logprobs is not None and not as_json:
         raise UserError("--logprobs has its place in the JSON object: add --json")
@@ -58,7 +62,7 @@ def generate(
     texts += (prompts or []) + (_lines(prompt_file) if prompt_file else [])
     texts = texts or [""]
     held = {"weights": weights, "numbers": numbers, "memory": memory or None}
-    engine = common.open_engine(model_folder, device, dtype, cache, threads, speculative=speculative, **held)
+    engine = common.open_engine(model_folder, from_hub, device, dtype, cache, threads, speculative=speculative, **held)
     started = time.perf_counter()
     try:
         done = engine.generate(texts, params) if as_json else _print_all(engine, texts, params)
@@ -71,7 +75,11 @@ def generate(
         rows = [_row(text, c, speculative > 0) for text, c in zip(texts, done, strict=True)]
         speed = {"seconds": round(seconds, 4), "tokens_per_second": round(new / seconds, 2)}
         totals = {"new_tokens": new, "memory_bytes": held, **speed}
-        typer.echo(json.dumps({"model": str(model_folder), "completions": rows, **totals}, ensure_ascii=False))
+        typer.echo(
+            json.dumps(
+                {"model": from_hub or str(Path(model_folder or "")), "completions": rows, **totals}, ensure_ascii=False
+            )
+        )
     known = sum(len(c.prompt_ids) for c in done)
     typer.echo(
         f"{new} new tokens after {known} of prompt in {seconds:.2f} s: {new / seconds:.1f} tokens/s; "
