@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv4 import controls, files
+from dsv4.checkpoint.drafter import check_drafter
 from dsv4.checkpoint.folder import resolve_checkpoint
 from dsv4.checkpoint.names import Layout, file_names, known_names, layout_of
 from dsv4.config import AnyConfig, ModelConfig, kind_of, read_any
@@ -43,9 +44,9 @@ def load(
     """A model from a folder in published or transformers layout (safetensors, one file or sharded), or from the latest
     checkpoint of a run folder.
 
-    dtype is that of the large matrices. mtp=False leaves the MTP block out. The model comes without one from a
-    transformers folder, which never holds it, and from a folder with a DSpark drafter in its place. `stop_ids` of the
-    model are those of config.json and generation_config.json. Raises UserError, before any weight is read, for a
+    dtype is that of the large matrices. mtp=False leaves out the MTP block, or the DSpark drafter in its place. The
+    model comes without one from a transformers folder, which never holds it. `stop_ids` of the model are those of
+    config.json and generation_config.json. Raises UserError, before any weight is read, for a
     missing, truncated, misshapen, unknown or repeated tensor, and for a file that has changed since digests.json listed
     it.
     """
@@ -147,24 +148,21 @@ def _drafting(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Configuration and tensors without what cannot be or was not asked to be built beside the trunk; says so."""
     drafts = {name for name in tensors if name.startswith(("mtp.", "model.mtp."))}
-    if config.dspark_stages:
-        log.info(
-            "%s has a DSpark drafter of %d stages, not an MTP block: loading without it", folder, config.dspark_stages
-        )
-    elif not mtp:
+    blocks = "an MTP block" if config.num_nextn_predict_layers else "a DSpark drafter"
+    if not mtp:
         pass
-    elif layout == "transformers" and config.num_nextn_predict_layers:
-        log.info("%s is a transformers folder, which holds no MTP block: loading without one", folder)
-    elif config.num_nextn_predict_layers and not drafts:
+    elif layout == "transformers" and config.num_draft_blocks:
+        log.info("%s is a transformers folder, which does not hold %s: loading without one", folder, blocks)
+    elif config.num_draft_blocks and not drafts:
+        key = "num_nextn_predict_layers" if config.num_nextn_predict_layers else "dspark_stages"
         raise UserError(
-            f"{folder} holds no mtp.* tensors although its configuration has num_nextn_predict_layers=1: load it "
-            "without the MTP block, with load(folder, mtp=False) or with num_nextn_predict_layers 0 in its config.json"
+            f"{folder} holds no mtp.* tensors although its configuration has {blocks}: load it without, with "
+            f"load(folder, mtp=False) or with {key} 0 in its config.json"
         )
     else:
+        check_drafter(folder, config, {name: tuple(tensors[name].get_shape()) for name in drafts})
         return config, tensors
-    trunk = config.with_(
-        num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[: config.num_hidden_layers], dspark_stages=0
-    )
+    trunk = config.without_drafts()
     return trunk, {name: tensor for name, tensor in tensors.items() if name not in drafts}
 
 

@@ -99,6 +99,11 @@ class RunConfig:
                 raise UserError(f"loss.{name}={value} must be a finite number of at least 0")
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed={self.seed} must be a whole number from 0 to 2**64 - 1")
+        if isinstance(self.model, ModelConfig) and self.model.dspark_stages:
+            raise UserError(
+                f"model.dspark_stages={self.model.dspark_stages}: a DSpark drafter is not trained here; train the trunk "
+                "alone, without the dspark_* keys"
+            )
         if self.data.micro_batches > self.data.tokens_per_step:
             raise UserError(
                 f"data.micro_batches={self.data.micro_batches} must be at most "
