@@ -302,6 +302,18 @@ def test_a_thousand_prompts_get_the_tokens_of_plain_decoding() -> None:
     assert all(accepted[n] for n in range(128)) and all(refused[n] for n in range(128))
 
 
+def test_blocks_of_drafts_change_no_token_at_any_residue() -> None:
+    """The drafter's own blocks, of the length that it was trained for: some of each are accepted and some refused."""
+    model = drafting("dspark", 4.5)
+    prompts, params = [prompt(100 + i) for i in range(128)], replace(GREEDY, max_tokens=9)
+    want = plain(model, prompts, params)
+    got = Engine(model, TOKENIZER, max_batch=64, speculative=5).generate(prompts, params)
+    assert all(same(a, b) for a, b in zip(got, want, strict=True))
+    accepted, drafted = sum(c.accepted for c in got), sum(c.drafted for c in got)
+    assert 0.2 < accepted / drafted < 0.8
+    assert sum(0 < c.accepted < c.drafted for c in got) > 100
+
+
 @pytest.mark.parametrize(
     ("model", "depth", "format"),
     [
