@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv4 import cost
+from dsv4 import cost, ops
 from dsv4.checkpoint import load, save
 from dsv4.checkpoint.names import file_names
 from dsv4.config import ModelConfig
@@ -25,8 +25,8 @@ from dsv4.engine import Engine, SamplingParams
 from dsv4.engine.acceptance import Acceptance, acceptance
 from dsv4.errors import UserError
 from dsv4.measure.subjects import small_config, small_model, tokens
-from dsv4.model import Segment, Transformer
-from dsv4.model.dspark import plan_blocks
+from dsv4.model import Segment, Transformer, block
+from dsv4.model.dspark import Blocks
 from dsv4.model.segments import plan
 from dsv4.text import ByteTokenizer
 
@@ -241,7 +241,7 @@ def test_every_slot_sees_the_window_before_the_block_and_the_block(last: int, ke
     model = Transformer(config)
     memory = model.new_cache(mtp=True, max_rewind=3)[0]
     memory.length = memory.newest = last + 1
-    run = plan_blocks(config, [memory], 5, CPU)
+    run = Blocks(config, [memory], 5, CPU)
     part = run.parts[0]
     assert part.ring is not None and part.window.start.tolist() == [0] * 5 and part.window.stop.tolist() == [keys] * 5
     assert run.positions.tolist() == [last + 1 + k for k in range(5)]
@@ -395,6 +395,35 @@ def test_blocks_side_by_side_are_each_alone(model: Transformer) -> None:
             torch.testing.assert_close(together.states[row], alone.states[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("format", ["float32", "packed"])
+def test_a_stage_in_one_call_is_the_stage_op_by_op(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """To the bit, where the library runs whole blocks: it is told what slots see, and stores nothing."""
+    if ops.whole_blocks(CPU) is None:
+        pytest.skip("no library that runs whole blocks")
+    memories, lengths, done = list(model.new_cache(3, mtp=True, format=format)), (3, 140, 128), []
+    with torch.no_grad():
+        model.trunk(tokens(model, sum(lengths)), [Segment(n, m) for n, m in zip(lengths, memories, strict=True)])
+    run = block.run_blocks
+    monkeypatch.setattr(block, "run_blocks", lambda *args: done.append(run(*args)) or done[-1])
+    for chosen in ([0, 1, 2], [1]):
+        before = [memory.snapshot() for memory in memories]
+        anchors, some = torch.tensor([5, 6, 7])[chosen], [memories[i] for i in chosen]
+        done.clear()
+        whole = model.draft_block(anchors, some)
+        assert len(done) == 3 and all(out is not None for out in done)
+        hooks = [stage.block.ffn.register_forward_hook(lambda *_: None) for stage in model.drafter]  # type: ignore
+        done.clear()
+        apart = model.draft_block(anchors, some)
+        for hook in hooks:
+            hook.remove()
+        assert len(done) == 3 and not any(out is not None for out in done)
+        assert torch.equal(whole.logits, apart.logits) and torch.equal(whole.states, apart.states)
+        for memory, was in zip(memories, before, strict=True):
+            assert all(torch.equal(t, was[name]) for name, t in memory.snapshot().items())
+
+
 def test_packed_windows_are_read_rounded(model: Transformer) -> None:
     """The context has the format of the trunk's windows, and so have the block's own rows, as in the released code."""
     ids = tokens(model, 150)
@@ -508,7 +537,7 @@ def test_a_drafter_is_saved_and_loaded_by_its_published_names(model: Transformer
     block = (
         "attn.wq_a attn.wq_b attn.wkv attn.wo_a attn.wo_b attn.q_norm attn.kv_norm attn_norm ffn_norm ffn.gate".split()
     )
-    want = {f"mtp.{s}.{n}.weight" for s in range(3) for n in block}
+    want = {f"mtp.{s}.{n}.weight" for s in range(3) for n in matrices}
     want |= {f"mtp.{s}.{n}" for s in range(3) for n in ("attn.attn_sink", "ffn.gate.bias")}
     want |= {f"mtp.{s}.hc_{a}_{b}" for s in range(3) for a in ("attn", "ffn") for b in ("fn", "base", "scale")}
     want |= {

@@ -1,12 +1,17 @@
 """Failures caught here: a block in one call that is not, to the bit, the block op by op, in what it gives or in what it
-leaves in the memory; one that goes on with weights or stores that have moved, or passes by whoever watches.
+leaves in the memory; a step that is planned in another way than a run's parts; one that goes on with weights or stores
+that have moved, or passes by whoever watches.
 """
 
+import ctypes
 import gc
+import random
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +21,9 @@ from dsv4 import ops
 from dsv4.measure.subjects import randomise, small_config, small_model, tokens
 from dsv4.model import Transformer, step
 from dsv4.model.packed import pack_weights
+from dsv4.model.segments import Part, Segment, plan
 
+block = pytest.importorskip("dsv4.ops.cpu.block", reason="the C++ ops are not built", exc_type=ImportError)
 library = pytest.importorskip("dsv4.ops.cpu.library", reason="the C++ ops are not built", exc_type=ImportError)
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -47,11 +54,11 @@ def steps(model: Transformer, format: str, counts: list[list[int]]) -> tuple[lis
             part = torch.cat([ids[i * 500 + m.length :][:n] for i, (n, m) in enumerate(given)])
             logits.append(model(part, segments=given))
     left = [t for m in memories for _, t in sorted(m.snapshot().items())]
-    return logits, left, called.count("block")
+    return logits, left, called.count("blocks")
 
 
 def check(model: Transformer, format: str, counts: list[list[int]], fused: int) -> None:
-    """Equal bits, and `fused` calls of whole blocks."""
+    """Equal bits, and `fused` calls of all blocks at once."""
     got, kept, blocks = steps(model, format, counts)
     assert blocks == fused
     with op_by_op():
@@ -84,15 +91,15 @@ def test_a_block_in_one_call_is_the_block_op_by_op(dtype: torch.dtype, format: s
     """Also with memories in another dtype than that of the activations."""
     model = model_of(dtype)
     with library.using_isa(isa):
-        check(model, format, ALONE, 4 * (len(ALONE) - 1))  # the call of 200 tokens is too long
-        check(model, format, SIDE_BY_SIDE, 4 * len([c for c in SIDE_BY_SIDE if sum(c) <= step.FEW]))
+        check(model, format, ALONE, len(ALONE) - 1)  # the call of 200 tokens is too long
+        check(model, format, SIDE_BY_SIDE, len([c for c in SIDE_BY_SIDE if sum(c) <= step.FEW]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_in_fp8_and_fp4(dtype: torch.dtype) -> None:
     model = model_of(dtype, hidden_size=128, moe_intermediate_size=128, o_lora_rank=128)
     pack_weights(model)
-    check(model, "packed", ALONE, 4 * (len(ALONE) - 1))
+    check(model, "packed", ALONE, len(ALONE) - 1)
 
 
 @torch.inference_mode()
@@ -132,7 +139,7 @@ def test_what_has_moved_is_noticed(model: Transformer) -> None:
         memory.rewind(1)
         with library.watched() as called:
             got = model(ids[at : at + 1], segments=[(1, memory)])
-        assert torch.equal(got, want) and called.count("block") == 4
+        assert torch.equal(got, want) and called.count("blocks") == 1
         return got
 
     both(0)
@@ -158,7 +165,7 @@ def test_a_model_and_its_memories_are_free_to_go(first: str) -> None:
     held: dict[str, object] = {"model": model, "memory": (memory := model.new_cache()[0])}
     with library.watched() as called:
         model(tokens(model, 5), segments=[(5, memory)])
-    assert called.count("block") == 4
+    assert called.count("blocks") == 1
     of_model = [weakref.ref(x) for x in (*model.layers, model.layers[1].attn.wkv.weight)]
     of_memory = [weakref.ref(x) for x in (memory.pool, *memory.layers, memory.layers[1].window)]
     del model, memory
@@ -180,23 +187,23 @@ def test_nobody_who_watches_is_passed_by(model: Transformer) -> None:
     hook = model.layers[2].attn.register_forward_hook(lambda *_: seen.append("attn"))
     with library.watched() as called:
         model(ids[20:21], segments=[(1, memory)])
-    assert seen == ["attn"] and called.count("block") == 3
+    assert seen == ["attn"] and called.count("blocks") == 3
     hook.remove()
     around = model.layers[2].register_forward_hook(lambda *_: seen.append("block"))
     with library.watched() as called:
         model(ids[21:22], segments=[(1, memory)])
-    assert seen == ["attn", "block"] and called.count("block") == 4
+    assert seen == ["attn", "block"] and called.count("blocks") == 4
     around.remove()
     everywhere = register_module_forward_hook(lambda *_: seen.append("any"))
     with library.watched() as called:
         model(ids[22:23], segments=[(1, memory)])
     everywhere.remove()
-    assert "block" not in called and seen.count("any") > 20
+    assert "blocks" not in called and seen.count("any") > 20
     memory.rewind(1)
     model.layers[2].ffn.forward = lambda *args, run=model.layers[2].ffn.forward: (seen.append("ffn"), run(*args))[1]
     with library.watched() as called:
         model(ids[22:23], segments=[(1, memory)])
-    assert seen.pop() == "ffn" and called.count("block") == 3
+    assert seen.pop() == "ffn" and called.count("blocks") == 3
     del model.layers[2].ffn.forward
 
     def wrap(name, op):
@@ -204,7 +211,7 @@ def test_nobody_who_watches_is_passed_by(model: Transformer) -> None:
 
     with ops.wrapped(("project_in",), wrap), library.watched() as called:
         model(ids[23:24], segments=[(1, memory)])
-    assert seen.count("project_in") == 4 and "block" not in called
+    assert seen.count("project_in") == 4 and "blocks" not in called
     for backend in ("reference", "blocked"):
         with ops.using(backend), library.watched() as called:
             model(ids[24:25], segments=[(1, memory)])
@@ -220,7 +227,7 @@ def test_what_the_library_does_not_serve_runs_op_by_op(model: Transformer) -> No
         memory = other.new_cache(format=format)[0]
         with library.watched() as called:
             other(tokens(other, 5), segments=[(5, memory)])
-        assert called.count("block") == (other.config.attention == "dense")  # its first layer is V4's
+        assert called.count("blocks") == (other.config.attention == "dense")  # its first layer is V4's
 
 
 def test_a_model_with_gradients_on_still_serves_a_memory(model: Transformer) -> None:
@@ -228,4 +235,66 @@ def test_a_model_with_gradients_on_still_serves_a_memory(model: Transformer) -> 
     with library.watched() as called:
         model(tokens(model, 5), segments=[(5, model.new_cache()[0])])
         model(tokens(model, 5))
-    assert called.count("block") == 4
+    assert called.count("blocks") == 1
+
+
+def arrays(step: Any, groups: Any, part: Part) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """What the library planned beside what was planned op by op."""
+
+    def numbers(place: int | None, count: int, dtype: type = np.int64) -> np.ndarray | None:
+        if place is None or not count:
+            return None if place is None else np.zeros(0, dtype)
+        held = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(place)
+        return np.frombuffer(held, dtype=dtype)
+
+    def host(x: Tensor | None) -> Any:
+        return None if x is None else x.numpy()
+
+    def ring(got: Any, want: Any, own: int) -> Iterator[Any]:
+        yield numbers(got.read, got.before), host(want.read)
+        yield numbers(got.order, got.joined), host(want.order)
+        yield numbers(got.write, got.stored), host(want.write)
+        yield (numbers(got.kept, got.stored) if got.kept else None), host(want.kept)
+        yield np.array(got.joined), np.array(len(want.read) + own if want.order is None else len(want.order))
+
+    yield numbers(step.start, step.n), host(part.window.start)
+    yield numbers(step.stop, step.n), host(part.window.stop)
+    yield numbers(step.table, step.pages), part.pages
+    yield from ring(step.ring, part.ring, step.n)
+    for got, want in zip(step.groups, groups, strict=True):
+        yield np.array([got.closing, got.longest]), np.array([want.closing, want.visible.longest])
+        yield numbers(got.start, step.n), host(want.visible.start)
+        yield numbers(got.stop, step.n), host(want.visible.stop)
+        yield numbers(got.first_row, got.closing), host(want.first_row)
+        yield numbers(got.entry, got.closing), host(want.entry)
+        yield numbers(got.has_previous, got.closing, np.bool_), host(want.has_previous)
+        if want.closing:  # else nothing is joined
+            yield from ring(got.rows, want.rows, step.n)
+
+
+@pytest.mark.parametrize("max_rewind", [0, 7])
+def test_a_step_is_planned_as_parts_are(max_rewind: int) -> None:
+    """Random sequences, at every place of rings, groups and pages; calls that are longer than a ring is."""
+    model = small_model((0, 4, 128), sliding_window=16)
+    draw, compared, kept = random.Random(3), 0, 0
+    for _ in range(150):
+        pool = model.new_pool(max_rewind=max_rewind)
+        count = draw.choice((1, 1, 2, 5))
+        memories = [pool.new() for _ in range(count)]
+        pool.reserve([(m, draw.randrange(1, 700)) for m in memories])
+        for m in memories:
+            m.advance(draw.randrange(0, len(m.pages) * pool.page_tokens + 1))
+        lengths = [draw.choice((1, 1, 2, 3, draw.randrange(1, 12), 64 // count)) for _ in memories]
+        segments = [Segment(n, m) for n, m in zip(lengths, memories, strict=True)]
+        run = plan(model.config, segments, torch.device("cpu"))
+        laid, places, (positions, turned) = step._step(run, block)
+        assert positions[: laid.n].tolist() == run.positions.tolist()
+        groups = [run.parts[0].groups[kind.name] for kind in model.config.compressed_kinds]
+        for got, want in arrays(laid, groups, run.parts[0]):
+            assert (got is None) == (want is None) and (got is None or np.array_equal(got, want))
+            compared += 1
+        kept += bool(laid.ring.kept)
+        rotations = [run.turn["compressed"], *(g.turn for g in groups)]
+        assert torch.equal(turned[1], torch.cat(rotations)) and places[1] == turned[1].data_ptr()
+        assert torch.equal(turned[0][: laid.n], run.turn["window"])
+    assert compared > 150 * 20 and (max_rewind > 0 or kept > 5)

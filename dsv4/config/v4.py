@@ -7,6 +7,7 @@ the released models, other numbers where `compress_rate_csa` and `compress_rate_
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,13 @@ class ModelConfig:
         csa = ratio == self.compress_rate_csa
         return LayerKind("csa" if csa else "hca", ratio, overlap=csa, indexed=csa)
 
-    @property
+    @cached_property
     def trunk_kinds(self) -> dict[LayerKind, int]:
         """Each kind of the trunk and its number of layers, by rising ratio: window, csa, hca."""
         found = Counter(self.layer_kind(i) for i in range(self.num_hidden_layers))
         return {kind: found[kind] for kind in sorted(found, key=lambda kind: kind.ratio)}
 
-    @property
+    @cached_property
     def compressed_kinds(self) -> tuple[LayerKind, ...]:
         """The kinds of the trunk whose rows are pooled from groups of tokens: csa before hca."""
         return tuple(kind for kind in self.trunk_kinds if kind.ratio > 1)

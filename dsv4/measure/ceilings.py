@@ -1,9 +1,10 @@
 """What the device can do at best, measured in the same run: matrix products and copies. Speeds are read against it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from dsv4 import ops
 from dsv4.cost.hardware import Accelerator
@@ -12,13 +13,14 @@ from dsv4.measure.rows import Row
 from dsv4.measure.sizes import Sizes
 
 INNER = 8  # calls timed together, so that launching one does not count
+Way = Callable[[Tensor, Tensor, Tensor], None]  # a product a b (or a b^T) into the third
 
 
 def ceiling_rows(device: torch.device, sizes: Sizes, budget: Budget) -> Iterator[Row]:
     """TFLOP/s of square matrix products in bf16 and fp32 (without TF32), GB/s of copies (read + written)."""
     n = sizes.matmul
     for dtype in (torch.bfloat16, torch.float32):
-        rate = _multiply_rate(device, dtype, n, budget)
+        rate = _multiply_rate(device, dtype, n, budget, _WAYS if device.type == "cpu" else _WAYS[:1])
         name = str(dtype).removeprefix("torch.")
         yield {"name": f"matmul {name}, {n} x {n}", "value": rate / 1e12, "unit": "TFLOP/s"}
     rate = _copy_rate(device, sizes.copy_bytes, budget)
@@ -34,17 +36,17 @@ def ceiling(rows: list[Row], kind: str) -> float | None:
 def measured_cpu() -> Accelerator:
     """This machine's processor as an accelerator: matrix products and copies, measured now, in a few seconds."""
     cpu, budget = torch.device("cpu"), Budget(1)
-    rate = dict.fromkeys(("bfloat16", "float32"), 0.0)
-    for n in (256, 512, 1024, 2048):  # small ones first: without bf16 units a large product takes minutes
-        for name, best in rate.items():
-            seconds = 2 * INNER * n**3 / best if best else 0.0
-            if seconds < 0.5:
-                rate[name] = max(best, _multiply_rate(cpu, getattr(torch, name), n, budget))
+    rates = {(dtype, way): 0.0 for dtype in (torch.bfloat16, torch.float32) for way in _WAYS}
+    for n in (256, 512, 1024, 2048):  # small ones first: without bf16 units torch's large products take minutes
+        for (dtype, way), best in rates.items():
+            if best == 0.0 or 2 * INNER * n**3 / best < 0.5:
+                rates[dtype, way] = max(best, _multiply_rate(cpu, dtype, n, budget, (way,)))
+    bf16, fp32 = (max(rates[dtype, way] for way in _WAYS) for dtype in (torch.bfloat16, torch.float32))
     copied = _copy_rate(cpu, 1 << 28, budget)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     return Accelerator(
-        "cpu", f"this CPU, {torch.get_num_threads()} threads", memory, copied / 1e12, rate["bfloat16"] / 1e12,
-        None, None, "measured: square matrix products, copies", rate["float32"] / 1e12,
+        "cpu", f"this CPU, {torch.get_num_threads()} threads", memory, copied / 1e12, bf16 / 1e12,
+        None, None, "measured: square matrix products, copies", fp32 / 1e12,
     )  # fmt: skip
 
 
@@ -54,22 +56,31 @@ def read_rate(device: torch.device, size: int = 1 << 29) -> float:
     return size / timed(source.sum, device, Budget(1)).median
 
 
-def _multiply_rate(device: torch.device, dtype: torch.dtype, n: int, budget: Budget) -> float:
-    """FLOP/s of n x n products, by torch or by our own op: on some processors the one is faster, on some the other."""
+def _torch_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
+@torch.no_grad()
+def _our_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    ops.linear(a, b)
+
+
+_WAYS: tuple[Way, ...] = (_torch_product, _our_product)  # on some processors the one is faster, on some the other
+
+
+def _multiply_rate(device: torch.device, dtype: torch.dtype, n: int, budget: Budget, ways: Iterable[Way]) -> float:
+    """FLOP/s of n x n products by the fastest of these ways."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
 
-    def multiply() -> None:
-        for _ in range(INNER):
-            torch.mm(a, b, out=out)
+    def rate(way: Way) -> float:
+        def multiply() -> None:
+            for _ in range(INNER):
+                way(a, b, out)
 
-    @torch.no_grad()
-    def multiply_ours() -> None:
-        for _ in range(INNER):
-            ops.linear(a, b)
+        return 2 * INNER * n**3 / timed(multiply, device, budget).median
 
-    ways = (multiply, multiply_ours) if device.type == "cpu" else (multiply,)
-    return 2 * INNER * n**3 / min(timed(way, device, budget).median for way in ways)
+    return max(map(rate, ways))
 
 
 def _copy_rate(device: torch.device, size: int, budget: Budget) -> float:

@@ -8,7 +8,7 @@ from dsv4.config import ModelConfig
 from dsv4.model import hyper
 from dsv4.model.moe import MoE, Routing
 from dsv4.model.segments import Run
-from dsv4.model.step import run_block
+from dsv4.model.step import run_blocks
 from dsv4.model.variants import attention
 
 
@@ -27,9 +27,8 @@ class Block(nn.Module):
         self, x_TNM: Tensor, ids_T: Tensor, run: Run, views: list[LayerMemory | None]
     ) -> tuple[Tensor, Routing]:
         """Streams [T, N, M] -> streams, and the gate's decision; `views` as in Attention."""
-        done = run_block(self, x_TNM, ids_T, run, views)  # the same in one call, for a few tokens
-        if done is not None:
-            return done
+        if len(views) == 1 and (done := run_blocks(self, [self], x_TNM, ids_T, run, views)) is not None:
+            return done[0], done[1][0]  # the same in one call, for a few tokens
         h_TM, mix = self.attn_norm(x_TNM, hyper.parameters_of(self, "hc_attn"))  # N streams -> 1
         x_TNM = hyper.write(x_TNM, self.attn(h_TM, run, views), mix)  # 1 -> N, mixed by the Sinkhorn matrix
         h_TM, mix = self.ffn_norm(x_TNM, hyper.parameters_of(self, "hc_ffn"))

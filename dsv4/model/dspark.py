@@ -8,6 +8,7 @@ already (the anchor), the others a noise token; slot k drafts the token that com
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from dsv4.config import ModelConfig
 from dsv4.model import hyper
 from dsv4.model.block import Block
 from dsv4.model.layers import Linear, RMSNorm, Weight
-from dsv4.model.rope import frequencies, turns
-from dsv4.model.segments import Part, Run, Segment, ragged, ring_rows, rows_before, spans
+from dsv4.model.segments import Part, Run, Segment, ring_rows, rows_before, spans
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,29 @@ class Drafting:
 
     states: Tensor
     logits: Tensor
+
+
+class Blocks(Run):
+    """A block of `size` slots at the end of each memory (of one pool). Every slot sees the same: the memory's newest
+    tokens, as many as the window is wide, and all slots of its block, none of which is remembered."""
+
+    is_causal = False
+
+    def __init__(self, config: ModelConfig, memories: Sequence[SequenceMemory], size: int, device: torch.device):
+        super().__init__(config, [Segment(size, memory) for memory in memories], device)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        memories, start, count = self.memories(), np.array(self.starts), np.array(self.lengths)
+        pool, window = memories[0].pool, self.config.sliding_window
+        seen = np.minimum(start, window)
+        base = rows_before(seen + count)
+        visible = spans(np.repeat(base, count), np.repeat(base + seen + count, count))
+        slot, nothing = np.array([memory.slot for memory in memories]), np.zeros(0, dtype=np.int64)
+        ring = ring_rows(window + pool.max_rewind, slot, start, count, seen, self._to_device)
+        none = self._to_device(nothing)
+        ring = replace(ring, write=none, kept=none)
+        return [Part(pool, None, memories, visible, ring, none, nothing, {}, None)]
 
 
 class MarkovHead(nn.Module):
@@ -83,9 +106,9 @@ class Stage(nn.Module):
             self.markov_head = MarkovHead(config.vocab_size, rank, dtype)
             self.confidence_head = ConfidenceHead(m + rank)
 
-    def forward(self, x: Tensor, ids: Tensor, run: Run) -> Tensor:
-        """Streams [T, N, M] of blocks -> streams; the run is of `plan_blocks`."""
-        return self.block(x, ids, run, [part.pool.mtp[self.number] for part in run.parts if part.pool is not None])[0]
+    def forward(self, x: Tensor, ids: Tensor, run: Blocks) -> Tensor:
+        """Streams [T, N, M] of blocks -> streams; the run is of them."""
+        return self.block(x, ids, run, [pool.mtp[self.number] for pool in run.pools if pool is not None])[0]
 
     def remember(self, main: Tensor, run: Run) -> None:
         """Write the key = value row of each token of the trunk's run that has a memory: from `main` [T, M] as it is,
@@ -130,8 +153,8 @@ class DSpark(nn.ModuleList):
             assert isinstance(stage, Stage)
             stage.remember(main, run)
 
-    def forward(self, embedded: Tensor, ids: Tensor, run: Run) -> Tensor:
-        """Embedded slots [T, M] of the blocks of `plan_blocks`, and their ids [T] -> states [T, M]."""
+    def forward(self, embedded: Tensor, ids: Tensor, run: Blocks) -> Tensor:
+        """Embedded slots [T, M] of blocks, and their ids [T] -> states [T, M]."""
         x = embedded[:, None].expand(-1, self.config.num_streams, -1).contiguous()
         for stage in self:
             x = stage(x, ids, run)
@@ -151,26 +174,3 @@ class DSpark(nn.ModuleList):
         slot; `before` as in `corrected`."""
         features = self.last.markov_head.features(before)
         return self.last.confidence_head(torch.cat([states.float(), features], dim=1))
-
-
-def plan_blocks(config: ModelConfig, memories: Sequence[SequenceMemory], size: int, device: torch.device) -> Run:
-    """A block of `size` slots at the end of each memory (of one pool). Every slot sees the same: the memory's newest
-    tokens, as many as the window is wide, and all slots of its block, none of which is remembered."""
-    pool = memories[0].pool
-    start = np.array([memory.length for memory in memories])
-    count = np.full(len(memories), size)
-    seen = np.minimum(start, config.sliding_window)
-
-    def to_device(numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(device)
-
-    positions, nothing = to_device(ragged(start, count)), to_device(np.zeros(0, dtype=np.int64))
-    base = rows_before(seen + count)
-    window = spans(np.repeat(base, count), np.repeat(base + seen + count, count))
-    slot = np.array([memory.slot for memory in memories])
-    ring = ring_rows(config.sliding_window + pool.max_rewind, slot, start, count, seen, to_device)
-    ring = replace(ring, write=nothing, kept=nothing)
-    part = Part(pool, None, list(memories), window, ring, nothing, np.zeros(0, dtype=np.int64), {}, None)
-    turn = {"window": turns(frequencies(config, "window"), positions)}
-    last = to_device(count.cumsum() - 1)
-    return Run([Segment(size, memory) for memory in memories], start.tolist(), positions, turn, [part], last)

@@ -8,7 +8,8 @@ All of this is planned once per call, on the host in numpy, and shared by all la
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -110,36 +111,85 @@ class Part:
     pages: np.ndarray
     groups: dict[str, Groups]
     every: TokenRows | None
-    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, rows: Tensor) -> Tensor:
         """The part's rows of what has one for each token of the run."""
         return rows if self.tokens is None else rows[self.tokens]
 
 
-@dataclass(frozen=True)
 class Run:
-    """A planned run: positions int64 [T] and rotations on the device, and its parts."""
+    """A planned run. What each of its tokens reads is planned when it is first asked for, from what the memories were
+    when it was made: whole blocks in one call plan for themselves (model/step.py).
 
-    segments: list[Segment]
-    starts: list[int]  # position of each segment's first token
-    positions: Tensor
-    turn: dict[str, Tensor]  # "window" and "compressed": complex64 [T, pairs]
-    parts: list[Part]
-    last: Tensor = field(repr=False)  # int64 [segments]: row of each segment's last token
+    starts: the position of each segment's first token. derived: what others have made of it, to keep. is_causal: a
+    token sees itself and those before it, which the library knows how to plan; else `parts` alone say what it sees.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: ModelConfig, segments: Sequence[Segment], device: torch.device):
+        self.config, self.segments, self.device = config, list(segments), device
+        self.starts = [s.start for s in segments]
+        self.lengths = [s.length for s in segments]
+        self.tables = [None if s.memory is None else s.memory.table for s in segments]
+        self.derived: dict[str, Any] = {}
 
     def memories(self) -> list[SequenceMemory]:
         return [s.memory for s in self.segments if s.memory is not None]
+
+    @property
+    def pools(self) -> list[Pages | None]:
+        """The pool of each part: those of the memories, and None for segments without one."""
+        found = {id(pool): pool for s in self.segments for pool in [None if s.memory is None else s.memory.pool]}
+        return list(found.values())
+
+    @cached_property
+    def _host_positions(self) -> np.ndarray:
+        return ragged(np.array(self.starts), np.array(self.lengths))
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T], on the device."""
+        return self._to_device(self._host_positions)
+
+    @cached_property
+    def turn(self) -> dict[str, Tensor]:
+        """Rotations "window" and "compressed": complex64 [T, pairs], on the device."""
+        return {table: turns(frequencies(self.config, table), self.positions) for table in TABLES}
+
+    @cached_property
+    def last(self) -> Tensor:
+        """int64 [segments]: the row of each segment's last token, on the device."""
+        return self._to_device(np.array(self.lengths).cumsum() - 1)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The segments of each pool, in the order of `pools`."""
+        start, count = np.array(self.starts), np.array(self.lengths)
+        places: dict[int, list[int]] = {}  # pool -> its segments
+        for i, s in enumerate(self.segments):
+            places.setdefault(0 if s.memory is None else id(s.memory.pool), []).append(i)
+        first = count.cumsum() - count
+        freq = frequencies(self.config, "compressed")
+        parts = []
+        for rows in places.values():
+            held = [(m, t) for i in rows if (m := self.segments[i].memory) and (t := self.tables[i]) is not None]
+            tokens = None if len(places) == 1 else self._to_device(ragged(first[rows], count[rows]))
+            parts.append(_part(self.config, tokens, held, start[rows], count[rows], freq, self._to_device))
+        return parts
 
     def merge(self, rows: list[Tensor]) -> Tensor:
         """Rows of the parts' tokens -> rows of the run."""
         if len(rows) == 1:
             return rows[0]
-        out = rows[0].new_empty(len(self.positions), *rows[0].shape[1:])
+        out = rows[0].new_empty(sum(self.lengths), *rows[0].shape[1:])
         for part, own in zip(self.parts, rows, strict=True):
             assert part.tokens is not None
             out[part.tokens] = own
         return out
+
+    def _to_device(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self.device)
 
 
 def check_segments(config: AnyConfig, segments: Sequence[Segment]) -> None:
@@ -177,36 +227,20 @@ def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device)
     there are too few; nothing has changed then."""
     check_segments(config, segments)
     _reserve(segments)
-    count = np.array([s.length for s in segments])
-    start = np.array([s.start for s in segments])
-
-    def to_device(numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers).to(device)
-
-    positions = to_device(ragged(start, count))
-    freq = {table: frequencies(config, table) for table in TABLES}
-    places: dict[int, list[int]] = {}  # pool -> its segments
-    for i, s in enumerate(segments):
-        places.setdefault(0 if s.memory is None else id(s.memory.pool), []).append(i)
-    first = count.cumsum() - count
-    parts = []
-    for rows in places.values():
-        memories = [m for i in rows if (m := segments[i].memory) is not None]
-        tokens = None if len(places) == 1 else to_device(ragged(first[rows], count[rows]))
-        parts.append(_part(config, tokens, memories, start[rows], count[rows], freq["compressed"], to_device))
-    turn = {name: turns(f, positions) for name, f in freq.items()}
-    return Run(list(segments), start.tolist(), positions, turn, parts, to_device(first + count - 1))
+    return Run(config, segments, device)
 
 
 def _part(
     config: ModelConfig,
     tokens: Tensor | None,
-    memories: list[SequenceMemory],
+    held: list[tuple[SequenceMemory, np.ndarray]],
     start: np.ndarray,
     count: np.ndarray,
     freq: Tensor,
     to_device: ToDevice,
 ) -> Part:
+    """held: the memories, with the pages that they had when the run was planned."""
+    memories = [memory for memory, _ in held]
     pool = memories[0].pool if memories else None
     slot = np.array([m.slot for m in memories])
     reach = config.sliding_window - 1  # the window counts the token itself
@@ -222,9 +256,9 @@ def _part(
     pages = np.zeros(0, dtype=np.int64)
     page_base = np.zeros_like(start)
     if pool is not None and pool.paged:
-        held = -(-(start + count) // pool.page_tokens)
-        pages = np.concatenate([m.table[:n] for m, n in zip(memories, held.tolist(), strict=True)])
-        page_base = rows_before(held)
+        filled = -(-(start + count) // pool.page_tokens)
+        pages = np.concatenate([table[:n] for (_, table), n in zip(held, filled.tolist(), strict=True)])
+        page_base = rows_before(filled)
     every = None
     if any(kind.ratio == 1 for kind in config.trunk_kinds):
         every = _token_rows(config, pool, pages, start, count, page_base, to_device)

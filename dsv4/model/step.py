@@ -1,17 +1,18 @@
-"""A block for a few tokens in one call of a backend, where it has one: the functions that block.py calls op by op, in
+"""Blocks for a few tokens in one call of a backend, where it has one: the functions that block.py calls op by op, in
 the same order and so with the same bits, but without Python between them.
 
-It serves memories alone, without gradients. While somebody watches (a hook on a part of the block or another `forward`
-in its place, wrapped ops, a graph that is being compiled), or where any of the ops would go to another form, the block
-runs op by op.
+It serves memories alone, without gradients. While somebody watches (a hook on a part of a block or another `forward`
+in its place, wrapped ops, a graph that is being compiled), or where any of the ops would go to another form, the blocks
+run op by op. A model asks for all of its blocks at once, and a block that was left out, or the MTP block, for itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -22,7 +23,8 @@ from dsv4.model import hyper
 from dsv4.model.attention import Attention
 from dsv4.model.compressor import Compressor
 from dsv4.model.moe import Routing
-from dsv4.model.segments import Groups, Part, RingRows, Run
+from dsv4.model.rope import TABLES, frequencies, turns
+from dsv4.model.segments import Run
 from dsv4.ops import Spans
 from dsv4.ops.formats import Packed, PagedRows, Plain, RowFormat
 
@@ -31,99 +33,108 @@ Block = Any  # that of block.py, which imports this file
 FEW = 64  # tokens: with more, what lies between the ops takes no time, and what stands between them much room
 
 
-def run_block(
-    block: Block, x: Tensor, ids: Tensor, run: Run, views: list[LayerMemory | None]
-) -> tuple[Tensor, Routing] | None:
-    """What `Block.forward` gives, or None: it is to run op by op."""
+def run_blocks(
+    owner: nn.Module, blocks: Sequence[Block], x: Tensor, ids: Tensor, run: Run, views: Sequence[LayerMemory | None]
+) -> tuple[Tensor, list[Routing]] | None:
+    """Streams [T, N, M] through blocks, each with its memory, and what their gates decided; or None: the blocks are to
+    run by themselves. owner: what has them, and lives as long: a block itself, or the list of a model's."""
     n = x.shape[0]
-    if n > FEW or len(views) > 1 or views[0] is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if n > FEW or None in views or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     backend = ops.whole_blocks(x.device)
     if backend is None or ids.dtype != torch.int64:
         return None
-    part, view = run.parts[0], views[0]
-    laid = _laid_out(block, x, view, backend)
-    if laid.layer is None or laid.outline.watched():
+    laid = _laid_out(owner, blocks, x, views, backend)
+    if not laid.layers or laid.outline.watched():
         return None
-    step, groups = part.derived.get("step") or _step(run, part, backend)
-    gate, kind = block.ffn.gate, view.kind
-    x, ids, turn = x.contiguous(), ids.contiguous(), run.turn["compressed" if kind.ratio else "window"]
-    out, scores = torch.empty_like(x), x.new_empty(n, gate.weight.shape[0], dtype=torch.float32)
-    chosen, weights = ids.new_empty(n, gate.topk), x.new_empty(n, gate.topk, dtype=torch.float32)
+    step, turned, _ = run.derived.get("step") or _step(run, backend)
+    gate, count = blocks[0].ffn.gate, len(blocks)
+    x, ids, out = x.contiguous(), ids.contiguous(), torch.empty_like(x)
+    room = torch.empty_like(x) if count > 1 else out
+    scores = x.new_empty(count, n, gate.weight.shape[0], dtype=torch.float32)
+    chosen, weights = ids.new_empty(count, n, gate.topk), x.new_empty(count, n, gate.topk, dtype=torch.float32)
     backend.run(
-        laid.layer, step, groups.get(kind.name), turn.data_ptr(), ids.data_ptr(), x.data_ptr(), out.data_ptr(),
-        scores.data_ptr(), chosen.data_ptr(), weights.data_ptr(),
+        laid.order, step, *turned, ids.data_ptr(), x.data_ptr(), room.data_ptr(), out.data_ptr(), scores.data_ptr(),
+        chosen.data_ptr(), weights.data_ptr(),
     )  # fmt: skip
-    return out, Routing(scores, chosen, weights)
+    return out, list(map(Routing, scores, chosen, weights))
 
 
-# --- a block and its stores, laid out once ---------------------------------------------------------------------------
+# --- blocks and their stores, laid out once --------------------------------------------------------------------------
 
 
 class Outline:
-    """Where everything lies that a block and its memory are made of: by it is known that nothing has moved.
+    """Where everything lies that blocks and their memories are made of: by it is known that nothing has moved.
 
     It is asked at every step, so its loops are those of the interpreter's own functions.
     """
 
-    def __init__(self, block: nn.Module, view: LayerMemory):
-        modules = list(block.modules())
-        self.parts = modules[
-            1:
-        ]  # held, or another could come to lie where one was; not the block, which must be free to go
+    def __init__(self, owner: nn.Module, blocks: Sequence[nn.Module], views: Sequence[LayerMemory]):
+        modules = [m for block in blocks for m in block.modules()]
+        # held, or another could come to lie where one was; not the owner, which must be free to go, and around whose
+        # call its own hooks run as around any other
+        self.parts = [m for m in modules if m is not owner]
         every = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self.held = [d for d in every if d]  # what is empty is only filled by taking away elsewhere
         self.tensors = [t for d in self.held for t in d.values() if isinstance(t, Tensor)]
-        self.stores = [store for _, store in view.stores()]
-        # those of the block itself run around this call as around any other
+        self.stores = [store for view in views for _, store in view.stores()]
         self.hooks = [d for m in self.parts for d in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]  # of all modules
         self.own = [m.__dict__ for m in self.parts]
 
     def watched(self) -> bool:
-        """Whether a part of the block must run by itself."""
+        """Whether a part of the blocks must run by itself."""
         return any(self.hooks) or any(map(dict.__contains__, self.own, repeat("forward")))
 
-    def places(self, x: Tensor) -> list[object]:
+    def places(self, blocks: Sequence[nn.Module], x: Tensor) -> list[object]:
         parts = map(id, chain.from_iterable(map(dict.values, self.held)))
         stores = map(Tensor.data_ptr, map(_data, self.stores))
-        return [x.dtype, *parts, *map(Tensor.data_ptr, self.tensors), *stores, *map(id, map(_format, self.stores))]
+        return [
+            x.dtype, *map(id, blocks), *parts, *map(Tensor.data_ptr, self.tensors), *stores,
+            *map(id, map(_format, self.stores)),
+        ]  # fmt: skip
 
 
 _data, _format = attrgetter("data"), attrgetter("format")
 
 
 class Laid:
-    """A block and its stores as the backend takes them; `layer` is None where it cannot."""
+    """Blocks and their stores as the backend takes them, all or none: `layers` is empty where it cannot."""
 
-    def __init__(self, block: Block, x: Tensor, view: LayerMemory, backend: Any):
-        self.outline = Outline(block, view)
-        self.places = self.outline.places(x)
-        fits = _fits(block, x, view) and not any(
-            ops.refusal(op, x.device.type, *given) for op, *given in _calls(block, x, view)
-        )
-        self.layer = _layer(block, x, view, backend) if fits else None
+    def __init__(
+        self, owner: nn.Module, blocks: Sequence[Block], x: Tensor, views: Sequence[LayerMemory], backend: Any
+    ):
+        self.outline = Outline(owner, blocks, views)
+        self.places = self.outline.places(blocks, x)
+        fits = all(_fits(block, x, view, backend) for block, view in zip(blocks, views, strict=True))
+        self.layers = [_layer(*both, x, backend) for both in zip(blocks, views, strict=True)] if fits else []
+        self.order = backend.in_order(self.layers)
 
 
 _known: WeakKeyDictionary[nn.Module, WeakKeyDictionary[LayerMemory, Laid]] = WeakKeyDictionary()
 
 
-def _laid_out(block: Block, x: Tensor, view: LayerMemory, backend: Any) -> Laid:
-    of_block = _known.get(block)
-    if of_block is None:
-        of_block = _known[block] = WeakKeyDictionary()
-    laid = of_block.get(view)
-    if laid is None or laid.places != laid.outline.places(x):
-        laid = of_block[view] = Laid(block, x, view, backend)
+def _laid_out(owner: nn.Module, blocks: Sequence[Block], x: Tensor, views: Any, backend: Any) -> Laid:
+    of_owner = _known.get(owner)
+    if of_owner is None:
+        of_owner = _known[owner] = WeakKeyDictionary()
+    laid = of_owner.get(views[0])  # of one pool, as all of them are
+    if laid is None or laid.places != laid.outline.places(blocks, x):
+        laid = of_owner[views[0]] = Laid(owner, blocks, x, views, backend)
     return laid
 
 
-def _fits(block: Block, x: Tensor, view: LayerMemory) -> bool:
-    """Whether this is V4's block, of plain parameters, with stores in known formats that are read in x's dtype."""
-    plain = all(type(p) is nn.Parameter for p in block.parameters())
+def _fits(block: Block, x: Tensor, view: LayerMemory, backend: Any) -> bool:
+    """Whether this is V4's block, of plain parameters, with stores in known formats that are read in x's dtype, and the
+    backend serves its ops."""
+    plain = all(type(p) is nn.Parameter for p in block.parameters()) and block._compiled_call_impl is None
     formats = [store.format for _, store in view.stores()]
     read = all(type(f) is Plain or (type(f) is Packed and f.numbers == x.dtype and not f.fp32_scales) for f in formats)
-    return type(block.attn) is Attention and block.config.residual == "mhc" and plain and read
+    if not (type(block.attn) is Attention and block.config.residual == "mhc" and plain and read):
+        return False
+    if len(block.config.compressed_kinds) > backend.KINDS:
+        return False
+    return not any(ops.refusal(op, x.device.type, *given) for op, *given in _calls(block, x, view))
 
 
 def _calls(block: Block, x: Tensor, view: LayerMemory) -> Iterator[tuple[Any, ...]]:
@@ -172,8 +183,9 @@ def _calls(block: Block, x: Tensor, view: LayerMemory) -> Iterator[tuple[Any, ..
     yield "mlp", h, s.w1.weight, s.w3.weight, s.w2.weight, 1.0
 
 
-def _layer(block: Block, x: Tensor, view: LayerMemory, b: Any) -> Any:
+def _layer(block: Block, view: LayerMemory, x: Tensor, b: Any) -> Any:
     c, attn, ffn, kind = block.config, block.attn, block.ffn, view.kind
+    kinds = [k.name for k in c.compressed_kinds]
 
     def streams(name: str, enter: hyper.Enter) -> Any:
         return b.Hyper(*map(b.address, (*(hyper.parameters_of(block, name) or ()), enter.weight)))
@@ -211,32 +223,40 @@ def _layer(block: Block, x: Tensor, view: LayerMemory, b: Any) -> Any:
     )  # fmt: skip
     return b.Layer(
         is_bf16=x.dtype == torch.bfloat16, streams=c.num_streams, width=c.hidden_size, iters=c.hc_sinkhorn_iters,
-        hc_eps=c.hc_eps, eps=c.rms_norm_eps, attn=streams("hc_attn", block.attn_norm),
-        ffn=streams("hc_ffn", block.ffn_norm), attention=laid, experts=experts,
+        pairs=c.qk_rope_head_dim // 2, kind=kinds.index(kind.name) if kind.ratio else -1, hc_eps=c.hc_eps,
+        eps=c.rms_norm_eps, attn=streams("hc_attn", block.attn_norm), ffn=streams("hc_ffn", block.ffn_norm),
+        attention=laid, experts=experts,
     )  # fmt: skip
 
 
 # --- a step, laid out once for all layers ----------------------------------------------------------------------------
 
 
-def _step(run: Run, part: Part, b: Any) -> tuple[Any, dict[str, Any]]:
-    """The part's plan as the backend takes it, and that of the groups of each kind of layer."""
+def _step(run: Run, backend: Any) -> tuple[Any, tuple[int, int], Any]:
+    """The run as the backend takes it, the rotations of window layers and all others, and what holds their numbers."""
+    if not run.is_causal:
+        run.derived["step"] = _of_windows(run, backend)
+        return run.derived["step"]
+    memories = run.memories()
+    pool, config = memories[0].pool, run.config
+    sequences = np.array([[m.slot for m in memories], run.starts, run.lengths])
+    kinds = np.array([(k.ratio, k.overlap) for k in config.compressed_kinds], dtype=np.int64).reshape(-1, 2)
+    tables = [table.ctypes.data for table in run.tables]  # type: ignore[union-attr]
+    step, positions = backend.plan(sequences, tables, config.sliding_window, pool.max_rewind, pool.page_tokens, kinds)
+    turned = [turns(frequencies(config, table), torch.from_numpy(positions)) for table in TABLES]
+    places = turned[0].data_ptr(), turned[1].data_ptr()
+    run.derived["step"] = step, places, (positions, turned)
+    return run.derived["step"]
 
-    def ring(rows: RingRows, own: int) -> Any:
-        before = rows.read.shape[0]
-        joined = before + own if rows.order is None else rows.order.shape[0]
-        places = map(b.address, (rows.read, rows.order, rows.write, rows.kept))
-        return b.RingRows(*places, before, joined, rows.write.shape[0])
 
-    def laid(g: Groups) -> Any:
-        assert g.rows is not None
-        places = (g.first_row, g.entry, g.visible.start, g.visible.stop, g.has_previous, g.turn)
-        return b.Groups(g.closing, g.visible.longest, *map(b.address, places), ring(g.rows, n))
-
-    n = run.positions.shape[0]
-    assert part.ring is not None
-    places = map(b.address, (run.positions, part.window.start, part.window.stop, part.table))
-    step = b.Step(n, run.turn["window"].shape[1], len(part.pages), *places, ring(part.ring, n))
-    groups = {name: laid(g) for name, g in part.groups.items()}
-    part.derived["step"] = step, groups
-    return step, groups
+def _of_windows(run: Run, b: Any) -> tuple[Any, tuple[int, int], Any]:
+    """`_step` of a run of window layers alone whose one part says what each token sees."""
+    (part,), turned = run.parts, [run.turn[table] for table in TABLES]
+    rows, window = part.ring, part.window
+    assert rows is not None and not part.groups
+    before, stored = len(rows.read), len(rows.write)
+    joined = before + sum(run.lengths) if rows.order is None else len(rows.order)
+    ring = b.RingRows(*map(b.address, (rows.read, rows.order, rows.write, rows.kept)), before, joined, stored)
+    places = map(b.address, (run.positions, window.start, window.stop, part.table))
+    step = b.Step(sum(run.lengths), len(part.pages), *places, ring)
+    return step, (turned[0].data_ptr(), turned[1].data_ptr()), (part, turned)

@@ -6,6 +6,7 @@ one): the input is a flat run of T tokens cut into segments, each starting a doc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.model import hyper
 from dsv4.model.block import Block
-from dsv4.model.dspark import Drafting, DSpark, plan_blocks
+from dsv4.model.dspark import Blocks, Drafting, DSpark
 from dsv4.model.head import Head
 from dsv4.model.init import initialise
 from dsv4.model.language import LanguageModel
@@ -26,6 +27,7 @@ from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
 from dsv4.model.segments import Run, Segment, check_segments, plan
+from dsv4.model.step import run_blocks
 
 
 @dataclass(frozen=True)
@@ -134,18 +136,7 @@ class Transformer(LanguageModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
             x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
-            routing, features = [], []
-            remembers = any(part.pool is not None and part.pool.mtp for part in run.parts)
-            targets = self.config.dspark_target_layer_ids if remembers else ()
-            for i, block in enumerate(self.layers):
-                views = [None if part.pool is None else part.pool.layers[i] for part in run.parts]
-                if self.recompute and torch.is_grad_enabled():
-                    x, decided = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
-                else:
-                    x, decided = block(x, ids, run, views)
-                routing.append(decided)
-                if i in targets:
-                    features.append(x.mean(dim=1))
+            x, routing, features = self._layers(x, ids, run)
             if features:
                 self.drafter.remember(torch.cat(features, dim=1), run)
             hidden = self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config))
@@ -153,6 +144,31 @@ class Transformer(LanguageModel):
             if segment.memory is not None:
                 segment.memory.advance(segment.length)
         return Trunk(run, x, hidden, routing)
+
+    def _layers(self, x: Tensor, ids: Tensor, run: Run) -> tuple[Tensor, list[Routing], list[Tensor]]:
+        """Streams through all blocks, what their gates decided, and what a drafter remembers of the run: the mean of
+        the streams [T, M] after each of its target layers, if a memory has windows for it."""
+        pools, routing, features = run.pools, list[Routing](), list[Tensor]()
+        reads = any(pool is not None and pool.mtp for pool in pools)
+        targets = [i + 1 for i in self.config.dspark_target_layer_ids] if reads else []
+        for start, stop in pairwise(sorted({0, *targets, len(self.layers)})):
+            blocks = list(self.layers)[start:stop]
+            done = None
+            if len(pools) == 1 and pools[0] is not None:
+                done = run_blocks(self.layers, blocks, x, ids, run, pools[0].layers[start:stop])
+            if done is not None:
+                x = done[0]
+                routing += done[1]
+            for i, block in enumerate(blocks if done is None else (), start):
+                views = [None if pool is None else pool.layers[i] for pool in pools]
+                if self.recompute and torch.is_grad_enabled():
+                    x, decided = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
+                else:
+                    x, decided = block(x, ids, run, views)
+                routing.append(decided)
+            if stop in targets:
+                features.append(x.mean(dim=1))
+        return x, routing, features
 
     def predict_next(self, trunk: Trunk, ids: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """The MTP block over a run without memories: hidden [n, M], its rows int64 [n] in the run, routing.
@@ -168,7 +184,7 @@ class Transformer(LanguageModel):
         rows = keep.nonzero()[:, 0]
         following = ids.to(self.device)[rows + 1]
         run = plan(self.config, [Segment(n) for n in lengths], self.device)
-        hidden, _, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.parts))
+        hidden, _, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.pools))
         return hidden, rows, routing
 
     @torch.no_grad()
@@ -200,7 +216,7 @@ class Transformer(LanguageModel):
                 )
         for memory, _, _ in memories:
             memory.begin()
-        views = [None if part.pool is None else part.pool.mtp[0] for part in run.parts]
+        views = [None if pool is None else pool.mtp[0] for pool in run.pools]
         out = self._mtp(trunk.streams, following.to(self.device), run, views)
         for memory, _, _ in memories:
             memory.advance_drafts()
@@ -224,7 +240,7 @@ class Transformer(LanguageModel):
         run = plan(self.config, [Segment(1, memory) for memory in memories], self.device)
         for memory in memories:
             memory.begin()
-        views = [None if part.pool is None else part.pool.mtp[0] for part in run.parts]
+        views = [None if pool is None else pool.mtp[0] for pool in run.pools]
         out = self._mtp(streams, following.to(self.device), run, views)
         for memory in memories:
             memory.advance(1)
@@ -262,7 +278,7 @@ class Transformer(LanguageModel):
                 raise UserError("a memory is empty, so there is nothing to draft from: run the first token before")
             if memory.pool is not memories[0].pool:
                 raise UserError("the memories lie in several pools: call draft_block once for each")
-        run = plan_blocks(self.config, memories, size, self.device)
+        run = Blocks(self.config, memories, size, self.device)
         ids = torch.full((len(memories), size), self.config.dspark_noise_token_id or 0, device=self.device)
         ids[:, 0] = anchors
         ids = ids.flatten()

@@ -1,12 +1,14 @@
-"""A whole block for a few tokens in one call: what the library takes, laid out as in src/block.cpp.
+"""Whole blocks for a few tokens in one call: what the library takes, laid out as in src/block.cpp and src/step.h.
 
 Filled by model/step.py, which knows a block's modules and stores. It holds addresses only: what they are of must
 outlive the call.
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_double, c_long, c_void_p
 
+import numpy as np
 from torch import Tensor
 
 from dsv4.ops.cpu.experts import Weight, laid_experts, laid_mlp
@@ -14,7 +16,10 @@ from dsv4.ops.cpu.library import _LIB, DTYPES, Kernel, address
 from dsv4.ops.formats import Packed, RowFormat
 from dsv4.ops.weights import PackedMatrix
 
-_block = Kernel("block", "pppppppppp")
+_blocks = Kernel("blocks", "plpppppppppp")
+_plan = Kernel("plan", "lppppllllppp")
+
+KINDS = 2  # of layers with compressed entries, at most
 
 
 class Matrix(ctypes.Structure):
@@ -73,8 +78,9 @@ class Layer(ctypes.Structure):
     """A block with its stores; float32 or bfloat16 (`is_bf16`) streams."""
 
     _fields_ = [
-        *((name, c_long) for name in ("is_bf16", "streams", "width", "iters")), ("hc_eps", c_double), ("eps", c_double),
-        ("attn", Hyper), ("ffn", Hyper), ("attention", Attention), ("experts", Experts),
+        *((name, c_long) for name in ("is_bf16", "streams", "width", "iters", "pairs", "kind")),
+        ("hc_eps", c_double), ("eps", c_double), ("attn", Hyper), ("ffn", Hyper), ("attention", Attention),
+        ("experts", Experts),
     ]  # fmt: skip
 
 
@@ -88,21 +94,21 @@ class RingRows(ctypes.Structure):
 class Groups(ctypes.Structure):
     _fields_ = [
         ("closing", c_long), ("longest", c_long),
-        *((name, c_void_p) for name in ("first_row", "entry", "start", "stop", "has_previous", "turn")),
+        *((name, c_void_p) for name in ("first_row", "entry", "start", "stop", "has_previous")),
         ("rows", RingRows),
     ]  # fmt: skip
 
 
 class Step(ctypes.Structure):
     _fields_ = [
-        *((name, c_long) for name in ("n", "pairs", "pages")),
-        *((name, c_void_p) for name in ("positions", "start", "stop", "table")), ("ring", RingRows),
+        ("n", c_long), ("pages", c_long), *((name, c_void_p) for name in ("positions", "start", "stop", "table")),
+        ("ring", RingRows), ("groups", Groups * KINDS),
     ]  # fmt: skip
 
 
 _LIB.dsv4_sizes.restype = c_long
-for _i, _laid in enumerate((Layer, Step, Groups)):
-    assert ctypes.sizeof(_laid) == _LIB.dsv4_sizes(_i), f"{_laid.__name__} is laid out in another way in block.cpp"
+for _i, _laid in enumerate((Layer, Step)):
+    assert ctypes.sizeof(_laid) == _LIB.dsv4_sizes(_i), f"{_laid.__name__} is laid out in another way in the library"
 
 
 def matrix(weight: Weight) -> Matrix:
@@ -130,8 +136,33 @@ def shared(w1: Weight, w3: Weight, w2: Weight) -> Mlp:
     return Mlp(*places, kind, w1.shape[0], *steps)
 
 
-def run(layer: Layer, step: Step, groups: Groups | None, *places: int) -> None:
-    """Streams and memory of a step; `places` as in src/block.cpp."""
-    _block(
-        ctypes.addressof(layer), ctypes.addressof(step), None if groups is None else ctypes.addressof(groups), *places
-    )
+def run(layers: ctypes.Array, step: Step, *places: int) -> None:
+    """Streams and memory of a step, through all layers (`in_order`); `places` as in src/block.cpp."""
+    _blocks(ctypes.addressof(layers), len(layers), ctypes.addressof(step), *places)
+
+
+def in_order(layers: Sequence[Layer]) -> ctypes.Array:
+    """Where the layers lie, as `run` takes it; they must outlive it."""
+    return (c_void_p * len(layers))(*map(ctypes.addressof, layers))
+
+
+def plan(
+    sequences: np.ndarray, tables: list[int], window: int, max_rewind: int, page_tokens: int, kinds: np.ndarray
+) -> tuple[Step, np.ndarray]:
+    """Where the tokens of a step read and write, and their positions int64 [n + groups that close].
+
+    sequences: int64 [3, n], slot, length so far and new tokens of each; tables: the addresses of their pages' numbers;
+    kinds: int64 [n, 2], ratio and overlap. The step holds addresses in what the positions are a part of, and in tables.
+    """
+    count, tokens = sequences.shape[1], int(sequences[2].sum())
+    held = int((sequences[1:].sum(axis=0) // page_tokens + 1).sum()) if count > 1 else 0
+    size = count * (8 + 2 * window + 4 * int(kinds[:, 0].sum())) + tokens * (8 + 12 * len(kinds)) + held
+    room, step = np.empty(size, dtype=np.int64), Step()
+    slot, start, length = (sequences.ctypes.data + sequences.strides[0] * i for i in range(3))
+    places = (c_void_p * count)(*tables)
+    _plan(
+        count, slot, start, length, ctypes.addressof(places), window, max_rewind, page_tokens,
+        len(kinds), kinds.ctypes.data, room.ctypes.data, ctypes.addressof(step),
+    )  # fmt: skip
+    first = (step.positions - room.ctypes.data) // room.itemsize
+    return step, room[first : first + tokens + sum(g.closing for g in step.groups)]

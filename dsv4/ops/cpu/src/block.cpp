@@ -1,10 +1,12 @@
-// A whole block for a few tokens in one call: what the model's own block does op by op (model/block.py), with the same
-// functions in the same order, so with the same bits, but without anything between them. It writes the memory, too.
+// Whole blocks, one after the other, for a few tokens in one call: what the model's own block does op by op (model/block.py),
+// with the same functions in the same order, so with the same bits, but without anything between them. It writes the memory,
+// too.
 //
-// Layer and Step are laid out as in block.py, which fills them; every field has eight bytes.
+// Layer is laid out as in block.py, which fills it; every field has eight bytes.
 #include "calls.h"
 #include "matmul.h"
 #include "room.h"
+#include "step.h"
 
 namespace {
 
@@ -64,41 +66,12 @@ struct Experts {
 };
 
 struct Layer {
-    long is_bf16, streams, width, iters;
+    long is_bf16, streams, width, iters, pairs;
+    long kind;  // of the step's groups; -1: a layer with a window alone
     double hc_eps, eps;
     Hyper attn, ffn;
     Attention attention;
     Experts experts;
-};
-
-struct RingRows {  // model/segments.py
-    const int64_t *read, *order, *write, *kept;
-    long before, joined, stored;
-
-    // The rows of a ring before the part's own ones, and its own, in order: `joined` of them.
-    void join(const uint8_t* ring, const uint8_t* own, long bytes, uint8_t* out) const {
-        for (long i = 0; i < joined; i++) {
-            long from = order ? order[i] : i;
-            std::memcpy(out + i * bytes, from < before ? ring + read[from] * bytes : own + (from - before) * bytes, bytes);
-        }
-    }
-    void store(uint8_t* ring, const uint8_t* own, long bytes) const {
-        for (long i = 0; i < stored; i++) std::memcpy(ring + write[i] * bytes, own + (kept ? kept[i] : i) * bytes, bytes);
-    }
-};
-
-struct Groups {
-    long closing, longest;  // groups that close; entries that a token sees, at most
-    const int64_t *first_row, *entry, *start, *stop;
-    const uint8_t* has_previous;
-    const float* turn;
-    RingRows rows;
-};
-
-struct Step {
-    long n, pairs, pages;
-    const int64_t *positions, *start, *stop, *table;
-    RingRows ring;
 };
 
 // Either counts the bytes of pieces of a room, or gives them.
@@ -114,9 +87,9 @@ struct Taken {
 template <class T> struct Block {
     const Layer& l;
     const Step& s;
-    const Groups* g;  // of the layer's kind
-    const float* turn;
+    const float* turn;  // [tokens and groups that close, pairs]: the rotations of this kind of layer
     const int64_t* ids;
+    const Groups* g = l.kind < 0 ? nullptr : &s.groups[l.kind];
     static constexpr int BF = std::is_same<T, bf16>::value;
 
     // What stands between.
@@ -125,7 +98,7 @@ template <class T> struct Block {
         float *post, *comb, *lse, *own, *joined, *weights, *routed, *shared;
         uint8_t *kept, *window, *packed;
         int64_t *chosen, *given;
-    } b;
+    } b = {};
 
     // A token closes a group of a kind at most.
     template <class Take> void lay(Take&& take) {
@@ -163,6 +136,13 @@ template <class T> struct Block {
     };
     Numbers pages(const Store& store) const { return {store, store.data, s.table, s.pages * store.per_page}; }
 
+    // The rotations of the groups that close: after those of the tokens, by kind.
+    const float* group_turn() const {
+        long before = s.n;
+        for (const Groups* other = s.groups; other < g; other++) before += other->closing;
+        return turn + before * l.pairs * 2;
+    }
+
     // A compressor remembers its tokens; the groups that close become entries.
     void compress(const Compressor& c) const {
         CALL(compressor_rows)(b.h, BF, s.n, l.width, c.wkv, c.wgate, c.channels, c.ape, c.ratio, s.positions, b.own);
@@ -172,7 +152,7 @@ template <class T> struct Block {
         g->rows.store(reinterpret_cast<uint8_t*>(c.ring), own, bytes);
         if (!g->closing) return;
         CALL(compress)(b.joined, 2 * c.channels, b.joined + c.channels, 2 * c.channels, g->rows.joined, g->first_row,
-                       g->has_previous, g->closing, c.ratio, int(c.overlap), c.width, c.gain, float(l.eps), g->turn, s.pairs, 0,
+                       g->has_previous, g->closing, c.ratio, int(c.overlap), c.width, c.gain, float(l.eps), group_turn(), l.pairs, 0,
                        BF, b.entries);
         pack(c.entries, b.entries, g->closing, b.packed);
         long row = c.entries.row_bytes;
@@ -189,7 +169,7 @@ template <class T> struct Block {
         long rows = s.n * i.heads;
         CALL(linear)(b.qr, BF, s.n, i.wq_b.columns, i.wq_b.data, i.wq_b.scales, int(i.wq_b.dtype), i.wq_b.columns, i.wq_b.rows,
                      b.index);
-        CALL(rotate)(b.index, BF, rows, i.heads, i.width, turn, s.pairs, 0, b.turned);
+        CALL(rotate)(b.index, BF, rows, i.heads, i.width, turn, l.pairs, 0, b.turned);
         if (keys.rotated) {  // queries are rotated and rounded as keys are
             pack(keys, b.turned, rows, b.packed);
             CALL(unpack_rows)(b.packed, rows, i.width, keys.block, keys.tail, keys.row_bytes, keys.kind == FP4, 0, BF, b.turned);
@@ -207,7 +187,7 @@ template <class T> struct Block {
         const Attention& a = l.attention;
         long n = s.n, D = a.wkv.rows;
         CALL(project_in)(b.h, BF, n, GIVE(a.wq_a), a.q_gain, GIVE(a.wq_b), GIVE(a.wkv), a.kv_gain, a.heads, float(l.eps), turn,
-                         s.pairs, b.qr, b.q, b.kv, b.row);
+                         l.pairs, b.qr, b.q, b.kv, b.row);
         pack(a.window, b.row, n, b.kept);  // a query reads its own tokens as later ones will
         s.ring.join(a.window.data, b.kept, a.window.row_bytes, b.window);
         s.ring.store(a.window.data, b.kept, a.window.row_bytes);
@@ -221,7 +201,7 @@ template <class T> struct Block {
         }
         CALL(sparse_attention)(b.q, BF, n, a.heads, D, window.numbers, entries.numbers, s.start, s.stop, start, stop, chosen,
                                chosen ? a.indexer.topk : 0, a.sink, float(a.scale), b.o, b.lse);
-        CALL(project_out)(b.o, BF, n, a.heads, D, turn, s.pairs, GIVE(a.wo_a), a.groups, GIVE(a.wo_b), b.low, b.y);
+        CALL(project_out)(b.o, BF, n, a.heads, D, turn, l.pairs, GIVE(a.wo_a), a.groups, GIVE(a.wo_b), b.low, b.y);
     }
 
     void mlp(const Mlp& m, const int64_t* chosen, const float* weights, long k, long experts, float* out) const {
@@ -268,22 +248,31 @@ template <class T> struct Block {
 
 }  // namespace
 
-// Streams x [n, N, M] -> out, both FP32 or BF16; what the gate decided: scores [n, X], chosen and weights [n, k]. turn
-// [n, pairs]: the rotations of this kind of layer; ids [n]: of the tokens.
-EXPORT(block)
-(const Layer* layer, const Step* step, const Groups* groups, const float* turn, const int64_t* ids, const void* x, void* out,
- float* scores, int64_t* chosen, float* weights) {
-    if (layer->is_bf16)
-        Block<bf16>{*layer, *step, groups, turn, ids, {}}.run(
-            static_cast<const bf16*>(x), static_cast<bf16*>(out), scores, chosen, weights);
-    else
-        Block<float>{*layer, *step, groups, turn, ids, {}}.run(
-            static_cast<const float*>(x), static_cast<float*>(out), scores, chosen, weights);
+// Streams x [n, N, M] -> out, both FP32 or BF16, through `count` layers; what their gates decided: scores [count, n, X], chosen
+// and weights [count, n, k]. turn, of layers with a window alone and of all others: FP32 pairs [tokens and groups that close,
+// pairs, 2]; ids [n]: of the tokens. `room` is for streams, as many as x.
+EXPORT(blocks)
+(const Layer* const* layers, long count, const Step* step, const float* window_turn, const float* turn, const int64_t* ids,
+ const void* x, void* room, void* out, float* scores, int64_t* chosen, float* weights) {
+    const void* from = x;
+    for (long i = 0; i < count; i++) {
+        const Layer& l = *layers[i];
+        const float* turned = l.kind < 0 ? window_turn : turn;
+        void* to = (count - i) % 2 ? out : room;  // the last one is `out`
+        long at = i * step->n, X = l.experts.gate.rows, k = l.experts.k;
+        if (l.is_bf16)
+            Block<bf16>{l, *step, turned, ids}.run(static_cast<const bf16*>(from), static_cast<bf16*>(to), scores + at * X,
+                                                   chosen + at * k, weights + at * k);
+        else
+            Block<float>{l, *step, turned, ids}.run(static_cast<const float*>(from), static_cast<float*>(to), scores + at * X,
+                                                    chosen + at * k, weights + at * k);
+        from = to;
+    }
 }
 
 #if !defined(__AVX512F__)  // once: block.py compares
 extern "C" __attribute__((visibility("default"))) long dsv4_sizes(int which) {
-    const long sizes[] = {sizeof(Layer), sizeof(Step), sizeof(Groups)};
+    const long sizes[] = {sizeof(Layer), sizeof(Step)};
     return sizes[which];
 }
 #endif

@@ -11,11 +11,12 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
     // few rows, of one tile or such as stay in the first cache: each weight is read once, straight from where it lies
     if (M <= MR || (plain && M <= 24 && M * K <= 1 << 13)) {
         long ahead = NR * (w.row<D>(n0 + 1).bytes(0) - w.row<D>(n0).bytes(0));
+        ahead *= std::max<long>(1, (8192 + ahead - 1) / ahead);
         for (long n = n0; n < n1; n += NR) {
             Row rows[NR];
             int wanted = int(std::min<long>(NR, n1 - n));
             for (int i = 0; i < NR; i++) rows[i] = w.row<D>(n + std::min(i, wanted - 1));
-            tiles<true>(M, x, ldx, rows, K, out + n, ldo, wanted, n + 2 * NR <= n1 ? ahead : 0);
+            tiles<true>(M, x, ldx, rows, K, out + n, ldo, wanted, ahead);
         }
         return;
     }
@@ -27,7 +28,7 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
             X* to = panel + (n - first) * K;
             typename Dot<X>::reg end = last_piece<X>(row, even, K);
             for (long k = 0; k < even; k += Dot<X>::STEP) {
-                typename Dot<X>::reg part = piece<X>(row, k);
+                typename Dot<X>::reg part = piece<X>(row, row, k);
                 std::memcpy(to + k, &part, sizeof part);
             }
             std::memcpy(to + even, &end, (K - even) * sizeof(X));

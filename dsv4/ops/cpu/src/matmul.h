@@ -37,10 +37,14 @@ typedef bf16 Product16;  // what BF16 rows are multiplied as
 typedef float Product16;
 #endif
 
-// --- rows of weights: `at(k)` is one vector of numbers from k on, `some` the last, shorter one ---
+// --- rows of weights: `at(k)` is one vector of numbers from k on, `some` the last, shorter one; `open(k)` the same row for
+// the BLOCK columns around k, which share a scale ---
 
 template <class T> struct PlainRow {
+    static constexpr long BLOCK = LONG_MAX;
     const T* p;
+    static INLINE bool far(long) { return false; }
+    template <bool = false> INLINE PlainRow open(long) const { return *this; }
     INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k); }
     INLINE vf at(long k) const { return load(p + k); }
     INLINE vf some(long k, int count) const { return load_some(p + k, count); }
@@ -55,20 +59,34 @@ INLINE float power_of_two(uint8_t code) {  // UE8M0
 
 // e4m3 codes, a scale for every 128 columns
 struct Fp8Row {
+    static constexpr long BLOCK = 128;
     const uint8_t *p, *scales;
     INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k); }
-    // LANES codes times `scale`. A code with its sign in the highest bit and the rest from bit 7 on is the same number
-    // * 2^-8, as an IEEE half; the scale makes up for it, unless that takes it out of its range.
-    static INLINE vf scaled(const uint8_t* codes, float scale) {
+    // LANES codes / 256. A code with its sign in the highest bit and the rest from bit 7 on is that, as an IEEE half.
+    static INLINE vf halves(const uint8_t* codes) {
 #if defined(__AVX512F__)
         __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_as<__m128i>(codes)), 7);
-        vf halves = (vf)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(short(0xbf80))));
+        return (vf)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(short(0xbf80))));
 #else
         __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_cvtsi64_si128(load_as<int64_t>(codes))), 7);
-        vf halves = (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(short(0xbf80))));
+        return (vf)_mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(short(0xbf80))));
 #endif
+    }
+    // LANES codes times `scale`; 256 of it unless that is beyond all numbers.
+    static INLINE vf scaled(const uint8_t* codes, float scale) {
         float up = scale * 256.0f;
-        return __builtin_expect(up < INFINITY, 1) ? halves * up : halves * 256.0f * scale;
+        return __builtin_expect(up < INFINITY, 1) ? halves(codes) * up : halves(codes) * 256.0f * scale;
+    }
+    // FAR: 256 of the scale is beyond all numbers.
+    template <bool FAR> struct Open {
+        const uint8_t* p;
+        float scale;
+        INLINE vf at(long k) const { return FAR ? halves(p + k) * 256.0f * scale : halves(p + k) * scale; }
+    };
+    INLINE bool far(long k) const { return scales[k / 128] > 246; }
+    template <bool FAR = false> INLINE Open<FAR> open(long k) const {
+        float scale = power_of_two(scales[k / 128]);
+        return {p, FAR ? scale : scale * 256.0f};
     }
     INLINE vf at(long k) const { return scaled(p + k, power_of_two(scales[k / 128])); }
     INLINE vf some(long k, int count) const {
@@ -80,9 +98,10 @@ struct Fp8Row {
 
 // e2m1 codes, two to a byte (the even column low), a scale for every 32 columns
 struct Fp4Row {
+    static constexpr long BLOCK = 32;
     const uint8_t *p, *scales;
     INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k / 2); }
-    INLINE vf numbers(const uint8_t* packed) const {
+    static INLINE vf numbers(const uint8_t* packed) {
 #if defined(__AVX512F__)
         __m128i pair = _mm_cvtsi64_si128(load_as<int64_t>(packed));  // 8 bytes: 16 codes
 #else
@@ -100,7 +119,14 @@ struct Fp4Row {
         return as_float(as_bits(size) | (((vu)code & 8) << 28));
 #endif
     }
-    INLINE vf at(long k) const { return numbers(p + k / 2) * power_of_two(scales[k / 32]); }
+    struct Open {
+        const uint8_t* p;
+        float scale;
+        INLINE vf at(long k) const { return numbers(p + k / 2) * scale; }
+    };
+    static INLINE bool far(long) { return false; }
+    template <bool = false> INLINE Open open(long k) const { return {p, power_of_two(scales[k / 32])}; }
+    INLINE vf at(long k) const { return open(k).at(k); }
     INLINE vf some(long k, int count) const {
         uint8_t part[LANES / 2] = {};
         std::memcpy(part, p + k / 2, (count + 1) / 2);
@@ -176,8 +202,9 @@ INLINE bool narrow_codes(const Fp8Row& row, long k, __m512i& out) {
 }
 #endif
 
-// A vector of what is multiplied, from k on: of a plain row of the same numbers, or widened from any other.
-template <class X, class Row> INLINE typename Dot<X>::reg piece(const Row& row, long k) {
+// A vector of what is multiplied, from k on: of a plain row of the same numbers, or widened from any other. open: the row,
+// opened at k.
+template <class X, class Row, class Open> INLINE typename Dot<X>::reg piece(const Row& row, const Open& open, long k) {
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same<X, bf16>::value && (std::is_same<Row, Fp8Row>::value || std::is_same<Row, Fp4Row>::value)) {
         __m512i numbers;
@@ -187,7 +214,7 @@ template <class X, class Row> INLINE typename Dot<X>::reg piece(const Row& row, 
     if constexpr (std::is_same<Row, PlainRow<X>>::value) return Dot<X>::get(row.p + k);
     else {
         vf parts[Dot<X>::STEP / LANES];
-        for (int i = 0; i < Dot<X>::STEP / LANES; i++) parts[i] = row.at(k + i * LANES);
+        for (int i = 0; i < Dot<X>::STEP / LANES; i++) parts[i] = open.at(k + i * LANES);
         return Dot<X>::join(parts);
     }
 }
@@ -206,7 +233,7 @@ template <class X, class Row> INLINE typename Dot<X>::reg last_piece(const Row& 
 #if defined(__AVX512F__)
 constexpr int MR = 6, NR = 4;
 #else
-constexpr int MR = 2, NR = 4;
+constexpr int MR = 3, NR = 4;
 #endif
 
 // The sums over lanes of four vectors, each by halves as `sum` has it.
@@ -285,14 +312,25 @@ __attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, 
     static_assert(NR == 4, "Sums has four columns");
     Sums<M, X> sums;
     const Row w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
+    constexpr long STEP = Dot<X>::STEP;
+    const long even = K / STEP * STEP;
     long k = 0;
-    for (; k + Dot<X>::STEP <= K; k += Dot<X>::STEP) {
-        if (FETCH) {
-            _mm_prefetch(w0.bytes(k) + ahead, _MM_HINT_T0), _mm_prefetch(w1.bytes(k) + ahead, _MM_HINT_T0);
-            _mm_prefetch(w2.bytes(k) + ahead, _MM_HINT_T0), _mm_prefetch(w3.bytes(k) + ahead, _MM_HINT_T0);
+    auto block = [&](auto far) __attribute__((always_inline)) {
+        constexpr bool FAR = decltype(far)::value;
+        const auto o0 = w0.template open<FAR>(k), o1 = w1.template open<FAR>(k), o2 = w2.template open<FAR>(k),
+                   o3 = w3.template open<FAR>(k);
+        for (const long end = even - k > Row::BLOCK ? k + Row::BLOCK : even; k < end; k += STEP) {
+            if (FETCH) {
+                const char* next = w0.bytes(NR * k) + ahead;
+                for (long b = 0; b < std::max<long>(1, w0.bytes(NR * STEP) - w0.bytes(0)); b += 64)
+                    _mm_prefetch(next + b, _MM_HINT_T1);
+            }
+            sums.add(x + k, ldx, piece<X>(w0, o0, k), piece<X>(w1, o1, k), piece<X>(w2, o2, k), piece<X>(w3, o3, k));
         }
-        sums.add(x + k, ldx, piece<X>(w0, k), piece<X>(w1, k), piece<X>(w2, k), piece<X>(w3, k));
-    }
+    };
+    while (k < even)
+        if (w0.far(k) || w1.far(k) || w2.far(k) || w3.far(k)) block(std::true_type());
+        else block(std::false_type());
     if (k < K)
         sums.add_last(x, ldx, k, K, last_piece<X>(w0, k, K), last_piece<X>(w1, k, K), last_piece<X>(w2, k, K),
                       last_piece<X>(w3, k, K));
@@ -301,7 +339,8 @@ __attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, 
 
 // How many of `left` rows the next tile takes: the last ones are shared out, so that none is left alone.
 INLINE long next_tile(long left) {
-    if (left == MR || left > MR + 2 || MR < 6) return std::min<long>(left, MR);
+    if (MR < 6) return left == 4 ? 2 : std::min<long>(left, MR);
+    if (left == MR || left > MR + 2) return std::min<long>(left, MR);
     return left > 6 ? 4 : left == 5 ? 3 : left;
 }
 
@@ -318,10 +357,10 @@ INLINE void tiles(long M, const X* x, long ldx, const Row* w, long K, Out* out, 
         long rows = next_tile(M - m);
         if (rows == MR) run(std::integral_constant<int, MR>());
         else if (rows == 1) run(std::integral_constant<int, 1>());
+        else if (rows == 2) run(std::integral_constant<int, 2>());
         else if constexpr (MR == 6) {
             if (rows == 4) run(std::integral_constant<int, 4>());
-            else if (rows == 3) run(std::integral_constant<int, 3>());
-            else run(std::integral_constant<int, 2>());
+            else run(std::integral_constant<int, 3>());
         }
     }
 }

@@ -9,7 +9,7 @@ namespace {
 // Numbers that BF16 holds exactly, as BF16.
 INLINE void as_bf16(const float* row, bf16* out, long padded) {
     for (long k = 0; k < padded; k += LANES) {
-        vh top = __builtin_convertvector(as_bits(load(row + k)) >> 16, vh);
+        vh top = to_halves(as_bits(load(row + k)) >> 16);
         std::memcpy(out + k, &top, sizeof top);
     }
 }

@@ -153,7 +153,7 @@ template <int MANTISSA, int BIAS> INLINE vu encode(vf x) {
 }
 
 INLINE void store_codes(uint8_t* p, vu codes, long count) {
-    vb bytes = __builtin_convertvector(codes, vb);
+    vb bytes = to_bytes(codes);
     if (count >= LANES) std::memcpy(p, &bytes, LANES);
     else std::memcpy(p, &bytes, count);
 }
@@ -246,7 +246,11 @@ template <class T> void pack(const T* rows, long n, const Format& f, uint8_t* ou
 }
 
 INLINE vf e4m3_numbers(vb codes) {
-    vh c = __builtin_convertvector(codes, vh);
+#if defined(__AVX512F__)
+    vh c = (vh)_mm256_cvtepu8_epi16((__m128i)codes);
+#else
+    vh c = (vh)_mm_cvtepu8_epi16(_mm_cvtsi64_si128((long long)codes));
+#endif
     vh half = ((c & 0x80) << 8) | ((c & 0x7f) << 7);  // the same number * 2^-8 as an IEEE half
     half |= (vh)((c & 0x7f) == 0x7f) & 0x7fff;        // NaN
 #if defined(__AVX512F__)
@@ -258,7 +262,7 @@ INLINE vf e4m3_numbers(vb codes) {
 
 // LANES numbers of codes that lie one to a byte
 INLINE vf e2m1_numbers(vb codes) {
-    vu c = __builtin_convertvector(codes, vu), size = c & 7;
+    vu c = widen(codes), size = c & 7;
     vu bits = (size << 22) + (126u << 23);            // from 1 on: two bits of exponent, one of mantissa
     vu small = size * (126u << 23);                   // 0 and a half
     bits = size < 2 ? small : bits;
