@@ -25,7 +25,8 @@ from dsv4.engine import Engine, SamplingParams
 from dsv4.engine.acceptance import Acceptance, acceptance
 from dsv4.errors import UserError
 from dsv4.measure.subjects import small_config, small_model, tokens
-from dsv4.model import Segment, Transformer, block
+from dsv4.model import Segment, Transformer
+from dsv4.model import block as blocks
 from dsv4.model.dspark import Blocks
 from dsv4.model.segments import plan
 from dsv4.text import ByteTokenizer
@@ -405,8 +406,8 @@ def test_a_stage_in_one_call_is_the_stage_op_by_op(
     memories, lengths, done = list(model.new_cache(3, mtp=True, format=format)), (3, 140, 128), []
     with torch.no_grad():
         model.trunk(tokens(model, sum(lengths)), [Segment(n, m) for n, m in zip(lengths, memories, strict=True)])
-    run = block.run_blocks
-    monkeypatch.setattr(block, "run_blocks", lambda *args: done.append(run(*args)) or done[-1])
+    run = blocks.run_blocks
+    monkeypatch.setattr(blocks, "run_blocks", lambda *args: done.append(run(*args)) or done[-1])
     for chosen in ([0, 1, 2], [1]):
         before = [memory.snapshot() for memory in memories]
         anchors, some = torch.tensor([5, 6, 7])[chosen], [memories[i] for i in chosen]
@@ -534,7 +535,7 @@ WEIGHTS = "model.safetensors"
 def test_a_drafter_is_saved_and_loaded_by_its_published_names(model: Transformer, tmp_path: Path) -> None:
     save(model, tmp_path)
     names = {n for n in load_file(tmp_path / WEIGHTS) if n.startswith("mtp.")}
-    block = (
+    matrices = (
         "attn.wq_a attn.wq_b attn.wkv attn.wo_a attn.wo_b attn.q_norm attn.kv_norm attn_norm ffn_norm ffn.gate".split()
     )
     want = {f"mtp.{s}.{n}.weight" for s in range(3) for n in matrices}
