@@ -13,6 +13,7 @@ from differences import differ
 from torch import Tensor
 
 from dsv4.conform.plain import FLIPS, HASH_FLIPS, MTP_FLIPS, TOP_FLIPS, PlainV4
+from dsv4.conform.plain_attention import PlainAttention
 from dsv4.measure.subjects import small_model, stream, tokens
 from dsv4.model import Segment, Transformer
 from dsv4.model.segments import plan
@@ -62,7 +63,7 @@ def test_a_hash_layer_is_not(flip):
 
 def test_every_flip_does_something():
     """A misspelt name would flip nothing and could not be told from a mistake that makes no difference."""
-    text = inspect.getsource(PlainV4)
+    text = inspect.getsource(PlainV4) + inspect.getsource(PlainAttention)
     for flip in (*FLIPS, *HASH_FLIPS, *TOP_FLIPS, *MTP_FLIPS):
         assert f'"{flip}"' in text, flip
 

@@ -249,7 +249,8 @@ def test_a_published_folder_keeps_its_own_special_tokens(tmp_path: Path):
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (BPE.vocab_size, BPE.vocab_size + 1)
     assert len(tokenizer.encode(SAMPLE)) > 64  # neither truncated nor padded
-    user = tokenizer.encode("<｜User｜>")
+    assert len(tokenizer.encode("<｜User｜>")) > 1, "a text is text, also where the file calls the token not special"
+    user = tokenizer.encode("<｜User｜>", special=True)
     assert len(user) == 1 and tokenizer.decode(user) == "<｜User｜>" and streamed(tokenizer, user) == "<｜User｜>"
 
     tokenizer.save(tmp_path / "copy")

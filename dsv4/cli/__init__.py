@@ -25,6 +25,7 @@ VERBS = {
     "chat": "Write a text together with a model, turn by turn.",
     "cost": "Count what a million tokens cost.",
     "bench": "Measure: is it right, and how fast?",
+    "conform": "Judge a port of V4: is it right, and if not, which mistake is it?",
     "doctor": "Check the installation.",
 }
 

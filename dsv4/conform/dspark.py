@@ -54,24 +54,24 @@ class PlainDSpark(PlainV4):
 
     def main(self, features: list[Tensor]) -> Tensor:
         """What the stages remember of each token, [T, M]."""
-        if self.flip == "target layers reversed":
+        if self.made("target layers reversed"):
             features = features[::-1]
-        first = self.flip == "first stream in place of the mean"
+        first = self.made("first stream in place of the mean")
         means = [x[:, 0] if first else x.mean(dim=1) for x in features]
         return self.norm(torch.cat(means, dim=1) @ self.w["mtp.0.main_proj.weight"].T, "mtp.0.main_norm.weight")
 
     def draft(self, main: Tensor, anchor: int, size: int) -> tuple[Tensor, Tensor]:
         """The context [L, M] of the tokens before the anchor -> states [size, M] and base logits [size, V]."""
         noise = self.c.dspark_noise_token_id
-        if self.flip == "another noise token":
+        if self.made("another noise token"):
             noise = (noise - 1) % self.c.vocab_size
-        if self.flip == "newest row of the context missing":
+        if self.made("newest row of the context missing"):
             main = main[:-1]
         x = self.w["embed.weight"][[anchor] + [noise] * (size - 1)][:, None].repeat(1, self.c.hc_mult, 1)
         for stage in range(self.c.dspark_stages):
             x = self.stage(f"mtp.{stage}.", x, main)
         states = self.collapse(x, self.last)
-        normed = states if self.flip == "drafter without its own norm" else self.norm(states, f"{self.last}norm.weight")
+        normed = states if self.made("drafter without its own norm") else self.norm(states, f"{self.last}norm.weight")
         return states, normed @ self.w["head.weight"].T
 
     def drafts(self, logits: Tensor, anchor: int) -> tuple[list[int], Tensor]:
@@ -80,18 +80,18 @@ class PlainDSpark(PlainV4):
         out, corrected = list[int](), list[Tensor]()
         for k in range(len(logits)):
             before = out[-1] if out else anchor
-            if k and self.flip == "Markov head reads the block":
+            if k and self.made("Markov head reads the block"):
                 before = self.c.dspark_noise_token_id
-            more = 0 if self.flip == "Markov head missing" else w2 @ w1[before]
+            more = 0 if self.made("Markov head missing") else w2 @ w1[before]
             corrected.append(logits[k] + more)
             out.append(int(corrected[-1].argmax()))
         return out, torch.stack(corrected)
 
     def confidence(self, states: Tensor, anchor: int, drafts: list[int]) -> Tensor:
         """A logit for each slot, [size]."""
-        if self.flip == "confidence of the normed state":
+        if self.made("confidence of the normed state"):
             states = self.norm(states, f"{self.last}norm.weight")
-        before = drafts if self.flip == "confidence of the token itself" else [anchor, *drafts[:-1]]
+        before = drafts if self.made("confidence of the token itself") else [anchor, *drafts[:-1]]
         embedded = self.w[f"{self.last}markov_head.markov_w1.weight"][before]
         return torch.cat([states, embedded], dim=1) @ self.w[f"{self.last}confidence_head.proj.weight"][0]
 
@@ -106,14 +106,14 @@ class PlainDSpark(PlainV4):
 
     def slots(self, prefix: str, x: Tensor, main: Tensor) -> Tensor:
         """The attention of the slots [size, M] to the context, a window's width of it, and to each other."""
-        c, flip = self.c, self.flip
+        c = self.c
         w = {name.removeprefix(f"{prefix}attn."): t for name, t in self.w.items() if name.startswith(f"{prefix}attn.")}
         size, length, heads, width = len(x), len(main), c.num_attention_heads, c.head_dim
-        other = flip == "drafter with YaRN and the compressed base"
+        other = self.made("drafter with YaRN and the compressed base")
         freq = self.frequencies(c.compress_rate_csa if other else 0)
-        place = {"block a position early": -1, "block a position late": 1}.get(flip or "", 0)
+        place = int(self.made("block a position late")) - int(self.made("block a position early"))
         own, past = length + place + torch.arange(size), torch.arange(length)
-        if flip == "context through the block's norm":
+        if self.made("context through the block's norm"):
             main = self.norm(main, f"{prefix}attn_norm.weight")
 
         def keys(rows: Tensor, positions: Tensor) -> Tensor:
@@ -123,13 +123,13 @@ class PlainDSpark(PlainV4):
         seen = torch.zeros(size, length + size, dtype=torch.bool)
         seen[:, max(0, length - c.sliding_window) : length] = True
         seen[:, length:] = True
-        if flip == "block causal":
+        if self.made("block causal"):
             seen[:, length:] = torch.ones(size, size, dtype=torch.bool).tril()
-        if flip == "window by distance":
+        if self.made("window by distance"):
             seen[:, :length] &= own[:, None] - past[None] < c.sliding_window
         q = self.norm(x @ w["wq_a.weight"].T, f"{prefix}attn.q_norm.weight") @ w["wq_b.weight"].T
         q = q.view(size, heads, width)
-        if flip != "no query norm":
+        if not self.made("no query norm"):
             q = q * (q.square().mean(dim=-1, keepdim=True) + c.rms_norm_eps).rsqrt()
         q = self.rotate(q, own, freq)
         out = torch.zeros(size, heads, width, dtype=torch.float64)
@@ -137,10 +137,10 @@ class PlainDSpark(PlainV4):
             rows = kv[seen[i]]
             for h in range(heads):
                 scores = rows @ q[i, h] * width**-0.5
-                sink = -math.inf if flip == "sink missing" else w["attn_sink"][h].item()
+                sink = -math.inf if self.made("sink missing") else w["attn_sink"][h].item()
                 p = torch.cat([scores, torch.tensor([sink], dtype=torch.float64)]).softmax(dim=0)[:-1]
                 out[i, h] = p @ rows
-        if flip != "output not rotated back":
+        if not self.made("output not rotated back"):
             out = self.rotate(out, own, freq, sign=-1)
         low = w["wo_a.weight"].view(c.o_groups, c.o_lora_rank, -1)
         groups = out.view(size, c.o_groups, -1)

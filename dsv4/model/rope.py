@@ -23,6 +23,16 @@ def frequencies(config: ModelConfig, table: str) -> Tensor:
     return pair_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling)
 
 
+def both_frequencies(config: ModelConfig) -> Tensor:
+    """The same of all TABLES, fp32 [2, 1, qk_rope_head_dim / 2]: for `turns` of both at once."""
+    return _both(config.qk_rope_head_dim, config.rope_theta, config.compress_rope_theta, config.rope_scaling)
+
+
+@lru_cache(maxsize=64)
+def _both(dim: int, base: float, compressed: float, scaling: RopeScaling) -> Tensor:
+    return torch.stack([pair_frequencies(dim, base), pair_frequencies(dim, compressed, scaling)])[:, None]
+
+
 @lru_cache(maxsize=64)  # every step asks for the same; nobody writes to them
 def pair_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
     """base^(-2i/dim) radians per position for pair i, fp32 [dim / 2], slowed down as `scaling` says (YaRN)."""
@@ -43,8 +53,6 @@ def pair_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) 
 
 
 def turns(freq: Tensor, positions: Tensor) -> Tensor:
-    """exp(i position frequency): complex64 [n, pairs] for positions int64 [n]."""
-    if not len(positions):
-        return torch.empty(0, len(freq), dtype=torch.complex64, device=positions.device)
+    """exp(i position frequency): complex64 [n, pairs] for positions int64 [n]; [2, n, pairs] for both frequencies."""
     angle = positions.float()[:, None] * freq.to(positions.device)
     return torch.polar(torch.ones_like(angle), angle)

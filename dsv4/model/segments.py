@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv4.cache import Pages, Ring, SequenceMemory
 from dsv4.config import AnyConfig, LayerKind, ModelConfig
 from dsv4.errors import UserError
-from dsv4.model.rope import TABLES, frequencies, turns
+from dsv4.model.rope import TABLES, both_frequencies, frequencies, turns
 from dsv4.ops import Spans
 
 ToDevice = Callable[[np.ndarray], Tensor]
@@ -155,7 +155,7 @@ class Run:
     @cached_property
     def turn(self) -> dict[str, Tensor]:
         """Rotations "window" and "compressed": complex64 [T, pairs], on the device."""
-        return {table: turns(frequencies(self.config, table), self.positions) for table in TABLES}
+        return dict(zip(TABLES, turns(both_frequencies(self.config), self.positions), strict=True))
 
     @cached_property
     def last(self) -> Tensor:

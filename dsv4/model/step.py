@@ -23,7 +23,7 @@ from dsv4.model import hyper
 from dsv4.model.attention import Attention
 from dsv4.model.compressor import Compressor
 from dsv4.model.moe import Routing
-from dsv4.model.rope import TABLES, frequencies, turns
+from dsv4.model.rope import both_frequencies, turns
 from dsv4.model.segments import Run
 from dsv4.ops import Spans
 from dsv4.ops.formats import Packed, PagedRows, Plain, RowFormat
@@ -243,7 +243,7 @@ def _step(run: Run, backend: Any) -> tuple[Any, tuple[int, int], Any]:
     kinds = np.array([(k.ratio, k.overlap) for k in config.compressed_kinds], dtype=np.int64).reshape(-1, 2)
     tables = [table.ctypes.data for table in run.tables]  # type: ignore[union-attr]
     step, positions = backend.plan(sequences, tables, config.sliding_window, pool.max_rewind, pool.page_tokens, kinds)
-    turned = [turns(frequencies(config, table), torch.from_numpy(positions)) for table in TABLES]
+    turned = turns(both_frequencies(config), torch.from_numpy(positions)).unbind()
     places = turned[0].data_ptr(), turned[1].data_ptr()
     run.derived["step"] = step, places, (positions, turned)
     return run.derived["step"]
@@ -251,7 +251,7 @@ def _step(run: Run, backend: Any) -> tuple[Any, tuple[int, int], Any]:
 
 def _of_windows(run: Run, b: Any) -> tuple[Any, tuple[int, int], Any]:
     """`_step` of a run of window layers alone whose one part says what each token sees."""
-    (part,), turned = run.parts, [run.turn[table] for table in TABLES]
+    (part,), turned = run.parts, (run.turn["window"], run.turn["compressed"])
     rows, window = part.ring, part.window
     assert rows is not None and not part.groups
     before, stored = len(rows.read), len(rows.write)

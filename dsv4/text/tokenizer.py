@@ -62,6 +62,15 @@ class Tokenizer(ABC):
     def token_table(self) -> list[bytes]:
         """[vocab_size] UTF-8 bytes that each id stands for; none for special tokens and unused ids."""
 
+    @property
+    def markers(self) -> dict[str, int]:
+        """Name -> id of the tokens that stand for no text: special ones, and those spelled like one (<think>)."""
+        return {}
+
+    def token_id(self, name: str) -> int | None:
+        """Id of a marker by its name, None where the vocabulary has none."""
+        return self.markers.get(name)
+
     @abstractmethod
     def to_json(self) -> str:
         """The contents of tokenizer.json."""
@@ -99,6 +108,10 @@ class ByteTokenizer(Tokenizer):
     def token_table(self) -> list[bytes]:
         return [b"", b"", *(bytes([byte]) for byte in range(256))]
 
+    @property
+    def markers(self) -> dict[str, int]:
+        return {BOS: self.bos_id, EOS: self.eos_id}
+
     def to_json(self) -> str:
         return '{"dsv4_tokenizer": "bytes"}\n'
 
@@ -116,8 +129,9 @@ class BPETokenizer(Tokenizer):
 
         self._spec, self._config = spec, dict(config or {})
         self._library = Library.from_str(spec)
-        self._literal = Library.from_str(spec)
-        self._literal.encode_special_tokens = True  # special names in a text stay letters
+        parsed = json.loads(spec)
+        self._literal = Library.from_str(_without_markers(spec, parsed))
+        self._literal.encode_special_tokens = True  # names of markers in a text stay letters
         for library in (self._library, self._literal):
             library.no_truncation()  # a published file may ask for either; neither may touch our data
             library.no_padding()
@@ -126,8 +140,8 @@ class BPETokenizer(Tokenizer):
         _check_ids(vocab)
         self.bos_id = _special_id("bos_token", self._config, KNOWN_BOS, vocab)
         self.eos_id = _special_id("eos_token", self._config, KNOWN_EOS, vocab)
-        self.exact_bytes = "ByteLevel" in _types(json.loads(spec).get("decoder"))
-        self._check_that_text_survives(json.loads(spec))
+        self.exact_bytes = "ByteLevel" in _types(parsed.get("decoder"))
+        self._check_that_text_survives(parsed)
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         for text in texts:
@@ -150,6 +164,11 @@ class BPETokenizer(Tokenizer):
             else:
                 table[i] = _byte_level_piece(token) if self.exact_bytes else _estimated_piece(token)
         return table
+
+    @cached_property
+    def markers(self) -> dict[str, int]:
+        added = self._library.get_added_tokens_decoder()
+        return {t.content: i for i, t in added.items() if t.special or _is_marker(t.content)}
 
     @cached_property
     def _special_names(self) -> dict[int, str]:
@@ -285,6 +304,25 @@ def _types(part: Any) -> set[str]:
         return set()
     members = chain.from_iterable(part.get(key) or () for key in ("decoders", "pretokenizers", "normalizers"))
     return {part.get("type", "")}.union(*map(_types, members))
+
+
+def _is_marker(name: str) -> bool:
+    """Whether an added token is spelled as a control token is: between signs, as <think>, <|EOT|>, ｜DSML｜ or [INST].
+
+    A published file need not say so: V4's calls <｜User｜> and all that its chat format is made of not special.
+    """
+    ends = name[:1] + name[-1:]
+    return any(map(str.isalpha, name)) and not any(c.isalnum() or c.isspace() for c in ends)
+
+
+def _without_markers(spec: str, parsed: dict[str, Any]) -> str:
+    """The tokenizer.json for text: without added tokens that look like control tokens and are not called special.
+
+    Special ones stay, as the library can leave them be; it cannot with the others. Added words and spaces are text.
+    """
+    added = parsed.get("added_tokens") or []
+    kept = [token for token in added if token.get("special") or not _is_marker(token.get("content", ""))]
+    return spec if len(kept) == len(added) else json.dumps(parsed | {"added_tokens": kept}, ensure_ascii=False)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,0 +1,96 @@
+"""The adapter for a server with the OpenAI completions interface: log-probabilities over HTTP, whole models alone.
+
+The server must have loaded the kit's model (`dsv4 conform --write DIR`, then DIR/model), take prompts as token ids, and
+name tokens by id, as vLLM does with `return_tokens_as_token_ids`. Where it echoes prompts with log-probabilities every
+position is compared, else the last one of each request.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.conform.adapter import Adapter, Best, Missing
+from dsv4.errors import UserError
+
+PREFIX = "token_id:"
+
+
+class Server(Adapter):
+    """url: up to and with /v1; best: how many log-probabilities to ask for at each position."""
+
+    def __init__(self, url: str, dtype: torch.dtype = torch.float32, best: int = 5, timeout_s: float = 120.0):
+        self.url, self.dtype, self.best, self.timeout_s = url.rstrip("/"), dtype, best, timeout_s
+        self.name = f"server at {self.url}"
+        self.echoes = True
+
+    def load(self, folder: Path) -> None:
+        """Ask for the name of its model."""
+        found = self._ask("models", None).get("data")
+        if not found or "id" not in found[0]:
+            raise UserError(f"{self.url}/models names no model: start the server with the model that --write makes")
+        self.model = found[0]["id"]
+
+    def logits(self, ids: Tensor, calls: list[int]) -> Best:
+        """A request for every call, the sequence being a longer prompt each time: a server keeps or computes anew."""
+        if min(calls) < 0:
+            raise Missing("a memory that takes tokens back")
+        end, parts = 0, []
+        for number, n in enumerate(calls):
+            end += n
+            parts.append(self._rows(ids[:end], echo=number == 0))
+        rows, tokens, logprobs = (torch.cat(x) for x in zip(*parts, strict=True))
+        return Best(rows, tokens, logprobs)
+
+    def batch(self, ids: list[Tensor]) -> list[Any]:
+        with ThreadPoolExecutor(len(ids)) as pool:
+            return list(pool.map(lambda part: Best(*self._rows(part, echo=True)), ids))
+
+    def _rows(self, ids: Tensor, *, echo: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [n], the best tokens after each [n, best] (-1: fewer were told), their log-probabilities."""
+        body = {
+            "model": self.model, "prompt": ids.tolist(), "max_tokens": 1, "temperature": 0.0, "logprobs": self.best,
+            "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        if echo and self.echoes:
+            try:
+                return self._read(self._ask("completions", {**body, "echo": True}), 0, len(ids))
+            except Refused:
+                self.echoes = False
+        return self._read(self._ask("completions", body), len(ids) - 1, len(ids))
+
+    def _read(self, answer: dict[str, Any], first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows first..stop-1; with an echo the list begins with the first token, before which there is no row."""
+        try:
+            told = answer["choices"][0]["logprobs"]["top_logprobs"]
+        except (KeyError, IndexError, TypeError):
+            raise Missing("log-probabilities of the likeliest tokens") from None
+        told = told[1:] if len(told) > stop - first else told
+        tokens = torch.full((len(told), self.best), -1)
+        logprobs = torch.zeros(len(told), self.best)
+        for row, pairs in enumerate(told):
+            for place, (token, logprob) in enumerate(list(pairs.items())[: self.best]):
+                if not token.startswith(PREFIX):
+                    raise Missing("tokens named by id (return_tokens_as_token_ids)")
+                tokens[row, place], logprobs[row, place] = int(token.removeprefix(PREFIX)), logprob
+        return torch.arange(first, first + len(told)), tokens, logprobs
+
+    def _ask(self, what: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{what}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise Refused(f"{self.url}/{what} answers {error.code} {error.reason}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.url}/{what} does not answer ({error}): is the server running?") from None
+
+
+class Refused(RuntimeError):
+    """The server said no to a request."""
