@@ -4,7 +4,6 @@ a folder that loads to something else; a traceback where the machine says no.
 """
 
 import json
-import logging
 import os
 import resource
 import shutil
@@ -805,36 +804,6 @@ def test_tables_that_carry_no_information_are_passed_over(model, tmp_path, layou
     assert same_weights(want, load(tmp_path))
     rewrite(tmp_path, lambda tensors: tensors.update({f"{name}_bias": torch.ones(4)}))
     refused(tmp_path, "1 tensors too many")
-
-
-def dspark(folder: Path, ratios: list[int]) -> None:
-    """Turn a published folder into one with a DSpark drafter: its keys, and some of its tensors."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"dspark_block_size": 5, "dspark_target_layer_ids": [0, 1, 2], "dspark_markov_rank": 8}
-    config |= {"dspark_noise_token_id": 9, "compress_ratios": ratios, "num_nextn_predict_layers": 1}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-    def change(tensors):
-        for stage in range(3):
-            tensors[f"mtp.{stage}.attn_norm.weight"] = torch.ones(48)
-        tensors["mtp.0.main_proj.weight"] = torch.ones(48, 144).to(torch.float8_e4m3fn)
-
-    rewrite(folder, change)
-
-
-def test_a_drafter_is_named_and_passed_over(model, folder, caplog):
-    """V4-Flash-0731's kind of folder: its mtp.* tensors are no MTP block, whatever num_nextn_predict_layers says."""
-    dspark(folder, [0, 4, 128, 0, 0, 0])
-    assert read_config(folder).dspark_stages == 3
-    with caplog.at_level(logging.INFO, "dsv4"):
-        trunk = load(folder)
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{folder} has a DSpark drafter of 3 stages, not an MTP block: loading without it"
-    ]
-    assert same_trunk(model, trunk) and not trunk.mtp
-    assert (trunk.config.dspark_stages, trunk.config.num_nextn_predict_layers) == (0, 0)
-    save(trunk, folder.parent / "again")
-    assert same_weights(trunk, load(folder.parent / "again"))
 
 
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])

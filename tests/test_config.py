@@ -299,8 +299,9 @@ def test_the_table_of_absent_keys_is_whole():
         "compress_rate_csa": 4, "compress_rate_hca": 128,
         "n_shared_experts": 1, "hc_eps": 1e-6, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "rope_scaling": RopeScaling("default"), "num_nextn_predict_layers": 0, "initializer_range": 0.02,
-        "bos_token_id": None, "eos_token_id": None, "dspark_stages": 0, "residual": "mhc",
-        "attention": "compressed", "attention_rank": 0,
+        "bos_token_id": None, "eos_token_id": None, "residual": "mhc", "attention": "compressed",
+        "attention_rank": 0, "dspark_stages": 0, "dspark_block_size": 0, "dspark_noise_token_id": None,
+        "dspark_target_layer_ids": (), "dspark_markov_rank": 0,
     }  # fmt: skip
 
 
@@ -420,25 +421,84 @@ def test_ratios_that_are_neither_the_trunks_nor_an_mtp_blocks():
 
 DSPARK = {"dspark_block_size": 5, "dspark_noise_token_id": 128799, "dspark_target_layer_ids": [40, 41, 42],
           "dspark_markov_rank": 256}  # fmt: skip
+PRO_DSPARK = {**DSPARK, "dspark_target_layer_ids": [58, 59, 60], "dspark_markov_rank": 512}
+RELEASES = [("flash", "flash-0731", DSPARK), ("pro", "pro-0813", PRO_DSPARK)]
+FLASH_0731 = {**PUBLISHED_FLASH, **DSPARK, "compress_ratios": [*TRUNK_RATIOS, 0, 0, 0]}
 
 
-@pytest.mark.parametrize(("preset", "entries"), [("flash", 46), ("pro", 64)])
-def test_the_releases_with_a_drafter(preset, entries):
-    """V4-Flash-0731 and V4-Pro-0813: the trunk of before, three stages of a drafter, and no MTP block."""
-    before = ModelConfig.preset(preset)
-    ratios = [*before.trunk_ratios, 0, 0, 0]
-    assert len(ratios) == entries
-    config = ModelConfig.from_json({**before.to_json(), **DSPARK, "compress_ratios": ratios})
-    trunk = before.with_(num_nextn_predict_layers=0, compress_ratios=before.trunk_ratios)
-    assert config == trunk.with_(dspark_stages=3)
-    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+@pytest.mark.parametrize(("before", "release", "drafter"), RELEASES)
+def test_the_releases_with_a_drafter(before, release, drafter):
+    """V4-Flash-0731 and V4-Pro-0813: the trunk of before, three stages of a drafter, and no MTP block, although their
+    num_nextn_predict_layers goes on saying 1."""
+    trunk = ModelConfig.preset(before)
+    ratios = [*trunk.trunk_ratios, 0, 0, 0]
+    data = {**trunk.to_json(), **drafter, "compress_ratios": ratios}
+    assert data["num_nextn_predict_layers"] == 1
+    config = ModelConfig.from_json(data)
+    assert config == ModelConfig.preset(release) and config.num_draft_blocks == config.dspark_stages == 3
+    assert config.without_drafts() == trunk.without_drafts()
+    assert [config.layer_kind(len(trunk.trunk_ratios) + stage).name for stage in range(3)] == ["window"] * 3
+    written = json.loads(json.dumps(config.to_json()))
+    assert ModelConfig.from_json(written) == config
+    assert written == json.loads(json.dumps(data)), "in the published spelling"
 
 
 def test_the_inference_file_of_a_release_with_a_drafter():
     data = {**INFERENCE_FLASH, **DSPARK, "n_mtp_layers": 3, "compress_ratios": [*TRUNK_RATIOS, 0, 0, 0]}
     config = ModelConfig.from_json(data)
     assert (config.dspark_stages, config.num_nextn_predict_layers) == (3, 0)
-    assert config.compress_ratios == tuple(TRUNK_RATIOS)
+    assert config == ModelConfig.from_json({**data, "compress_ratios": TRUNK_RATIOS}), "the ratios left out"
+    refused(lambda: ModelConfig.from_json({**data, "n_mtp_layers": 2}), "n_mtp_layers", "is 2", "3 stages")
+
+
+def test_a_drafter_without_trailing_ratios_is_counted_by_its_target_layers():
+    assert ModelConfig.from_json({**FLASH_0731, "compress_ratios": TRUNK_RATIOS}).dspark_stages == 3
+
+
+def test_a_drafter_may_be_left_out_by_the_file():
+    """Whatever its other keys say; ours are written without them then."""
+    config = ModelConfig.from_json({**FLASH_0731, "dspark_stages": 0, "dspark_of_another_day": 1})
+    assert config == ModelConfig.preset("flash").without_drafts()
+    assert not any(key.startswith("dspark_") for key in config.to_json())
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"dspark_target_layer_ids": [40, 41, 43]}, ["[40, 41, 43]", "0 to 42", "another model's"]),
+    ({"dspark_target_layer_ids": [42, 41, 40]}, ["ascending"]),
+    ({"dspark_target_layer_ids": [41, 41, 42]}, ["ascending"]),
+    ({"dspark_target_layer_ids": ["40", 41, 42]}, ["dspark_target_layer_ids"]),
+    ({"dspark_target_layer_ids": 42}, ["dspark_target_layer_ids"]),
+    ({"dspark_target_layer_ids": [True, 41]}, ["dspark_target_layer_ids"]),
+    ({"dspark_noise_token_id": 129280}, ["dspark_noise_token_id=129280", "vocab_size=129280"]),
+    ({"dspark_noise_token_id": 1.5}, ["dspark_noise_token_id=1.5"]),
+    ({"dspark_noise_token_id": [1]}, ["dspark_noise_token_id=[1]", "one token id"]),
+    ({"dspark_block_size": 0}, ["3 stages needs dspark_block_size"]),
+    ({"dspark_block_size": -5}, ["dspark_block_size=-5"]),
+    ({"dspark_block_size": 5.0}, ["whole number"]),
+    ({"dspark_markov_rank": 0}, ["needs dspark_markov_rank"]),
+    ({"dspark_markov_rank": 2**40}, ["dspark_markov_rank"]),
+    ({"dspark_stages": 2}, ["compress_ratios has 46 entries", "dspark_stages = 45"]),
+    ({"dspark_stages": -1}, ["dspark_stages=-1"]),
+    ({"dspark_n_routed_experts": 128}, ["unknown configuration key 'dspark_n_routed_experts'"]),
+    ({"compress_ratios": [*TRUNK_RATIOS, 0, 4, 0]}, ["must be 0"]),
+])  # fmt: skip
+def test_a_drafter_that_is_not_this_trunk_s_is_refused(changes, said):
+    refused(lambda: ModelConfig.from_json({**FLASH_0731, **changes}), *said)
+
+
+@pytest.mark.parametrize("key", DSPARK)
+def test_what_a_drafter_needs_is_not_guessed(key):
+    refused(lambda: ModelConfig.from_json(without(FLASH_0731, key)), key, "dspark_stages to 0")
+    alone = {**PUBLISHED_FLASH, key: DSPARK[key]}
+    refused(lambda: ModelConfig.from_json(alone), *(other for other in DSPARK if other != key))
+    value = tuple(DSPARK[key]) if key == "dspark_target_layer_ids" else DSPARK[key]
+    refused(lambda: ModelConfig.preset("flash", **{key: value}), key, "dspark_stages is 0")
+
+
+def test_a_drafter_and_an_mtp_block_are_not_both():
+    config = ModelConfig.preset("flash-0731")
+    ratios = (*config.compress_ratios, 0)
+    refused(lambda: config.with_(num_nextn_predict_layers=1, compress_ratios=ratios), "in the place of the MTP block")
 
 
 @pytest.mark.parametrize("extra", [
@@ -468,6 +528,7 @@ def test_what_is_written_has_the_keys_that_other_readers_ask_for():
         written = ModelConfig.preset(preset).to_json()
         assert {key: written.get(key) for key in want} == want
         assert "dspark_stages" not in written
+        assert any("dspark" in key for key in written) == (ModelConfig.preset(preset).dspark_stages > 0)
 
 
 # --- the models that V4 is compared with ------------------------------------------------------------

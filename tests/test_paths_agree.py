@@ -578,15 +578,16 @@ def test_packed_drafts_read_rounded_rows():
     chunked = drafts(model, ids[:199], ids[199:], model.new_cache(format="packed", mtp=True)[0], 7)
     assert (packed - chunked).abs().mean() < 2e-3
     memory = model.new_cache(format="packed", mtp=True)[0]
-    assert memory.mtp is not None and memory.mtp.window.data.dtype == torch.uint8
-    assert memory.snapshot()["mtp.window"].shape == (256, memory.mtp.window.data.shape[1])
+    (view,) = memory.mtp
+    assert view.window.data.dtype == torch.uint8
+    assert memory.snapshot()["mtp.0.window"].shape == (256, view.window.data.shape[1])
 
 
 def test_a_memory_has_the_mtp_window_only_where_it_is_asked_for():
     model = small_model(mtp=1)
     plain, more = model.new_cache()[0], model.new_cache(mtp=True)[0]
     assert more.bytes() - plain.bytes() == 256 * model.config.head_dim * 4
-    assert set(more.snapshot()) - set(plain.snapshot()) == {"mtp.window"}
+    assert set(more.snapshot()) - set(plain.snapshot()) == {"mtp.0.window"}
     for memory, other in ((plain, more), (more, plain)):
         with pytest.raises(UserError, match="max_rewind and mtp"):
             memory.restore(other.snapshot())

@@ -325,6 +325,10 @@ def test_defaults_of_a_file_are_those_of_transformers():
         "attention": "compressed",
         "attention_rank": 0,
         "dspark_stages": 0,
+        "dspark_block_size": 0,
+        "dspark_noise_token_id": None,
+        "dspark_target_layer_ids": (),
+        "dspark_markov_rank": 0,
     }
 
 

@@ -251,3 +251,12 @@ def test_wrong_types_in_yaml_are_refused_by_name(tmp_path: Path, text: str, mess
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         resolve("tiny", file)
+
+
+def test_a_drafter_is_not_trained_and_not_a_setting() -> None:
+    """Its keys are no part of what a run is compared with when it resumes."""
+    config = resolve("tiny")
+    named = [key for key in config.to_dict()["model"] if key.startswith("dspark_")]
+    assert named == ["dspark_stages"]
+    with pytest.raises(UserError, match="model.dspark_stages=3: a DSpark drafter is not trained here"):
+        replace(config, model=ModelConfig.preset("flash-0731"))

@@ -40,7 +40,7 @@ SEEDED = SamplingParams(temperature=0.9, top_p=0.95, seed=5, max_tokens=12)
 
 @torch.no_grad()
 def foreseeable(model: Transformer, noise: float) -> Transformer:
-    """Make a model whose next token mostly follows from the last one, so that its MTP block often foresees it: the more
+    """Make a model whose next token mostly follows from the last one, so that its drafter often foresees it: the more
     seldom, the more `noise` comes from the blocks, which read all of the context."""
     vocab, width = model.config.vocab_size, model.config.hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -51,15 +51,30 @@ def foreseeable(model: Transformer, noise: float) -> Transformer:
     for name, p in model.named_parameters():
         if name.endswith(("wo_b.weight", "w2", "w2.weight")):
             p.mul_(noise)
+    if model.config.dspark_stages:
+        drafter = model.drafter.last
+        drafter.norm.weight.mul_(0.1 * noise)
+        drafter.markov_head.markov_w1.weight.copy_(embedded)
+        drafter.markov_head.markov_w2.weight[after] = 0.3 * embedded
+        return model
     block = model.mtp[0]
     block.e_proj.weight.copy_(torch.eye(width))
     block.h_proj.weight.mul_(noise)
     return model
 
 
+DRAFTERS: dict[str, dict] = {"mtp": dict(mtp=1), "dspark": dict(dspark=3, dspark_markov_rank=48)}
+BOTH = pytest.mark.parametrize("model", DRAFTERS, indirect=True)
+
+
+def drafting(kind: str, noise: float, **changes) -> Transformer:
+    return foreseeable(small_model(**{"vocab_size": 258, **DRAFTERS[kind], **changes}), noise)
+
+
 @pytest.fixture(scope="module")
-def model() -> Transformer:
-    return foreseeable(small_model(vocab_size=258, mtp=1), 3)
+def model(request: pytest.FixtureRequest) -> Transformer:
+    """With an MTP block, or the drafter that a test asks for."""
+    return drafting(getattr(request, "param", "mtp"), 3)
 
 
 def prompt(length: int) -> list[int]:
@@ -287,7 +302,30 @@ def test_a_thousand_prompts_get_the_tokens_of_plain_decoding() -> None:
     assert all(accepted[n] for n in range(128)) and all(refused[n] for n in range(128))
 
 
-@pytest.mark.parametrize(("depth", "format"), [(1, "float32"), (1, "packed"), (3, "float32"), (4, "packed")])
+def test_blocks_of_drafts_change_no_token_at_any_residue() -> None:
+    """The drafter's own blocks, of the length that it was trained for: some of each are accepted and some refused."""
+    model = drafting("dspark", 4.5)
+    prompts, params = [prompt(100 + i) for i in range(128)], replace(GREEDY, max_tokens=9)
+    want = plain(model, prompts, params)
+    got = Engine(model, TOKENIZER, max_batch=64, speculative=5).generate(prompts, params)
+    assert all(same(a, b) for a, b in zip(got, want, strict=True))
+    accepted, drafted = sum(c.accepted for c in got), sum(c.drafted for c in got)
+    assert 0.2 < accepted / drafted < 0.8
+    assert sum(0 < c.accepted < c.drafted for c in got) > 100
+
+
+@pytest.mark.parametrize(
+    ("model", "depth", "format"),
+    [
+        ("mtp", 1, "float32"),
+        ("mtp", 1, "packed"),
+        ("mtp", 3, "float32"),
+        ("mtp", 4, "packed"),
+        ("dspark", 2, "packed"),
+        ("dspark", 5, "float32"),
+    ],
+    indirect=["model"],
+)
 def test_every_way_of_being_accepted_at_every_residue(model: Transformer, depth: int, format: str) -> None:
     """Prompts of every residue mod 128, decoded across the edges of groups and pages; half of the drafts are right."""
     prompts = [prompt(60 + i) for i in range(128)]
@@ -304,8 +342,12 @@ def test_every_way_of_being_accepted_at_every_residue(model: Transformer, depth:
     assert max(runs) >= depth and len(runs) >= depth
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-@pytest.mark.parametrize(("max_batch", "budget"), [(16, 2048), (2, 12), (5, 30), (3, 131)])
+@pytest.mark.parametrize(
+    ("model", "depth", "max_batch", "budget"),
+    [("mtp", d, *b) for d in (1, 2, 5) for b in ((16, 2048), (2, 12), (5, 30), (3, 131))]
+    + [("dspark", 5, 2, 12), ("dspark", 3, 16, 2048)],
+    indirect=["model"],
+)
 def test_a_ragged_batch_is_each_alone(model: Transformer, depth: int, max_batch: int, budget: int) -> None:
     """Greedy and drawn, waiting in line, chunks of every size beside drafts: what is drawn, and how it was drafted."""
     batch = [(prompt(n), [GREEDY, SEEDED][i % 2]) for i, n in enumerate((130, 1, 7, 40, 3, 127, 128, 2))]
@@ -331,6 +373,7 @@ def test_a_ragged_batch_is_each_alone(model: Transformer, depth: int, max_batch:
     assert 0 < sum(c.accepted for c in alone) < sum(c.drafted for c in alone)
 
 
+@BOTH
 def test_too_few_pages_change_nothing(model: Transformer) -> None:
     """Twelve requests on 5 pages: who gives way keeps its drafts, and every page is free in the end."""
     prompts = [prompt(n) for n in (100, 120, 127, 128, 129, 30, 250, 1, 126, 125, 60, 124)]
@@ -346,6 +389,7 @@ def test_too_few_pages_change_nothing(model: Transformer) -> None:
     assert engine.pool.free_pages == 5 and engine.pool.free_slots == engine.pool.num_slots  # type: ignore[attr-defined]
 
 
+@BOTH
 @pytest.mark.parametrize("length", [238, 250, 251, 252, 253])
 def test_a_request_that_fills_all_pages_ends_in_them(model: Transformer, length: int) -> None:
     """Drafts never reach beyond what the request may take, deeper ones included."""
@@ -357,8 +401,9 @@ def test_a_request_that_fills_all_pages_ends_in_them(model: Transformer, length:
     assert same(got, want) and got.finish_reason == "length" and got.accepted
 
 
-def test_the_end_of_the_context() -> None:
-    short = foreseeable(small_model(vocab_size=258, mtp=1, max_position_embeddings=40), 3)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_the_end_of_the_context(kind: str) -> None:
+    short = drafting(kind, 3, max_position_embeddings=40)
     prompts = [prompt(n) for n in (29, 30, 31, 36, 37, 38, 39)]
     for depth in (1, 3):
         got = Engine(short, TOKENIZER, speculative=depth).generate(prompts, GREEDY)
@@ -403,8 +448,8 @@ class Letters(ByteTokenizer):
         return [b"", b"", *(chr(0x100 + i).encode() for i in range(256))]
 
 
-@pytest.mark.parametrize("depth", [1, 2, 6])
 @pytest.mark.parametrize("end", range(1, 12))
+@pytest.mark.parametrize(("model", "depth"), [("mtp", 1), ("mtp", 2), ("mtp", 6), ("dspark", 5)], indirect=["model"])
 def test_a_request_ends_where_plain_decoding_ends(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, depth: int, end: int
 ) -> None:
@@ -438,7 +483,7 @@ def say(session: Session, text: str, params: SamplingParams) -> list[int]:
 
 
 @pytest.mark.parametrize("rewind", [0, 8])
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(("model", "depth"), [("mtp", 1), ("mtp", 3), ("dspark", 5)], indirect=["model"])
 def test_a_session_is_one_long_prompt(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, rewind: int, depth: int
 ) -> None:
@@ -467,8 +512,9 @@ def test_a_session_is_one_long_prompt(
         assert say(session, "!", short) == plain(model, [ids], short)[0].ids
 
 
+@BOTH
 def test_a_timeline_drafts_as_if_it_had_been_read_at_once(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the MTP block remembers of a turn is what it reads in one long prompt, also where the turn ended with an eos
+    """What the drafter remembers of a turn is what it reads in one long prompt, also where the turn ended with an eos
     that is not part of the timeline, and after a rewind: else drawn text would depend on it."""
     engine = Engine(model, TOKENIZER, max_rewind=30, speculative=2)
     for way in ("said", "ended", "rewound", "undone"):
@@ -495,6 +541,7 @@ def test_a_timeline_drafts_as_if_it_had_been_read_at_once(model: Transformer, mo
             session.undo()
 
 
+@BOTH
 @pytest.mark.parametrize("where", range(1, 40, 3))
 def test_forks_go_their_own_ways(model: Transformer, where: int) -> None:
     """A request that is `where` events old, its memory forked with drafts in flight: all three go on exactly."""
@@ -549,13 +596,13 @@ def unlikely(got: Counter[tuple[int, ...]], likely: dict[tuple[int, ...], float]
     return sum((got[t] - n * p) ** 2 / (n * p) for t, p in likely.items())
 
 
-@pytest.mark.parametrize("rule", ["ours", "leftover ignored"])
-def test_drawn_texts_are_as_likely_as_plain_ones(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+@pytest.mark.parametrize(("kind", "rule"), [("mtp", "ours"), ("mtp", "leftover ignored"), ("dspark", "ours")])
+def test_drawn_texts_are_as_likely_as_plain_ones(monkeypatch: pytest.MonkeyPatch, kind: str, rule: str) -> None:
     """16 texts of four tokens, 3000 seeds with two drafts a step: within what 1 of 1000 honest samplers exceeds
     (37.7 with 15 degrees of freedom); and a wrong leftover is far outside."""
     if rule != "ours":
         monkeypatch.setattr(speculative, "residual", lambda p, draft: p)
-    model = foreseeable(small_model(vocab_size=258, mtp=1), 1.5)
+    model = drafting(kind, 1.5)
     params, ids = SamplingParams(temperature=8, top_k=2, max_tokens=4), [17]
     likely = likelihood(model, ids, params)
     assert len(likely) == 16 and abs(sum(likely.values()) - 1) < 1e-6 and min(likely.values()) > 1e-3
@@ -579,7 +626,11 @@ def test_a_seed_fixes_the_text_and_no_seed_does_not(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["trunk", "draft", "deeper draft"])
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [("mtp", "trunk"), ("mtp", "draft"), ("mtp", "deeper draft"), ("dspark", "trunk"), ("dspark", "draft")],
+    indirect=["model"],
+)
 def test_a_step_that_is_stopped_half_way_loses_nothing(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
 ) -> None:
@@ -591,10 +642,11 @@ def test_a_step_that_is_stopped_half_way_loses_nothing(
     numbers = [engine.add(*request) for request in batch]
     block = model.layers[-1] if where == "trunk" else model.mtp[0].block
     moe, calls, stops, done, deep = block.ffn, itertools.count(), 0, {}, []
+    every = 3 if model.config.dspark_stages and where == "draft" else 5  # a drafter of blocks is called less often
     whole, deeper = moe.forward, model.draft_deeper
 
     def stopping(*args):
-        if bool(deep) == (where == "deeper draft") and next(calls) % 5 == 4:
+        if bool(deep) == (where == "deeper draft") and next(calls) % every == every - 1:
             raise error
         return whole(*args)
 
@@ -618,12 +670,14 @@ def test_a_step_that_is_stopped_half_way_loses_nothing(
         assert (done[number].drafted, done[number].accepted) == (one.drafted, one.accepted)
 
 
+@BOTH
 @pytest.mark.parametrize("budget", [4, 5, 6])
 def test_lost_memories_are_computed_again_up_to_the_drafts(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
     """In chunks that would end among the drafts: these are verified together with the token before them."""
-    want = Engine(model, TOKENIZER, speculative=3).generate([prompt(9)], SEEDED)[0]
+    params = replace(SEEDED, max_tokens=24)
+    want = Engine(model, TOKENIZER, speculative=3).generate([prompt(9)], params)[0]
     trunk = model.trunk
     for lost in range(4, 9):
         engine, calls = Engine(model, TOKENIZER, max_batch=1, tokens_per_step=budget, speculative=3), itertools.count()
@@ -635,7 +689,7 @@ def test_lost_memories_are_computed_again_up_to_the_drafts(
 
         with monkeypatch.context() as patch:
             patch.setattr(model, "trunk", stopping)
-            number = engine.add(prompt(9), SEEDED)
+            number = engine.add(prompt(9), params)
             with pytest.raises(KeyboardInterrupt):
                 finish(engine, [number])
             got = finish(engine, [number])[0]
@@ -674,17 +728,19 @@ def test_a_request_whose_logits_are_not_finite_ends_alone(
         assert same(got[0], want[0]) and same(got[2], want[2])
 
 
-def test_an_mtp_block_that_is_not_finite_costs_its_drafts_alone(model: Transformer) -> None:
-    broken = foreseeable(small_model(vocab_size=258, mtp=1), 3)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_a_drafter_that_is_not_finite_costs_its_drafts_alone(kind: str) -> None:
+    broken = drafting(kind, 3)
     with torch.no_grad():
-        broken.mtp[0].norm.weight.fill_(float("nan"))
+        broken.mtp[-1].norm.weight.fill_(float("nan"))  # type: ignore[union-attr]
     got = Engine(broken, TOKENIZER, speculative=2).generate([prompt(5), prompt(130)], GREEDY)
-    assert all(same(a, b) for a, b in zip(got, plain(model, [prompt(5), prompt(130)], GREEDY), strict=True))
+    assert all(same(a, b) for a, b in zip(got, plain(broken, [prompt(5), prompt(130)], GREEDY), strict=True))
     assert all(c.drafted == c.accepted == 0 for c in got)
 
 
-def test_padded_vocabulary_is_neither_drafted_nor_drawn() -> None:
-    padded = foreseeable(small_model(vocab_size=300, mtp=1), 3)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_padded_vocabulary_is_neither_drafted_nor_drawn(kind: str) -> None:
+    padded = drafting(kind, 3, vocab_size=300)
     with torch.no_grad():
         padded.head.weight[258:] *= 50
     params = [SamplingParams(max_tokens=30, seed=0), SamplingParams(max_tokens=30, temperature=0)]
@@ -724,7 +780,7 @@ def test_what_cannot_be_speculated_with_is_refused_at_once(model: Transformer, t
 def test_off_is_off(model: Transformer) -> None:
     """No window for the MTP block, none of its calls, no counts."""
     engine = Engine(model, TOKENIZER)
-    assert engine.speculation is None and engine.pool.mtp is None  # type: ignore[attr-defined]
+    assert engine.speculation is None and not engine.pool.mtp  # type: ignore[attr-defined]
     done = engine.generate(["a"], GREEDY)[0]
     assert done.drafted == done.accepted == 0
 

@@ -110,7 +110,7 @@ def plan(
         if name not in PEERS:
             raise UserError(f"--against {name} is unknown: use {', '.join(PEERS)}{nearest(name, PEERS)}")
     config = ModelConfig.preset(preset)
-    config = config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
+    config = config.without_drafts()
     name = preset
     if "vllm" in against:
         if dtype not in ("", "bfloat16"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4.checkpoint.expected import Want, drafter, released, wanted
+from dsv4.checkpoint.expected import released, wanted
 from dsv4.checkpoint.headers import BITS
 from dsv4.checkpoint.shards import CONFIG, INDEX
 from dsv4.config import ModelConfig
@@ -25,38 +25,26 @@ Stored = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 @dataclass(frozen=True)
 class Subject:
-    """A released model: its preset, the rank of its drafter's Markov head (0: an MTP block), if experts are FP8."""
+    """A released model: its preset, and whether its experts are FP8."""
 
     preset: str
-    rank: int = 0
     base: bool = False
 
 
 SUBJECTS = {
     "V4-Flash": Subject("flash"),
     "V4-Flash-Base": Subject("flash", base=True),
-    "V4-Flash-0731": Subject("flash", rank=256),
+    "V4-Flash-0731": Subject("flash-0731"),
     "V4-Pro": Subject("pro"),
-    "V4-Pro-0813": Subject("pro", rank=512),
+    "V4-Pro-0813": Subject("pro-0813"),
 }
 
 
 def contents(subject: Subject, config: ModelConfig | None = None) -> tuple[dict[str, Any], list[Stored]]:
     """(config.json, every tensor of the files) of a released model, or of another `config` as if it were released."""
     config = config or ModelConfig.preset(subject.preset)
-    data = config.to_json()
-    want: dict[str, Want] = wanted(config)
-    if subject.rank:
-        depth = config.num_hidden_layers
-        targets = list(range(max(0, depth - 3), depth))
-        trunk = config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
-        want = wanted(trunk) | drafter(trunk, 3, len(targets), subject.rank)
-        data |= {"compress_ratios": [*config.trunk_ratios, 0, 0, 0], "num_nextn_predict_layers": 1}
-        data |= {"dspark_block_size": 5, "dspark_noise_token_id": 9, "dspark_markov_rank": subject.rank}
-        data["dspark_target_layer_ids"] = targets
-        data.pop("dspark_stages", None)
-    stored = [part for name, wish in want.items() for part in released(name, wish, base=subject.base)]
-    return data, stored
+    stored = [part for name, wish in wanted(config).items() for part in released(name, wish, base=subject.base)]
+    return config.to_json(), stored
 
 
 def write_sparse(folder: Path, data: dict[str, Any], stored: list[Stored], shards: int) -> int:

@@ -106,7 +106,7 @@ def measure(options: Options, say: Say, show: Show) -> Row:
 def model_config(options: Options) -> ModelConfig:
     """The preset without its MTP block, with room for the context and for what is decoded after it."""
     config = ModelConfig.preset(options.preset)
-    config = config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
+    config = config.without_drafts()
     return config.with_(max_position_embeddings=max(config.max_position_embeddings, options.context + STEPS))
 
 

@@ -35,7 +35,7 @@ def measure(
 ) -> list[Row]:
     """Rows of a decode step and of a chunk that both end at `context`; UserError where the preset is not so long."""
     config = ModelConfig.preset(preset)
-    config = config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
+    config = config.without_drafts()
     if context > config.max_position_embeddings:
         raise UserError(
             f"--context {context} is beyond {preset}, whose max_position_embeddings={config.max_position_embeddings}: "

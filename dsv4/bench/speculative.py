@@ -54,10 +54,10 @@ class Passes:
 
 def open_subject(name: str, dtype: torch.dtype, device: torch.device, format: str) -> Subject:
     """A run or checkpoint folder, or a preset with random weights and bytes for tokens; UserError, before weights are
-    read, for a model without an MTP block."""
+    read, for a model without a drafter."""
     if name in PRESETS and not Path(name).exists():
         config = ModelConfig.preset(name)
-        check_depth(1, config.num_nextn_predict_layers)
+        check_depth(1, config.num_draft_blocks)
         model = randomise(Transformer(config, dtype), std=None).to(device).eval()
         return Subject(name, model, ByteTokenizer(), format)
     engine = Engine.open(name, dtype=dtype, device=device, memory_format=format, speculative=1)

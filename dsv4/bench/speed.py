@@ -100,7 +100,7 @@ class TrainingStep:
 
 def trunk_only(config: ModelConfig) -> ModelConfig:
     """Without the MTP block: neither the FLOP count nor the peer has one."""
-    return config.with_(num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios)
+    return config.without_drafts()
 
 
 def speed_row(

@@ -44,8 +44,8 @@ class Pages:
     format: how rows are kept, float32, bfloat16, float16 or packed (FP8 rows with a BF16 tail, FP4 index keys); open
     rows of compressors are fp32 whatever it is. numbers: the dtype in which packed rows are read. max_rewind: rings
     hold so many rows more than the model reads, which is how far a memory can go back. mtp: with a window for the MTP
-    block. pages: how many there are, allocated at once; None: as many as are needed, growing by half at a time, a large
-    pool by an eighth.
+    block, or for each stage of a DSpark drafter. pages: how many there are, allocated at once; None: as many as are
+    needed, growing by half at a time, a large pool by an eighth.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Pages:
         for name, value in (("max_rewind", max_rewind), ("pages", pages or 0)):
             if value < 0:
                 raise UserError(f"{name}={value} must not be negative")
-        if mtp and not config.num_nextn_predict_layers:
+        if mtp and not config.num_draft_blocks:
             raise UserError("mtp=True, but the model has no MTP block: leave it out (num_nextn_predict_layers is 0)")
         self.config, self.max_rewind, self.device = config, max_rewind, torch.device(device)
         self.page_tokens = math.lcm(PAGE_TOKENS, *(kind.ratio for kind in config.compressed_kinds))
@@ -81,10 +81,10 @@ class Pages:
         formats = Formats(*v4_rows(config.head_dim, rope, index_width, self.format, numbers), low)
         made = [
             LayerMemory(config, i, self.page_tokens, max_rewind, formats, self.device)
-            for i in range(config.num_hidden_layers + mtp)
+            for i in range(config.num_hidden_layers + config.num_draft_blocks * mtp)
         ]
         self.layers = made[: config.num_hidden_layers]
-        self.mtp = made[-1] if mtp else None
+        self.mtp = made[config.num_hidden_layers :]  # empty unless asked for
         self.grows = pages is None
         self._holders: list[int] = []  # of each page
         self._free_pages: list[int] = []  # a heap: the lowest first, so that a text lies in one piece where it can
@@ -231,7 +231,8 @@ class Pages:
     def stores(self) -> Iterator[tuple[str, LayerMemory, Ring | Entries]]:
         """(unique name, its layer, store) of every store."""
         layers = [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]
-        for place, layer in [*layers, *([] if self.mtp is None else [("mtp", self.mtp)])]:
+        layers += [(f"mtp.{i}", layer) for i, layer in enumerate(self.mtp)]
+        for place, layer in layers:
             for name, store in layer.stores():
                 yield f"{place}.{name}", layer, store
 

@@ -58,7 +58,8 @@ class SequenceMemory:
         return self.pool.layers
 
     @property
-    def mtp(self) -> LayerMemory | None:
+    def mtp(self) -> list[LayerMemory]:
+        """The stores of the MTP block or of a drafter's stages; empty: none."""
         return self.pool.mtp
 
     def hold(self, pages: list[int]) -> None:
@@ -117,7 +118,7 @@ class SequenceMemory:
     def snapshot(self) -> Snapshot:
         """The whole state as named tensors (copies; entries without their spare room), ready for safetensors."""
         self.refuse_torn()
-        state = {"length": torch.tensor([self.length, self.newest, *([] if self.mtp is None else [self.drafted])])}
+        state = {"length": torch.tensor([self.length, self.newest, *([self.drafted] if self.mtp else [])])}
         for name, layer, store in self.pool.stores():
             if isinstance(store, Ring):
                 state[name] = store.slot(self.slot).clone()
@@ -172,7 +173,7 @@ class SequenceMemory:
         if not self._release.alive:
             self.refuse_torn()
         remedy = "restore a snapshot of a memory made with the same configuration, dtype, max_rewind and mtp"
-        if "length" not in snapshot or snapshot["length"].shape != (2 if self.mtp is None else 3,):
+        if "length" not in snapshot or snapshot["length"].shape != (3 if self.mtp else 2,):
             raise UserError(f"the snapshot has no length: {remedy}")
         length, newest, drafted = [*snapshot["length"].tolist(), 0][:3]
         if not 0 <= drafted <= length <= newest or newest - length > self.max_rewind:

@@ -22,7 +22,7 @@ class Want(NamedTuple):
 
 
 def wanted(config: AnyConfig) -> dict[str, Want]:
-    """Every tensor of a model by its published name: the trunk's and the MTP block's, if it has one.
+    """Every tensor of a model by its published name: the trunk's, and its MTP block's or DSpark drafter's.
 
     What V4 is compared with (controls, other residuals and attentions) is told by building it on the meta device.
     """
@@ -39,26 +39,8 @@ def wanted(config: AnyConfig) -> dict[str, Want]:
         found.update(_block(f"layers.{layer}.", c, c.layer_kind(layer), c.uses_hash_routing(layer)))
     if c.num_nextn_predict_layers:
         found.update(_mtp(c))
-    return found
-
-
-def drafter(config: ModelConfig, stages: int, targets: int, rank: int) -> dict[str, Want]:
-    """The tensors of a DSpark drafter under mtp.*: its blocks, what leads into the first and out of the last.
-
-    targets: trunk layers it reads. rank: of its Markov head. The last is the confidence head, which it may lack.
-    """
-    d, vocab = config.hidden_size, config.vocab_size
-    found: dict[str, Want] = {}
-    for stage in range(stages):
-        found.update(_block(f"mtp.{stage}.", config, WINDOW, hashed=False))
-    last = f"mtp.{stages - 1}."
-    found["mtp.0.main_proj.weight"] = Want((d, targets * d), "fp8")
-    found["mtp.0.main_norm.weight"] = Want((d,), "bf16")
-    found[last + "norm.weight"] = Want((d,), "bf16")
-    found.update(_collapse(last, config))
-    for name in ("markov_w1", "markov_w2"):
-        found[f"{last}markov_head.{name}.weight"] = Want((vocab, rank), "bf16")
-    found[f"{last}confidence_head.proj.weight"] = Want((1, d + rank), "bf16")
+    if c.dspark_stages:
+        found.update(_drafter(c))
     return found
 
 
@@ -106,6 +88,21 @@ def _mtp(c: ModelConfig) -> Iterator[tuple[str, Want]]:
     for name in ("enorm", "hnorm", "norm"):
         yield f"mtp.0.{name}.weight", Want((c.hidden_size,), "bf16")
     yield from _collapse("mtp.0.", c)
+
+
+def _drafter(c: ModelConfig) -> Iterator[tuple[str, Want]]:
+    """Of a DSpark drafter: its blocks, what leads into the first and out of the last."""
+    d, vocab, rank = c.hidden_size, c.vocab_size, c.dspark_markov_rank
+    for stage in range(c.dspark_stages):
+        yield from _block(f"mtp.{stage}.", c, WINDOW, hashed=False)
+    last = f"mtp.{c.dspark_stages - 1}."
+    yield "mtp.0.main_proj.weight", Want((d, len(c.dspark_target_layer_ids) * d), "fp8")
+    yield "mtp.0.main_norm.weight", Want((d,), "bf16")
+    yield f"{last}norm.weight", Want((d,), "bf16")
+    yield from _collapse(last, c)
+    for name in ("markov_w1", "markov_w2"):
+        yield f"{last}markov_head.{name}.weight", Want((vocab, rank), "bf16")
+    yield f"{last}confidence_head.proj.weight", Want((1, d + rank), "bf16")
 
 
 def _block(prefix: str, c: ModelConfig, kind: LayerKind, hashed: bool) -> Iterator[tuple[str, Want]]:

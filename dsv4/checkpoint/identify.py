@@ -63,10 +63,7 @@ def _v4(config: ModelConfig, names: Collection[str], fp8_experts: bool) -> Ident
         name = f"a relative of DeepSeek-V4 (residual {config.residual}, attention {config.attention})"
     if config.dspark_stages:
         date = {"flash": "-0731", "pro": "-0813"}.get(size, "")
-        what = (
-            f"{name}{date}: its trunk, and a DSpark drafter of {config.dspark_stages} stages in place of an MTP block"
-        )
-        return Identity(what, "the trunk loads; of the drafter, see what dsv4 says when it loads")
+        return Identity(f"{name}{date}, with a DSpark drafter of {config.dspark_stages} stages", "it loads")
     if size and fp8_experts:
         name += "-Base"
     drafts = any(n.startswith(("mtp.", "model.mtp.")) for n in names)
@@ -76,10 +73,8 @@ def _v4(config: ModelConfig, names: Collection[str], fp8_experts: bool) -> Ident
 @lru_cache
 def _trunk(config: ModelConfig) -> ModelConfig:
     """What is the same in all releases of one size."""
-    return config.with_(
-        num_nextn_predict_layers=0, compress_ratios=config.trunk_ratios, dspark_stages=0, initializer_range=0.02,
-        bos_token_id=None, eos_token_id=None, max_position_embeddings=1,
-    )  # fmt: skip
+    same = {"initializer_range": 0.02, "bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 1}
+    return config.without_drafts().with_(**same)
 
 
 def _guess(names: Collection[str]) -> str:

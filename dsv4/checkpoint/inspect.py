@@ -13,7 +13,7 @@ from typing import Any
 
 from dsv4 import files
 from dsv4.checkpoint.diagnose import Finding, compare, grouped, pattern_of
-from dsv4.checkpoint.expected import Want, drafter, wanted
+from dsv4.checkpoint.expected import Want, wanted
 from dsv4.checkpoint.folder import resolve_checkpoint
 from dsv4.checkpoint.headers import BITS, TensorInfo, read_header
 from dsv4.checkpoint.identify import identify
@@ -117,7 +117,7 @@ def _inspect(path: Path) -> Report:
     report.config = config
     report.model_type = (data or {}).get("model_type") if isinstance((data or {}).get("model_type"), str) else None
     _name(report)
-    want = _wanted(config, data, report)
+    want = _wanted(config, report)
     if want:
         _judge(report, want)
     _add_up(report)
@@ -230,8 +230,8 @@ def _name(report: Report) -> None:
     report.places = {name: report.places[given] for name, given in known.items()}
 
 
-def _wanted(config: AnyConfig | None, data: dict[str, Any] | None, report: Report) -> dict[str, Want]:
-    """What the configuration asks for, by published names; a drafter's tensors where the file describes one."""
+def _wanted(config: AnyConfig | None, report: Report) -> dict[str, Want]:
+    """What the configuration asks for, by published names."""
     if config is None or not report.places:
         return {}
     if not isinstance(config, ModelConfig):
@@ -239,16 +239,11 @@ def _wanted(config: AnyConfig | None, data: dict[str, Any] | None, report: Repor
             return {}  # the published names of controls are not dsv4's
         return wanted(config)
     want = wanted(config)
-    if report.layout == "transformers" and config.num_nextn_predict_layers:
-        report.findings.append(Finding("note", "transformers' layout never holds the MTP block", harmless=True))
+    if report.layout == "transformers" and config.num_draft_blocks:
+        report.findings.append(
+            Finding("note", "transformers' layout holds no MTP block or drafter", harmless=True)
+        )
         want = {name: wish for name, wish in want.items() if not name.startswith("mtp.")}
-    if config.dspark_stages:
-        rank, targets = (data or {}).get("dspark_markov_rank"), (data or {}).get("dspark_target_layer_ids")
-        count = len(targets) if isinstance(targets, list) else config.dspark_stages
-        if type(rank) is int and 0 < rank <= 1 << 18 and count < 1 << 10:
-            want |= drafter(config, config.dspark_stages, count, rank)
-            optional = [name for name in want if "confidence_head" in name and name not in report.places]
-            want = {name: wish for name, wish in want.items() if name not in optional}
     return want
 
 
@@ -260,8 +255,6 @@ def _judge(report: Report, want: dict[str, Want]) -> None:
         theirs = {next(file_names(name, w.shape, "transformers"))[0]: name for name, w in want.items()}
         report.places = {theirs.get(name, name): place for name, place in report.places.items()}
     found = {name: info for name, (info, _) in report.places.items()}
-    if isinstance(config, ModelConfig) and config.dspark_stages and not any(n.startswith("mtp.") for n in want):
-        found = {name: info for name, info in found.items() if not name.startswith("mtp.")}
     report.findings += compare(config, want, found)
 
 

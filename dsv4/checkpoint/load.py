@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dsv4 import controls, files
+from dsv4.checkpoint.drafter import check_drafter
 from dsv4.checkpoint.folder import resolve_checkpoint
 from dsv4.checkpoint.names import Layout, Place, file_names, known_names, layout_of
 from dsv4.checkpoint.shards import CONFIG, GENERATION, INDEX, weight_files
@@ -21,6 +22,7 @@ from dsv4.config import AnyConfig, ModelConfig, kind_of, read_any
 from dsv4.config.rules import as_ids, check_ids
 from dsv4.errors import UserError, shown
 from dsv4.model import LanguageModel
+from dsv4.model.dspark import DSpark
 from dsv4.model.moe import check_hash_table
 from dsv4.model.packed import choose_numbers, put, released_code
 from dsv4.ops.weights import BLOCKS, PackedMatrix
@@ -56,9 +58,9 @@ def load(
 
     dtype is that of the large matrices, and of the activations. weights: "plain" has every matrix in dtype, what is FP8
     or FP4 on file unpacked; "released" keeps those as the codes they are (ops.PackedMatrix). numbers: "published"
-    rounds where the released code rounds, "plain" does not (model/packed.py). mtp=False leaves the MTP block out. The
-    model comes without one from a transformers folder, which never holds it, and from a folder with a DSpark drafter in
-    its place. `stop_ids` of the model are those of config.json and generation_config.json.
+    rounds where the released code rounds, "plain" does not (model/packed.py). mtp=False leaves out the MTP block, or
+    the DSpark drafter in its place. The model comes without one from a transformers folder, which never holds it.
+    `stop_ids` of the model are those of config.json and generation_config.json.
 
     layers: only these blocks are read, by their numbers (the MTP block's is that after the last), with what lies
     outside of blocks; the others stay on the meta device and cannot run. memory: bytes that the weights may take, such
@@ -81,9 +83,10 @@ def load(
     blocks = dict(enumerate([*model.layers, *model.mtp]))
     wanted = _wanted(layers, blocks)
     streamed = {}
-    if room is not None:
-        streamed = {i: blocks[i] for i in wanted}
-        room = _room(model, streamed, room)
+    if room is not None:  # a drafter's stages are used outside of their own turns, too, so they stay
+        streamed = {i: blocks[i] for i in wanted if i < len(model.layers) or not isinstance(model.mtp, DSpark)}
+        left_out = [blocks[i] for i in set(blocks) - set(wanted)]
+        room = _room(model, streamed, left_out, room)
     _allocate(model, device, set(blocks.values()) - {blocks[i] for i in wanted})
 
     def read(i: int | None) -> None:
@@ -149,24 +152,21 @@ def _drafting(
 ) -> tuple[ModelConfig, dict[str, Stored]]:
     """Configuration and tensors without what cannot be or was not asked to be built beside the trunk; says so."""
     drafts = {name for name in tensors if name.startswith(("mtp.", "model.mtp."))}
-    if config.dspark_stages:
-        log.info(
-            "%s has a DSpark drafter of %d stages, not an MTP block: loading without it", folder, config.dspark_stages
-        )
-    elif not mtp:
+    blocks = "an MTP block" if config.num_nextn_predict_layers else "a DSpark drafter"
+    if not mtp:
         pass
-    elif layout == "transformers" and config.num_nextn_predict_layers:
-        log.info("%s is a transformers folder, which holds no MTP block: loading without one", folder)
-    elif config.num_nextn_predict_layers and not drafts:
+    elif layout == "transformers" and config.num_draft_blocks:
+        log.info("%s is a transformers folder, which does not hold %s: loading without one", folder, blocks)
+    elif config.num_draft_blocks and not drafts:
+        key = "num_nextn_predict_layers" if config.num_nextn_predict_layers else "dspark_stages"
         raise UserError(
-            f"{folder} holds no mtp.* tensors although its configuration has num_nextn_predict_layers=1: load it "
-            "without the MTP block, with load(folder, mtp=False) or with num_nextn_predict_layers 0 in its config.json"
+            f"{folder} holds no mtp.* tensors although its configuration has {blocks}: load it without, with "
+            f"load(folder, mtp=False) or with {key} 0 in its config.json"
         )
     else:
+        check_drafter(folder, config, {name: tensors[name].shape for name in drafts})
         return config, tensors
-    trunk = config.with_(
-        num_nextn_predict_layers=0, compress_ratios=config.compress_ratios[: config.num_hidden_layers], dspark_stages=0
-    )
+    trunk = config.without_drafts()
     return trunk, {name: tensor for name, tensor in tensors.items() if name not in drafts}
 
 
@@ -256,10 +256,10 @@ def _wanted(layers: Iterable[int] | None, blocks: dict[int, nn.Module]) -> list[
     return wanted
 
 
-def _room(model: LanguageModel, streamed: dict[int, nn.Module], budget: int) -> int:
+def _room(model: LanguageModel, streamed: dict[int, nn.Module], left_out: list[nn.Module], budget: int) -> int:
     """What of a budget is left for streamed blocks; UserError if not even the largest of them fits."""
     sizes = [size_of(block) for block in streamed.values()]
-    outside = size_of(model) - sum(size_of(block) for block in (*model.layers, *model.mtp))
+    outside = size_of(model) - sum(sizes) - sum(map(size_of, left_out))
     if budget < outside + max(sizes, default=0):
         raise UserError(
             f"memory={budget} bytes is too little: what lies outside of the layers takes {outside}, the largest layer "

@@ -1,17 +1,22 @@
 """`dsv4 inspect`: what a checkpoint is and what is wrong with it, from the headers of its files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+from dsv4 import files
 from dsv4.checkpoint.diagnose import Finding, pattern_of
 from dsv4.checkpoint.inspect import Report
 from dsv4.checkpoint.inspect import inspect as look
 from dsv4.cost.params import parameters
 from dsv4.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv4.engine.acceptance import Acceptance
 
 SHOWN = 40  # findings that are printed
 
@@ -25,11 +30,20 @@ def inspect(
     ] = "",
     statistics: Annotated[bool, Option(help="Read every tensor: smallest, largest, mean, NaNs, saturation.")] = False,
     tensors: Annotated[bool, Option(help="List every tensor.")] = False,
+    draft: Annotated[
+        Path | None,
+        Option(
+            metavar="TEXT_FILE",
+            show_default=False,
+            help="Load the model and measure its drafter on a text: does it know this trunk?",
+        ),
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Look into a checkpoint: what it is, its layers, dtypes, sizes and parameters, and what is missing or wrong.
 
-    Reads headers only, unless --statistics asks for more. Exit code 1 if something is wrong.
+    Reads headers only, unless --statistics or --draft asks for more. Exit code 1 if something is wrong, also with a
+    drafter that is no better than chance.
 
     Example: dsv4 inspect runs/demo
     Of the hub: dsv4 inspect --from-hub deepseek-ai/DeepSeek-V4-Flash
@@ -39,9 +53,9 @@ def inspect(
     if from_hub:
         from dsv4.checkpoint.hub import headers_of
 
-        if statistics:
+        if statistics or draft is not None:
             raise UserError(
-                "--statistics reads all weights, and of the hub only headers are fetched: download it first"
+                "--statistics and --draft read weights, and of the hub only headers are fetched: download it first"
             )
         with headers_of(from_hub) as (folder, source):
             report = look(folder)
@@ -53,15 +67,36 @@ def inspect(
         assert path is not None
         report = look(path)
     numbers = _statistics(report) if statistics else {}
+    drafts = None if draft is None else _acceptance(report, draft)
     if as_json:
-        print(json.dumps(_as_json(report, numbers, statistics, tensors)))
+        out = _as_json(report, numbers, statistics, tensors)
+        print(json.dumps(out if drafts is None else {**out, "draft": _draft_as_json(drafts)}))
     else:
         _print(report)
         if statistics or tensors:
             _print_tensors(report, numbers, tensors)
         _print_findings(report)
-    if not report.whole:
+        if drafts is not None:
+            print("\n" + "\n".join(drafts.lines()))
+    if not report.whole or (drafts is not None and drafts.is_chance):
         raise typer.Exit(1)
+
+
+def _acceptance(report: Report, file: Path) -> "Acceptance":
+    """How the drafter of a checkpoint fares on a text; the weights stay in the formats in which they are."""
+    from dsv4.checkpoint import load
+    from dsv4.engine.acceptance import acceptance
+    from dsv4.text import load_tokenizer
+
+    text = files.read_text(file, "the text", "give a text file in UTF-8")
+    folder = Path(report.checkpoint)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: copy in the one that the model was trained with")
+    return acceptance(load(folder, weights="released"), load_tokenizer(folder), text)
+
+
+def _draft_as_json(drafts: "Acceptance") -> dict[str, Any]:
+    return {**asdict(drafts), "rate": drafts.rate, "chance": drafts.chance, "is_chance": drafts.is_chance}
 
 
 def _statistics(report: Report) -> dict[str, Any]:

@@ -59,7 +59,11 @@ ABSENT: dict[str, Any] = {
     "residual": "mhc",  # keys of ours: only what V4 is compared with has others
     "attention": "compressed",
     "attention_rank": 0,
-    "dspark_stages": 0,
+    "dspark_stages": 0,  # counted: see _settle_drafter
+    "dspark_block_size": 0,  # these four are a drafter's, which needs all of them
+    "dspark_noise_token_id": None,
+    "dspark_target_layer_ids": (),
+    "dspark_markov_rank": 0,
 }
 
 # Other names of a key: those of the official inference/config.json, and two that transformers reads as the same.
@@ -99,7 +103,7 @@ _PASSED_OVER = {
     "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
     "begin_suppress_tokens", "max_length", "min_length",
 }  # fmt: skip
-_PASSED_OVER_PREFIXES = ("unsloth_", "dspark_")  # of a tool; of the drafter, whose number of stages is all that is kept
+_PASSED_OVER_PREFIXES = ("unsloth_",)  # of a tool
 
 # transformers' layer types, and the field that holds the ratio of such a layer.
 _WINDOW, _CSA, _HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -341,27 +345,44 @@ def _rotating(data: dict[str, Any], share: Any) -> None:
 
 
 def _settle_tail(data: dict[str, Any]) -> None:
-    """Bring the number of MTP blocks and the end of compress_ratios together, and count a drafter's stages (in place).
-
-    V4-Flash-0731 and V4-Pro-0813 have a DSpark drafter in place of the MTP block: `dspark_*` keys, a ratio of 0 per
-    stage, and a num_nextn_predict_layers of 1 that means nothing.
-    """
+    """Bring the number of blocks after the trunk and the end of compress_ratios together (in place)."""
     layers, ratios, said = (data.get(k, "absent") for k in ("num_hidden_layers", "compress_ratios", _MTP))
     tail = ratios[layers:] if type(layers) is int and 0 < layers < 2**31 and isinstance(ratios, list | tuple) else []
-    drafter = data.get("dspark_stages") != 0 and any(key.startswith("dspark_") for key in data)
-    none = drafter or said is None or (type(said) is int and said == 0)
-    if drafter and "dspark_stages" not in data:
-        targets = data.get("dspark_target_layer_ids")
-        listed = len(targets) if isinstance(targets, list) else 0
-        data["dspark_stages"] = len(tail) or listed or 3  # 3 in both releases
-    if none:
+    if any(key.startswith("dspark_") and key != "dspark_stages" for key in data):
+        _settle_drafter(data, tail, said)
+    elif said is None or (type(said) is int and said == 0):
         data[_MTP] = 0
-        if tail and not any(tail) and (drafter or len(tail) == 1):
+        if tail and not any(tail) and len(tail) == 1:
             data["compress_ratios"] = ratios[:layers]
     elif said == "absent":
         data[_MTP] = len(tail)
     elif type(said) is int and said == 1 and not tail and isinstance(ratios, list | tuple) and len(ratios) == layers:
         data["compress_ratios"] = [*ratios, 0]  # transformers drops it; an MTP block is always a pure window
+
+
+def _settle_drafter(data: dict[str, Any], tail: Sequence[Any], said: Any) -> None:
+    """Count the stages of a DSpark drafter (in place), or take it out where dspark_stages is 0.
+
+    V4-Flash-0731 and V4-Pro-0813 have one in place of the MTP block: a ratio of 0 per stage tells how many there are,
+    in inference/config.json n_mtp_layers too, while the num_nextn_predict_layers of 1 in config.json means nothing.
+    """
+    ratios, counted = data.get("compress_ratios"), said if type(said) is int and said > 1 else 0
+    data[_MTP] = 0
+    if data.get("dspark_stages") == 0:
+        for key in [key for key in data if key.startswith("dspark_")]:
+            del data[key]
+        if isinstance(ratios, list | tuple) and tail and not any(tail):
+            data["compress_ratios"] = ratios[: len(ratios) - len(tail)]
+        return
+    targets = data.get("dspark_target_layer_ids")
+    stages = len(tail) or counted or (len(targets) if isinstance(targets, list | tuple) else 0)
+    stages = data.setdefault("dspark_stages", stages or 3)  # 3 in both releases
+    if counted and counted != stages:
+        raise UserError(
+            f"{_MTP} (or n_mtp_layers) is {counted} but the DSpark drafter has {shown(stages)} stages: keep one number"
+        )
+    if not tail and isinstance(ratios, list | tuple) and type(stages) is int and 0 < stages < 2**4:
+        data["compress_ratios"] = [*ratios, *[0] * stages]
 
 
 _MTP = "num_nextn_predict_layers"

@@ -53,7 +53,8 @@ _LARGEST: dict[str, float] = {
     "index_n_heads": 2**12, "index_head_dim": 2**14, "index_topk": 2**24,
     "moe_intermediate_size": 2**18, "n_routed_experts": 2**14, "n_shared_experts": 2**4, "num_experts_per_tok": 2**10,
     "num_hash_layers": 2**10, "hc_mult": 2**6, "hc_sinkhorn_iters": 1000, "num_nextn_predict_layers": 2**4,
-    "dspark_stages": 2**4, "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31,
+    "dspark_stages": 2**4, "dspark_block_size": 2**10, "dspark_markov_rank": 2**18, "max_position_embeddings": 2**31,
+    "original_max_position_embeddings": 2**31,
     "routed_scaling_factor": 1e6, "swiglu_limit": 1e6, "hc_eps": 1.0, "rms_norm_eps": 1.0, "initializer_range": 100.0,
     "rope_theta": 1e12, "compress_rope_theta": 1e12, "factor": 1e6, "beta_fast": 1e6, "beta_slow": 1e6,
 }  # fmt: skip

@@ -41,11 +41,12 @@ WINDOW = LayerKind("window", 0, overlap=False, indexed=False)
 class ModelConfig:
     """Every field of the published configuration that the computation reads; the defaults are V4-Flash.
 
-    `compress_ratios` has one entry per trunk layer and one per MTP layer after them (which must be 0: a pure window);
-    an entry is 0, `compress_rate_csa` or `compress_rate_hca`. What V4 is compared with is said by `residual` and by
-    `attention`: compressed (V4's), or in place of CSA and HCA dense (every query reads the row of every token), anchors
-    (the window and about the square root of the number of tokens, by a learned score) or lowrank (the window, and all
-    tokens before it as rows of `attention_rank` numbers with their rotary tail).
+    `compress_ratios` has one entry per trunk layer and one after them for the MTP block or each stage of the DSpark
+    drafter that stands in its place (which must be 0: a pure window); an entry is 0, `compress_rate_csa` or
+    `compress_rate_hca`. What V4 is compared with is said by `residual` and by `attention`: compressed (V4's), or in
+    place of CSA and HCA dense (every query reads the row of every token), anchors (the window and about the square root
+    of the number of tokens, by a learned score) or lowrank (the window, and all tokens before it as rows of
+    `attention_rank` numbers with their rotary tail).
     The defaults are for Python; what a file means by leaving a key out is in published.py.
     """
 
@@ -87,14 +88,19 @@ class ModelConfig:
     residual: str = "mhc"  # how sublayers are joined: V4's mhc; for comparison hc (unconstrained) and plain (x + f(x))
     attention: str = "compressed"  # what layers with a ratio read: V4's; for comparison dense, anchors, lowrank
     attention_rank: int = 0  # numbers in a row of lowrank, its rotary tail apart; 0 for every other attention
-    dspark_stages: int = 0  # blocks of the DSpark drafter that a file describes; it is named, and not built
+    dspark_stages: int = 0  # blocks of the DSpark drafter that V4-Flash-0731 and V4-Pro-0813 have in place of MTP
+    dspark_block_size: int = 0  # tokens that it was trained to draft at once
+    dspark_noise_token_id: int | None = None  # stands where a token is to be drafted
+    dspark_target_layer_ids: tuple[int, ...] = ()  # trunk layers whose streams it reads after them, ascending
+    dspark_markov_rank: int = 0
 
     def __post_init__(self) -> None:
         _check(self)
 
     @staticmethod
     def preset(name: str, **changes: Any) -> "ModelConfig":
-        """A preset by name (tiny, small, bench, base, flash, pro), with single fields replaced by `changes`."""
+        """A preset by name (tiny, small, bench, base, flash, pro, flash-0731, pro-0813), with single fields replaced by
+        `changes`."""
         if name not in PRESETS:
             raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
         return PRESETS[name].with_(**changes)
@@ -115,7 +121,12 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The published spelling, ready for `json.dump`; `from_json` reads it back unchanged."""
         data = {**CONSTANTS, **asdict(self)}
+        if self.dspark_stages:  # as in the releases: the ratios tell the number of stages, and this one means nothing
+            data["num_nextn_predict_layers"] = 1
+            del data["dspark_stages"]
         for key in _LEFT_OUT:
+            if key not in data:
+                continue
             if data[key] == getattr(ModelConfig, key):
                 del data[key]
         if "compress_rate_csa" in data or "compress_rate_hca" in data:
@@ -133,11 +144,21 @@ class ModelConfig:
         return 1 if self.residual == "plain" else self.hc_mult
 
     @property
+    def num_draft_blocks(self) -> int:
+        """Blocks after the trunk, under `mtp` in files and models: the MTP block, or the stages of a DSpark drafter."""
+        return self.num_nextn_predict_layers + self.dspark_stages
+
+    def without_drafts(self) -> "ModelConfig":
+        """The trunk alone."""
+        of_drafter = {key: getattr(ModelConfig, key) for key in _OF_DRAFTER}
+        return replace(self, num_nextn_predict_layers=0, compress_ratios=self.trunk_ratios, **of_drafter)
+
+    @property
     def trunk_ratios(self) -> tuple[int, ...]:
         return self.compress_ratios[: self.num_hidden_layers]
 
     def layer_kind(self, layer: int) -> LayerKind:
-        """The kind of a layer; the MTP block is layer number `num_hidden_layers`."""
+        """The kind of a layer; those from number `num_hidden_layers` on are the MTP block, or a drafter's stages."""
         ratio = self.compress_ratios[layer]
         if not ratio:
             return WINDOW
@@ -161,9 +182,15 @@ class ModelConfig:
         return layer < min(self.num_hash_layers, self.num_hidden_layers)
 
 
-_ZERO_OK = {"num_hash_layers", "num_nextn_predict_layers", "initializer_range", "dspark_stages", "attention_rank"}
-# Not written where they say what every released model is: released files have none of them.
-_LEFT_OUT = ("compress_rate_csa", "compress_rate_hca", "residual", "attention", "attention_rank", "dspark_stages")
+_ZERO_OK = {
+    "num_hash_layers", "num_nextn_predict_layers", "initializer_range", "attention_rank", "dspark_stages",
+    "dspark_block_size", "dspark_markov_rank",
+}  # fmt: skip
+_OF_DRAFTER = (
+    "dspark_stages", "dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank",
+)  # fmt: skip
+# Not written where they say what every released model without a drafter is: such files have none of them.
+_LEFT_OUT = ("compress_rate_csa", "compress_rate_hca", "residual", "attention", "attention_rank", *_OF_DRAFTER)
 
 
 def _check(c: ModelConfig) -> None:
@@ -183,11 +210,12 @@ def _check(c: ModelConfig) -> None:
             f"compress_ratios={shown(c.compress_ratios)} must be a list of whole numbers: one ratio per layer"
         )
     object.__setattr__(c, "compress_ratios", tuple(c.compress_ratios))
-    want = c.num_hidden_layers + c.num_nextn_predict_layers
+    want = c.num_hidden_layers + c.num_draft_blocks
     if len(c.compress_ratios) != want:
+        after = "dspark_stages" if c.dspark_stages else "num_nextn_predict_layers"
         raise UserError(
-            f"compress_ratios has {len(c.compress_ratios)} entries but num_hidden_layers + num_nextn_predict_layers = "
-            f"{want}: give one ratio per trunk layer and a 0 for each MTP layer"
+            f"compress_ratios has {len(c.compress_ratios)} entries but num_hidden_layers + {after} = {want}: give one "
+            "ratio per trunk layer and a 0 for each MTP layer, or each stage of a DSpark drafter"
         )
     csa, hca = c.compress_rate_csa, c.compress_rate_hca
     if hca == csa or hca % csa:
@@ -203,6 +231,7 @@ def _check(c: ModelConfig) -> None:
         )
     if any(c.compress_ratios[c.num_hidden_layers :]):
         raise UserError("the MTP entries of compress_ratios (the last ones) must be 0: an MTP block is a pure window")
+    _check_drafter(c)
     for key, known in (("residual", RESIDUALS), ("attention", ATTENTIONS)):
         value = getattr(c, key)
         if value not in known:
@@ -229,6 +258,40 @@ def _check(c: ModelConfig) -> None:
         raise UserError(
             f"num_experts_per_tok={c.num_experts_per_tok} must be at most n_routed_experts={c.n_routed_experts}"
         )
+
+
+def _check_drafter(c: ModelConfig) -> None:
+    """The keys of a DSpark drafter come together, in place of the MTP block, and fit the trunk."""
+    given = [key for key in _OF_DRAFTER[1:] if getattr(c, key) != getattr(ModelConfig, key)]
+    if not c.dspark_stages:
+        if given:
+            raise UserError(
+                f"{given[0]}={shown(getattr(c, given[0]))} is a DSpark drafter's, and dspark_stages is 0: say how many "
+                "stages it has, or leave it out"
+            )
+        return
+    if c.num_nextn_predict_layers:
+        raise UserError(
+            f"num_nextn_predict_layers={c.num_nextn_predict_layers} beside a DSpark drafter, which stands in the place "
+            "of the MTP block: set it to 0"
+        )
+    missing = [key for key in _OF_DRAFTER[1:] if key not in given]
+    if missing:
+        raise UserError(
+            f"a DSpark drafter of {c.dspark_stages} stages needs {', '.join(missing)}: add what it was trained with, "
+            "or set dspark_stages to 0 for the trunk alone"
+        )
+    if type(c.dspark_noise_token_id) is not int:
+        raise UserError(f"dspark_noise_token_id={shown(c.dspark_noise_token_id)} must be one token id")
+    check_ids("dspark_noise_token_id", c.dspark_noise_token_id, c.vocab_size)
+    ids, layers = c.dspark_target_layer_ids, range(c.num_hidden_layers)
+    whole = isinstance(ids, list | tuple) and all(type(i) is int and i in layers for i in ids)
+    if not whole or list(ids) != sorted(set(ids)):
+        raise UserError(
+            f"dspark_target_layer_ids={shown(ids)} must be ascending layers of the trunk, which has 0 to "
+            f"{c.num_hidden_layers - 1}: is the drafter another model's?"
+        )
+    object.__setattr__(c, "dspark_target_layer_ids", tuple(ids))
 
 
 def _check_rank(c: ModelConfig) -> None:
@@ -288,3 +351,15 @@ PRESETS: dict[str, ModelConfig] = {
         n_routed_experts=384, routed_scaling_factor=2.5,
     ),
 }  # fmt: skip
+
+
+def _with_drafter(trunk: ModelConfig, targets: tuple[int, ...], rank: int) -> ModelConfig:
+    """A release of 2026 with a DSpark drafter of three stages in place of the MTP block."""
+    return replace(
+        trunk, num_nextn_predict_layers=0, compress_ratios=(*trunk.trunk_ratios, 0, 0, 0), dspark_stages=3,
+        dspark_block_size=5, dspark_noise_token_id=128799, dspark_target_layer_ids=targets, dspark_markov_rank=rank,
+    )  # fmt: skip
+
+
+PRESETS["flash-0731"] = _with_drafter(PRESETS["flash"], (40, 41, 42), 256)
+PRESETS["pro-0813"] = _with_drafter(PRESETS["pro"], (58, 59, 60), 512)

@@ -70,7 +70,10 @@ def families(config: AnyConfig) -> tuple[Family, ...]:
 
 @lru_cache
 def mtp_families(config: ModelConfig) -> tuple[Family, ...]:
-    """The MTP block's own families; embedding and head are the trunk's. Empty where there is none."""
+    """The families of the MTP block, or of the DSpark drafter in its place; embedding and head are the trunk's. Empty
+    where there is none."""
+    if config.dspark_stages:
+        return _added_up(_dspark(config))
     if not config.num_nextn_predict_layers:
         return ()
     d, n = config.hidden_size, config.hc_mult
@@ -122,7 +125,7 @@ def storage_of(family: Family, config: AnyConfig, dtype: str) -> str:
 
 
 def weight_bytes(config: AnyConfig, dtype: str = "published", *, mtp: bool = False) -> int:
-    """Bytes of all weights, scales and routing biases included; with `mtp` its block as well."""
+    """Bytes of all weights, scales and routing biases included; with `mtp` its block or drafter as well."""
     found = families(config)
     if mtp and isinstance(config, ModelConfig):
         found += mtp_families(config)
@@ -145,7 +148,7 @@ def active_bytes(config: AnyConfig, dtype: str = "published", batch: int = 1) ->
 
 
 def on_file(config: ModelConfig) -> tuple[int, int]:
-    """(elements, bytes) of a released checkpoint with its MTP block: packed FP4, scales and hash tables included."""
+    """(elements, bytes) of a released checkpoint with its MTP block or drafter, scales and hash tables included."""
     elements = size = 0
     for f in (*families(config), *mtp_families(config)):
         if f.storage == "fp4":
@@ -231,6 +234,23 @@ def _v4_layer(k: ModelConfig, layer: int) -> list[Family]:
             _all(r"\.hc_(attn|ffn)_(base|scale)", "hyper-connections", 2 * (rows + 3), "fp32"),
         ]
     return [*found, *_v4_far(k, k.layer_kind(layer))]
+
+
+def _dspark(k: ModelConfig) -> list[Family]:
+    """What a slot of a block uses; the rows that the stages remember of the text take main_proj and wkv alone."""
+    d, n, rank = k.hidden_size, k.hc_mult, k.dspark_markov_rank
+    tables = [
+        Family(r"\.markov_w1\.", "Markov head", k.vocab_size * rank, rank, "bf16"),  # one row of it
+        _all(r"\.markov_w2\.", "Markov head", k.vocab_size * rank, "bf16", "head"),
+    ]
+    return [
+        *(f for stage in range(k.dspark_stages) for f in _v4_layer(k, k.num_hidden_layers + stage)),
+        _all(r"\.main_proj\.", "drafter's input", len(k.dspark_target_layer_ids) * d * d, "fp8", "fp8"),
+        _all(r"\.\d+\.(main_norm|norm)\.", "norms and sinks", 2 * d, "bf16"),
+        *([] if k.residual == "plain" else _collapse(d, n)),
+        *tables,
+        _all(r"\.confidence_head\.", "confidence head", d + rank, "bf16", "aux"),
+    ]
 
 
 def _v4_far(k: ModelConfig, kind: LayerKind) -> list[Family]:

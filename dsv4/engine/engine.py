@@ -65,11 +65,11 @@ class Engine:
     of 128 tokens, in which all caches lie, allocated at once: who finds no room waits, and the youngest gives way to
     those before it until there is room again; None: as many as are needed.
 
-    speculative: how many tokens a step drafts with the model's MTP block and verifies in the step after; 0 is off. The
-    tokens are those of plain decoding where a request is greedy (to the bit with the C++ ops; elsewhere the order of
-    sums depends on the batch, and a tie of two tokens may fall differently), and distributed as there where it is not:
-    the same seed draws the same text whatever else is in the batch, but not the text that it draws without speculation
-    or with another number of drafts.
+    speculative: how many tokens a step drafts with the model's MTP block or DSpark drafter and verifies in the step
+    after; 0 is off. The tokens are those of plain decoding where a request is greedy (to the bit with the C++ ops;
+    elsewhere the order of sums depends on the batch, and a tie of two tokens may fall differently), and distributed as
+    there where it is not: the same seed draws the same text whatever else is in the batch, but not the text that it
+    draws without speculation or with another number of drafts.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class Engine:
         """The engine of a run folder (its latest checkpoint) or a checkpoint folder. dtype, device, weights, numbers
         and memory are those of `load`; `options` are those of Engine.
 
-        UserError, before any weight is read, if model or tokenizer is missing or damaged, or if the model has no MTP
-        block for speculative=n.
+        UserError, before any weight is read, if model or tokenizer is missing or damaged, or if the model has
+        nothing to draft with for speculative=n.
         """
         folder = resolve_checkpoint(path)
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder} has no tokenizer.json: copy in the one that the model was trained with")
         tokenizer = load_tokenizer(folder)
-        check_depth(options.get("speculative", 0), getattr(read_config(folder), "num_nextn_predict_layers", 0))
+        check_depth(options.get("speculative", 0), getattr(read_config(folder), "num_draft_blocks", 0))
         model = load(folder, dtype=dtype, device=device, weights=weights, numbers=numbers, memory=memory)
         return cls(model, tokenizer, **options)
 
@@ -133,7 +133,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One call of the model for all running requests, and one event for each that got a token; with speculation the
-        MTP block is called as well, and an event may have several tokens.
+        drafter is called as well, and an event may have several tokens.
 
         Ctrl-C is raised at its end: all that was computed is kept, and what is new comes with the next step. If it
         fails, or a second Ctrl-C stops it half way, only time is lost: the memories it was filling are computed again,

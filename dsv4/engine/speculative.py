@@ -1,10 +1,12 @@
-"""Speculative decoding: the MTP block drafts tokens, the model verifies them in one pass, the memory is rewound.
+"""Speculative decoding: a drafter drafts tokens, the model verifies them in one pass, the memory is rewound.
 
 A decoding request runs its last token and up to `depth` drafts after it; each row's logits judge the draft that follows
-it. The first one that is refused is replaced, and the memory forgets what comes after. Then the MTP block, which reads
-the trunk's streams and the token after each row, drafts again: the first draft from the row before the last token, each
-deeper one from the block's own streams. All this is done before anything is entered, so a step that is stopped half way
-draws the same again. What runs is the scheduler's to say, how logits become distributions sampler.py's.
+it. The first one that is refused is replaced, and the memory forgets what comes after. Then the model's drafter drafts
+again. An MTP block reads the trunk's streams and the token after each row: the first draft comes from the row before
+the last token, each deeper one from the block's own streams. A DSpark drafter remembers the trunk's rows as the trunk
+itself does, and makes a whole block of drafts from the last token in one pass. All this is done before anything is
+entered, so a step that is stopped half way draws the same again. What runs is the scheduler's to say, how logits become
+distributions sampler.py's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,16 +25,16 @@ from dsv4.model import LanguageModel, Segment, Transformer
 from dsv4.model.transformer import Trunk
 
 
-def check_depth(depth: object, num_mtp_blocks: int) -> None:
-    """UserError if so many tokens cannot be drafted a step, by a model with so many MTP blocks."""
+def check_depth(depth: object, num_draft_blocks: int) -> None:
+    """UserError if so many tokens cannot be drafted a step, by a model with so many blocks of a drafter."""
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 0:
         raise UserError(
             f"speculative={depth!r} must be a whole number of tokens to draft a step, or 0 to switch it off"
         )
-    if depth and not num_mtp_blocks:
+    if depth and not num_draft_blocks:
         raise UserError(
             f"speculative={depth}, but the model has no MTP block to draft with: leave it out, or use a model that was "
-            "trained with num_nextn_predict_layers=1"
+            "trained with num_nextn_predict_layers=1 or with a DSpark drafter"
         )
 
 
@@ -60,11 +62,12 @@ class Ahead:
 
 
 class Speculation:
-    """A model with an MTP block that drafts up to `depth` tokens a step; `vocab_size`: ids below it may be drawn."""
+    """A model with a drafter that drafts up to `depth` tokens a step; `vocab_size`: ids below it may be drawn."""
 
     def __init__(self, model: LanguageModel, depth: int, vocab_size: int):
         assert isinstance(model, Transformer) and model.mtp and depth > 0, "see check_depth"
         self.model, self.depth, self.vocab_size = model, depth, vocab_size
+        self.blocks = model.config.dspark_stages > 0  # of drafts, and not one after the other
 
     @staticmethod
     def max_rewind(depth: int) -> int:
@@ -91,7 +94,8 @@ class Speculation:
             tokens = verify(logits, params, drafts, uniform)
             told = _told(logits, params, drafts, tokens)
             drawn = dict(zip(ready, tokens, strict=True))
-            new = self._draft(trunk, [Ahead(share, drawn.get(share.request, []), []) for share in shares])
+            all_ahead = [Ahead(share, drawn.get(share.request, []), []) for share in shares]
+            new = self._draft_blocks(all_ahead) if self.blocks else self._draft(trunk, all_ahead)
         return [Drawn(r, t, x, tuple(new[r])) for r, t, x in zip(ready, tokens, told, strict=True)]
 
     def _run(self, shares: Sequence[Share]) -> tuple[Trunk, Tensor]:
@@ -143,13 +147,35 @@ class Speculation:
             self._stand(ahead)
         return {ahead.request: ahead.drafts for ahead in all_ahead}
 
+    def _draft_blocks(self, all_ahead: list[Ahead]) -> dict[Request, list[Draft]]:
+        """Memories forget what was refused; then a block of a DSpark drafter at the end of each.
+
+        A block always has `depth` slots, as its drafts depend on their number, however many of them are wanted.
+        """
+        for ahead in all_ahead:
+            self._stand(ahead)
+        going = [(row, ahead) for row, ahead in enumerate(a for a in all_ahead if a.tokens and a.wanted > 0)]
+        if going:
+            anchors = torch.tensor([ahead.tokens[-1] for _, ahead in going])
+            made = self.model.draft_block(anchors, [_memory(ahead.share) for _, ahead in going], self.depth)
+        for slot in range(self.depth):
+            going = [(row, ahead) for row, ahead in going if len(ahead.drafts) == slot < ahead.wanted]
+            if not going:
+                break
+            before = torch.tensor([(ahead.drafts[-1].token if slot else ahead.tokens[-1]) for _, ahead in going])
+            logits = made.logits[[row for row, _ in going], slot]
+            logits = self.model.drafter.corrected(logits, before.to(logits.device))[:, : self.vocab_size]
+            for (_, ahead), draft in zip(going, self.choose([ahead for _, ahead in going], logits), strict=True):
+                ahead.drafts += [] if draft is None else [draft]
+        return {ahead.request: ahead.drafts for ahead in all_ahead}
+
     def _stand(self, ahead: Ahead) -> None:
         """A memory stands before the last token that is known, or where a part of a prompt ends."""
         memory = ahead.share.memory
         memory.rewind(max(0, memory.length - (ahead.length - 1)))
 
     def choose(self, ahead: Sequence[Ahead], logits: Tensor) -> list[Draft | None]:
-        """One more draft for each, from the MTP block's logits fp32 [n, V]; None where they are not finite.
+        """One more draft for each, from the drafter's logits fp32 [n, V]; None where they are not finite.
 
         Drawn as the request draws its tokens, with a number of its own generator; greedy ones take the likeliest.
         """

@@ -26,10 +26,10 @@ class Slice:
 def slices(config: AnyConfig) -> list[Slice]:
     """A model as one layer of each kind, at its real width."""
     if isinstance(config, ModelConfig):
-        one = dict(num_hidden_layers=1, num_nextn_predict_layers=0, num_hash_layers=0)
+        one, trunk = dict(num_hidden_layers=1, num_hash_layers=0), config.without_drafts()
         ratio_of = {config.layer_kind(i): r for i, r in enumerate(config.trunk_ratios)}
         return [
-            Slice(kind.name, times, config.with_(**one, compress_ratios=(ratio_of[kind],)))
+            Slice(kind.name, times, trunk.with_(**one, compress_ratios=(ratio_of[kind],)))
             for kind, times in config.trunk_kinds.items()
         ]
     if isinstance(config, V32Config):

@@ -25,26 +25,34 @@ KINDS: dict[str, tuple[int, ...]] = {"window": (0,), "csa": (4,), "hca": (128,),
 _FILL_ROWS = 8192  # rows that `fill` draws at a time
 
 
-def small_config(ratios: tuple[int, ...] = KINDS["whole"], *, mtp: int = 0, **changes: Any) -> ModelConfig:
+def small_config(
+    ratios: tuple[int, ...] = KINDS["whole"], *, mtp: int = 0, dspark: int = 0, **changes: Any
+) -> ModelConfig:
     """About 100 thousand parameters, one hash layer, 32 index heads (fewer would make exactly tied index scores).
 
-    YaRN acts on most pairs because the original context is short.
+    YaRN acts on most pairs because the original context is short. mtp: blocks; dspark: stages of a drafter, which reads
+    the last three layers.
     """
+    drafter = dict(
+        dspark_stages=dspark, dspark_block_size=5, dspark_noise_token_id=96, dspark_markov_rank=16,
+        dspark_target_layer_ids=tuple(range(len(ratios)))[-3:],
+    )  # fmt: skip
     fields: dict[str, Any] = dict(
-        vocab_size=97, hidden_size=48, num_hidden_layers=len(ratios), compress_ratios=(*ratios, *[0] * mtp),
+        vocab_size=97, hidden_size=48, num_hidden_layers=len(ratios), compress_ratios=(*ratios, *[0] * (mtp + dspark)),
         num_attention_heads=4, head_dim=32, qk_rope_head_dim=8, q_lora_rank=24, o_groups=2, o_lora_rank=20,
         sliding_window=128, index_n_heads=32, index_head_dim=16, index_topk=8, moe_intermediate_size=24,
         n_routed_experts=6, num_experts_per_tok=2, num_hash_layers=1, num_nextn_predict_layers=mtp,
         rope_scaling=RopeScaling(factor=16.0, original_max_position_embeddings=256), max_position_embeddings=8192,
+        **(drafter if dspark else {}),
     )  # fmt: skip
     return ModelConfig(**{**fields, **changes})
 
 
 def small_model(
-    ratios: tuple[int, ...] = KINDS["whole"], *, mtp: int = 0, seed: int = 0, **changes: Any
+    ratios: tuple[int, ...] = KINDS["whole"], *, mtp: int = 0, dspark: int = 0, seed: int = 0, **changes: Any
 ) -> Transformer:
     """A lively model of `small_config`."""
-    return randomise(Transformer(small_config(ratios, mtp=mtp, **changes)), seed)
+    return randomise(Transformer(small_config(ratios, mtp=mtp, dspark=dspark, **changes)), seed)
 
 
 @torch.no_grad()

@@ -104,8 +104,8 @@ class Losses:
 
 
 class LanguageModel(nn.Module):
-    """A model over token ids. A subclass has `embed`, `layers`, `norm`, `head` and `mtp` (empty: no MTP block), and
-    says what `trunk`, `new_cache` and `new_pool` are.
+    """A model over token ids. A subclass has `embed`, `layers`, `norm`, `head` and `mtp` (an MTP block, the stages of a
+    DSpark drafter, or empty), and says what `trunk`, `new_cache` and `new_pool` are.
 
     `dtype` is that of the large matrices, `compute_dtype` that of the activations (default: the same; fp32 master
     weights are trained in bfloat16 so). `recompute` saves memory in training: a block's activations are computed again
@@ -139,8 +139,14 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    @property
+    def predicts_next(self) -> bool:
+        """Whether there is an MTP block, which `predict_next` runs and training trains."""
+        return False
+
     def num_parameters(self, *, mtp: bool = False) -> int:
-        """Parameters, without the MTP block unless asked; router biases and hash tables are buffers, not counted."""
+        """Parameters, without the MTP block or drafter unless asked; router biases and hash tables are buffers, and not
+        counted."""
         return sum(p.numel() for name, p in self.named_parameters() if mtp or not name.startswith("mtp."))
 
     def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> TrunkResult:
@@ -223,7 +229,7 @@ class LanguageModel(nn.Module):
         trunk = self.trunk(ids, segments)
         routing = {layer: (decided, lengths) for layer, decided in enumerate(trunk.routing) if decided is not None}
         drafted = None
-        if mtp and self.mtp and max(lengths) > 1:
+        if mtp and self.predicts_next and max(lengths) > 1:
             # the MTP target of row t is the target of row t+1, so nothing is predicted across a document's end
             hidden, rows, decided = self.predict_next(trunk, ids)
             drafted = self.head(hidden, targets[rows + 1])

@@ -20,7 +20,7 @@ NUMBERS = ("plain", "published")
 # V3.2's wkv_b is not among them: it is multiplied from both sides, by head, and stays in numbers.
 _LARGE = re.compile(
     r"(^|\.)(attn\.(wq_a|wq_b|wkv|wkv_a|wo_a|wo_b|wo)|attn\.indexer\.(wq_b|wk)"
-    r"|ffn\.(shared_experts\.)?w[123]|[eh]_proj)\.weight$"
+    r"|ffn\.(shared_experts\.)?w[123]|[eh]_proj|main_proj)\.weight$"
 )
 _ROUTED = re.compile(r"(^|\.)ffn\.experts\.(w13|w2)$")
 _ROWS = 1 << 13  # rows that are rounded at a time; whole blocks of scales

@@ -121,8 +121,11 @@ class Run:
     """A planned run. What each of its tokens reads is planned when it is first asked for, from what the memories were
     when it was made: whole blocks in one call plan for themselves (model/step.py).
 
-    starts: the position of each segment's first token. derived: what others have made of it, to keep.
+    starts: the position of each segment's first token. derived: what others have made of it, to keep. is_causal: a
+    token sees itself and those before it, which the library knows how to plan; else `parts` alone say what it sees.
     """
+
+    is_causal = True
 
     def __init__(self, config: ModelConfig, segments: Sequence[Segment], device: torch.device):
         self.config, self.segments, self.device = config, list(segments), device
@@ -142,7 +145,7 @@ class Run:
 
     @cached_property
     def _host_positions(self) -> np.ndarray:
-        return _ragged(np.array(self.starts), np.array(self.lengths))
+        return ragged(np.array(self.starts), np.array(self.lengths))
 
     @cached_property
     def positions(self) -> Tensor:
@@ -171,7 +174,7 @@ class Run:
         parts = []
         for rows in places.values():
             held = [(m, t) for i in rows if (m := self.segments[i].memory) and (t := self.tables[i]) is not None]
-            tokens = None if len(places) == 1 else self._to_device(_ragged(first[rows], count[rows]))
+            tokens = None if len(places) == 1 else self._to_device(ragged(first[rows], count[rows]))
             parts.append(_part(self.config, tokens, held, start[rows], count[rows], freq, self._to_device))
         return parts
 
@@ -242,20 +245,20 @@ def _part(
     slot = np.array([m.slot for m in memories])
     reach = config.sliding_window - 1  # the window counts the token itself
     history = np.minimum(start, reach)
-    base = _before(history + count)  # where each sequence's rows begin in the part's window rows
-    row = _ragged(base + history, count)
-    window = _spans(np.maximum(row - reach, np.repeat(base, count)), row + 1)
+    base = rows_before(history + count)  # where each sequence's rows begin in the part's window rows
+    row = ragged(base + history, count)
+    window = spans(np.maximum(row - reach, np.repeat(base, count)), row + 1)
     ring = (
         None
         if pool is None
-        else _ring_rows(config.sliding_window + pool.max_rewind, slot, start, count, history, to_device)
+        else ring_rows(config.sliding_window + pool.max_rewind, slot, start, count, history, to_device)
     )
     pages = np.zeros(0, dtype=np.int64)
     page_base = np.zeros_like(start)
     if pool is not None and pool.paged:
         filled = -(-(start + count) // pool.page_tokens)
         pages = np.concatenate([table[:n] for (_, table), n in zip(held, filled.tolist(), strict=True)])
-        page_base = _before(filled)
+        page_base = rows_before(filled)
     every = None
     if any(kind.ratio == 1 for kind in config.trunk_kinds):
         every = _token_rows(config, pool, pages, start, count, page_base, to_device)
@@ -278,10 +281,10 @@ def _groups(
     r, pool = kind.ratio, part.pool
     existing = start // r
     closing = (start + count) // r - existing
-    group = _ragged(existing, closing)
-    stop = (_ragged(start, count) + 1) // r  # a group is visible from its last token on
+    group = ragged(existing, closing)
+    stop = (ragged(start, count) + 1) // r  # a group is visible from its last token on
     if pool is None:
-        base, first, rows, entry = _before(closing), _before(count), None, None
+        base, first, rows, entry = rows_before(closing), rows_before(count), None, None
     else:
         per_page = pool.page_tokens // r
         base = page_base * per_page
@@ -290,9 +293,9 @@ def _groups(
             entry = part.pages[np.repeat(page_base, closing) + group // per_page] * per_page + group % per_page
         carried = np.where(closing > 0, start % r + np.where(existing > 0, r if kind.overlap else 0, 0), 0)
         own = np.where(closing > 0, count, 0)
-        first = _before(carried + own) + carried
+        first = rows_before(carried + own) + carried
         size = r * (2 if kind.overlap else 1) + pool.max_rewind
-        rows = _ring_rows(size, slot, start, count, carried, to_device, own)
+        rows = ring_rows(size, slot, start, count, carried, to_device, own)
     base = np.repeat(base, count)
     token = group * r  # the first of each group, by whose position an entry rotates
     return Groups(
@@ -301,7 +304,7 @@ def _groups(
         first_row=to_device(token + np.repeat(first - start, closing) if len(group) else token),
         has_previous=to_device(group > 0),
         turn=turns(freq, to_device(token)),
-        visible=_spans(base, base + stop),
+        visible=spans(base, base + stop),
         rows=rows,
         entry=None if entry is None else to_device(entry),
     )
@@ -316,22 +319,22 @@ def _token_rows(
     page_base: np.ndarray,
     to_device: ToDevice,
 ) -> TokenRows:
-    base = _before(count) if pool is None else page_base * pool.page_tokens  # each sequence's first row
-    seen = _ragged(start, count) + 1
+    base = rows_before(count) if pool is None else page_base * pool.page_tokens  # each sequence's first row
+    seen = ragged(start, count) + 1
 
     def place(rows: np.ndarray) -> np.ndarray:
         """Rows of the part's sequences -> rows of the store."""
         return rows if pool is None else pages[rows // pool.page_tokens] * pool.page_tokens + rows % pool.page_tokens
 
-    entry = None if pool is None else to_device(place(_ragged(base + start, count)))
+    entry = None if pool is None else to_device(place(ragged(base + start, count)))
     if config.attention != "lowrank":
-        return TokenRows(entry, _spans(np.repeat(base, count), np.repeat(base, count) + seen), None)
+        return TokenRows(entry, spans(np.repeat(base, count), np.repeat(base, count) + seen), None)
     left = np.maximum(start + count - config.sliding_window, 0)  # have left the window of the last token
-    read, base = to_device(place(_ragged(base, left))), np.repeat(_before(left), count)
-    return TokenRows(entry, _spans(base, base + np.maximum(seen - config.sliding_window, 0)), read)
+    read, base = to_device(place(ragged(base, left))), np.repeat(rows_before(left), count)
+    return TokenRows(entry, spans(base, base + np.maximum(seen - config.sliding_window, 0)), read)
 
 
-def _ring_rows(
+def ring_rows(
     size: int,
     slot: np.ndarray,
     start: np.ndarray,
@@ -342,39 +345,39 @@ def _ring_rows(
 ) -> RingRows:
     """A ring of `size` rows: `before` rows of each sequence precede its own, of which `own` are joined to them."""
     own = count if own is None else own
-    read = _ragged(start - before, before)
+    read = ragged(start - before, before)
     order = None
     if len(start) > 1:
         order = np.empty(int(before.sum() + own.sum()), dtype=np.int64)
-        at = _before(before + own)
-        order[_ragged(at, before)] = np.arange(len(read))
-        order[_ragged(at + before, own)] = len(read) + _ragged(_before(count), own)
+        at = rows_before(before + own)
+        order[ragged(at, before)] = np.arange(len(read))
+        order[ragged(at + before, own)] = len(read) + ragged(rows_before(count), own)
         order = to_device(order)
     kept, at = None, start
     if int(count.max()) > size:
         stay = np.minimum(count, size)
-        kept, at, count = to_device(_ragged(_before(count) + count - stay, stay)), start + count - stay, stay
+        kept, at, count = to_device(ragged(rows_before(count) + count - stay, stay)), start + count - stay, stay
     return RingRows(
         read=to_device(np.repeat(slot * size, before) + read % size),
         order=order,
-        write=to_device(np.repeat(slot * size, count) + _ragged(at, count) % size),
+        write=to_device(np.repeat(slot * size, count) + ragged(at, count) % size),
         kept=kept,
     )
 
 
-def _ragged(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+def ragged(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """start_i .. start_i + count_i - 1 for every i, one after the other, int64."""
     if len(count) == 1:  # one sequence: nothing to spread
         return np.arange(first := int(start[0]), first + int(count[0]))
-    return np.repeat(start - _before(count), count) + np.arange(int(count.sum()))
+    return np.repeat(start - rows_before(count), count) + np.arange(int(count.sum()))
 
 
-def _before(count: np.ndarray) -> np.ndarray:
+def rows_before(count: np.ndarray) -> np.ndarray:
     """For every i the sum of the counts before it."""
     if len(count) == 1:
         return np.zeros(1, dtype=np.int64)
     return count.cumsum() - count
 
 
-def _spans(start: np.ndarray, stop: np.ndarray) -> Spans:
+def spans(start: np.ndarray, stop: np.ndarray) -> Spans:
     return Spans(torch.from_numpy(start), torch.from_numpy(stop))

@@ -234,6 +234,9 @@ def _layer(block: Block, view: LayerMemory, x: Tensor, b: Any) -> Any:
 
 def _step(run: Run, backend: Any) -> tuple[Any, tuple[int, int], Any]:
     """The run as the backend takes it, the rotations of window layers and all others, and what holds their numbers."""
+    if not run.is_causal:
+        run.derived["step"] = _of_windows(run, backend)
+        return run.derived["step"]
     memories = run.memories()
     pool, config = memories[0].pool, run.config
     sequences = np.array([[m.slot for m in memories], run.starts, run.lengths])
@@ -244,3 +247,16 @@ def _step(run: Run, backend: Any) -> tuple[Any, tuple[int, int], Any]:
     places = turned[0].data_ptr(), turned[1].data_ptr()
     run.derived["step"] = step, places, (positions, turned)
     return run.derived["step"]
+
+
+def _of_windows(run: Run, b: Any) -> tuple[Any, tuple[int, int], Any]:
+    """`_step` of a run of window layers alone whose one part says what each token sees."""
+    (part,), turned = run.parts, (run.turn["window"], run.turn["compressed"])
+    rows, window = part.ring, part.window
+    assert rows is not None and not part.groups
+    before, stored = len(rows.read), len(rows.write)
+    joined = before + sum(run.lengths) if rows.order is None else len(rows.order)
+    ring = b.RingRows(*map(b.address, (rows.read, rows.order, rows.write, rows.kept)), before, joined, stored)
+    places = map(b.address, (run.positions, window.start, window.stop, part.table))
+    step = b.Step(sum(run.lengths), len(part.pages), *places, ring)
+    return step, (turned[0].data_ptr(), turned[1].data_ptr()), (part, turned)

@@ -6,6 +6,7 @@ one): the input is a flat run of T tokens cut into segments, each starting a doc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.model import hyper
 from dsv4.model.block import Block
+from dsv4.model.dspark import Blocks, Drafting, DSpark
 from dsv4.model.head import Head
 from dsv4.model.init import initialise
 from dsv4.model.language import LanguageModel
 from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
-from dsv4.model.segments import Run, Segment, plan
+from dsv4.model.segments import Run, Segment, check_segments, plan
 from dsv4.model.step import run_blocks
 
 
@@ -71,6 +73,8 @@ class Transformer(LanguageModel):
         self.head = Head(config.hidden_size, config.vocab_size, dtype)
         hyper.add_parameters(self, "hc_head", config, head=True)
         self.mtp = nn.ModuleList(MTP(config, dtype) for _ in range(config.num_nextn_predict_layers))
+        if config.dspark_stages:  # in its place: one or the other
+            self.mtp = DSpark(config, dtype)
         initialise(self, config)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -94,7 +98,8 @@ class Transformer(LanguageModel):
         """Empty memories for `batch` rows; `capacity` tokens are preallocated.
 
         format: packed, float32, bfloat16 or float16 (or that dtype); default: compute_dtype, or packed where `numbers`
-        is "published". mtp: with a window for the MTP block, which `draft` needs.
+        is "published". mtp: with a window for the MTP block, which `draft` needs, or for each stage of a DSpark
+        drafter, which `draft_block` needs.
         """
         if batch < 1:
             raise UserError(f"batch={batch} must be at least 1")
@@ -117,11 +122,16 @@ class Transformer(LanguageModel):
             numbers=self.compute_dtype, mtp=mtp, pages=pages, slots=slots,
         )  # fmt: skip
 
+    @property
+    def predicts_next(self) -> bool:
+        return self.config.num_nextn_predict_layers > 0
+
     def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> Trunk:
         """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories.
 
-        Where `numbers` is "published", a segment without a memory is given one for this call: the released code rounds
-        the rows that attention reads, a prompt's own too.
+        A DSpark drafter's stages remember the run as the trunk's layers do, in memories made with mtp=True. Where
+        `numbers` is "published", a segment without a memory is given one for this call: the released code rounds the
+        rows that attention reads, a prompt's own too.
         """
         if self.numbers == "published":
             mtp = bool(self.mtp)
@@ -133,22 +143,39 @@ class Transformer(LanguageModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
             x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
-            pools, routing = run.pools, list[Routing]()
+            x, routing, features = self._layers(x, ids, run)
+            if features:
+                self.drafter.remember(torch.cat(features, dim=1), run)
+            hidden = self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config))
+        for segment in segments:
+            if segment.memory is not None:
+                segment.memory.advance(segment.length)
+        return Trunk(run, x, hidden, routing)
+
+    def _layers(self, x: Tensor, ids: Tensor, run: Run) -> tuple[Tensor, list[Routing], list[Tensor]]:
+        """Streams through all blocks, what their gates decided, and what a drafter remembers of the run: the mean of
+        the streams [T, M] after each of its target layers, if a memory has windows for it."""
+        pools, routing, features = run.pools, list[Routing](), list[Tensor]()
+        reads = any(pool is not None and pool.mtp for pool in pools)
+        targets = [i + 1 for i in self.config.dspark_target_layer_ids] if reads else []
+        for start, stop in pairwise(sorted({0, *targets, len(self.layers)})):
+            blocks = list(self.layers)[start:stop]
+            done = None
             if len(pools) == 1 and pools[0] is not None:
-                done = run_blocks(self.layers, self.layers, x, ids, run, pools[0].layers)
-                x, routing = (x, routing) if done is None else done
-            for i, block in enumerate(self.layers if not routing else ()):
+                done = run_blocks(self.layers, blocks, x, ids, run, pools[0].layers[start:stop])
+            if done is not None:
+                x = done[0]
+                routing += done[1]
+            for i, block in enumerate(blocks if done is None else (), start):
                 views = [None if pool is None else pool.layers[i] for pool in pools]
                 if self.recompute and torch.is_grad_enabled():
                     x, decided = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
                 else:
                     x, decided = block(x, ids, run, views)
                 routing.append(decided)
-            hidden = self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config))
-        for segment in segments:
-            if segment.memory is not None:
-                segment.memory.advance(segment.length)
-        return Trunk(run, x, hidden, routing)
+            if stop in targets:
+                features.append(x.mean(dim=1))
+        return x, routing, features
 
     def predict_next(self, trunk: Trunk, ids: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """The MTP block over a run without memories: hidden [n, M], its rows int64 [n] in the run, routing.
@@ -157,7 +184,7 @@ class Transformer(LanguageModel):
         next one and drops out.
         """
         published = self.numbers == "published"  # then every run has memories, this one's are its own
-        assert self.mtp and (published or not trunk.run.memories())
+        assert self.predicts_next and (published or not trunk.run.memories())
         lengths = [s.length - 1 for s in trunk.run.segments if s.length > 1]
         assert lengths, "no segment has a next token"
         keep = torch.ones(len(ids), dtype=torch.bool, device=self.device)
@@ -193,7 +220,7 @@ class Transformer(LanguageModel):
         memories = [(s.memory, a, s.length) for s, a in zip(run.segments, run.starts, strict=True) if s.memory]
         for memory, start, count in memories:
             memory.refuse_torn()
-            if memory.mtp is None:
+            if not memory.mtp:
                 raise UserError("a memory has no window for the MTP block: make it with new_cache(mtp=True)")
             if (memory.drafted, memory.length) != (start, start + count):
                 raise UserError(
@@ -202,7 +229,7 @@ class Transformer(LanguageModel):
                 )
         for memory, _, _ in memories:
             memory.begin()
-        views = [None if pool is None else pool.mtp for pool in run.pools]
+        views = [None if pool is None else pool.mtp[0] for pool in run.pools]
         out = self._mtp(trunk.streams, following.to(self.device), run, views)
         for memory, _, _ in memories:
             memory.advance_drafts()
@@ -221,20 +248,60 @@ class Transformer(LanguageModel):
         """
         self._check_ids(following)
         for memory in memories:
-            if memory.mtp is None:
+            if not memory.mtp:
                 raise UserError("a memory has no window for the MTP block: make it with new_cache(mtp=True)")
         run = plan(self.config, [Segment(1, memory) for memory in memories], self.device)
         for memory in memories:
             memory.begin()
-        views = [None if pool is None else pool.mtp for pool in run.pools]
+        views = [None if pool is None else pool.mtp[0] for pool in run.pools]
         out = self._mtp(streams, following.to(self.device), run, views)
         for memory in memories:
             memory.advance(1)
         return out
 
+    @property
+    def drafter(self) -> DSpark:
+        """The DSpark drafter; UserError for a model without one."""
+        if not isinstance(self.mtp, DSpark):
+            raise UserError("the model has no DSpark drafter: its configuration has no dspark_stages")
+        return self.mtp
+
+    @torch.no_grad()
+    def draft_block(self, anchors: Tensor, memories: Sequence[SequenceMemory], size: int | None = None) -> Drafting:
+        """The DSpark drafter on a block at the end of each of n memories, of one pool that was made with mtp=True.
+
+        anchors: int64 [n], the token after those that each memory has seen; slot k of its block stands k positions
+        after it and drafts the token after that. size: slots (default: as trained). Writes nothing, so it may follow
+        any call of `trunk`, and any rewind. Raises UserError for a memory that is empty or has no window for it.
+        """
+        drafter, size = self.drafter, self.config.dspark_block_size if size is None else size
+        if anchors.shape != (len(memories),) or anchors.dtype not in (torch.int64, torch.int32) or not memories:
+            raise UserError(
+                f"anchors must be the token after each of {len(memories)} memories, not {tuple(anchors.shape)} "
+                f"{anchors.dtype}"
+            )
+        if size < 1:
+            raise UserError(f"size={size} must be at least 1 token to draft")
+        self._check_ids(anchors)
+        check_segments(self.config, [Segment(1, memory) for memory in memories])
+        for memory in memories:
+            if not memory.mtp:
+                raise UserError("a memory has no windows for the drafter: make it with new_cache(mtp=True)")
+            if not memory.length:
+                raise UserError("a memory is empty, so there is nothing to draft from: run the first token before")
+            if memory.pool is not memories[0].pool:
+                raise UserError("the memories lie in several pools: call draft_block once for each")
+        run = Blocks(self.config, memories, size, self.device)
+        ids = torch.full((len(memories), size), self.config.dspark_noise_token_id or 0, device=self.device)
+        ids[:, 0] = anchors
+        ids = ids.flatten()
+        states = drafter(self.embed(ids).to(self.compute_dtype), ids, run)
+        logits = self.head(drafter.normed(states))
+        return Drafting(states.view(len(memories), size, -1), logits.view(len(memories), size, -1))
+
     def _mtp(
         self, streams: Tensor, following: Tensor, run: Run, views: list[LayerMemory | None]
     ) -> tuple[Tensor, Tensor, Routing]:
-        assert self.mtp, "the model has no MTP block"
+        assert self.predicts_next, "the model has no MTP block"
         embedded = self.embed(following).to(self.compute_dtype)
         return self.mtp[0](streams, embedded, following, run, views)

@@ -99,6 +99,11 @@ class RunConfig:
                 raise UserError(f"loss.{name}={value} must be a finite number of at least 0")
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed={self.seed} must be a whole number from 0 to 2**64 - 1")
+        if isinstance(self.model, ModelConfig) and self.model.dspark_stages:
+            raise UserError(
+                f"model.dspark_stages={self.model.dspark_stages}: a DSpark drafter is not trained here; train the "
+                "trunk alone, without the dspark_* keys"
+            )
         if self.data.micro_batches > self.data.tokens_per_step:
             raise UserError(
                 f"data.micro_batches={self.data.micro_batches} must be at most "
@@ -115,6 +120,8 @@ class RunConfig:
         A model of another kind than V4 says so first, as `model.kind`.
         """
         settings, kind = asdict(self), kind_of(self.model)
+        for key in [key for key in settings["model"] if key.startswith("dspark_") and key != "dspark_stages"]:
+            del settings["model"][key]  # of the drafter that no run has; runs of before that named none go on
         if kind != "v4":
             settings["model"] = {"kind": kind, **settings["model"]}
         return _plain(settings)
