@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import published_writer
 import pytest
@@ -26,14 +27,15 @@ from typer.testing import CliRunner
 
 from dsv4 import load, save
 from dsv4.checkpoint.convert import Converted, convert, digest_of, widened
+from dsv4.checkpoint.inspect import inspect
 from dsv4.checkpoint.load import open_checkpoint
 from dsv4.checkpoint.names import scale_name
 from dsv4.checkpoint.stored import Stored
 from dsv4.checkpoint.stream import as_bytes, size_of
 from dsv4.cli import application
 from dsv4.errors import UserError
-from dsv4.measure.subjects import small_config
-from dsv4.model import Transformer
+from dsv4.measure.subjects import small_config, small_model, tokens
+from dsv4.model import Segment, Transformer
 from dsv4.model.packed import pack_weights, packed_of
 from dsv4.ops.weights import PackedMatrix, pack_matrix, unpack_matrix
 
@@ -507,3 +509,33 @@ def test_the_command(folder, tmp_path, capsys):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(lines) and all(row["same"] for row in rows)
     assert runner.invoke(verb, ["convert", str(out), str(tmp_path / "c"), "--weights", "int3"]).exit_code != 0
+
+
+@torch.inference_mode()
+def test_a_drafter_in_the_released_formats(tmp_path: Path) -> None:
+    """Saved packed, it is whole, loads packed, unpacked and within a budget (its stages stay), and drafts the same."""
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 128, "o_lora_rank": 128}
+    model = small_model((0, 4, 128, 4), dspark=3, **wide)
+    pack_weights(model)
+    assert "mtp.0.main_proj.weight" in packed_of(model)
+    save(model, tmp_path)
+    report = inspect(tmp_path)
+    assert report.whole and not report.findings and "DSpark drafter of 3 stages" in report.what
+    ids = tokens(model, 60)
+
+    def drafted(m: Any) -> list[Tensor]:
+        memory = m.new_cache(mtp=True)[0]
+        trunk = m.trunk(ids, [Segment(60, memory)])
+        return [m.logits(trunk.hidden), m.draft_block(ids[:1], [memory], 5).logits]
+
+    want = drafted(model)
+    streamed = load(tmp_path, weights="released", memory="2.1MB")
+    for other in (load(tmp_path, weights="released"), load(tmp_path), streamed):
+        for a, b in zip(drafted(other), want, strict=True):
+            assert (a - b).abs().max() < 1e-5
+    assert streamed.stream.reads >= 4 and all(block.attn.wkv.weight.codes.numel() for block in _blocks(streamed))
+
+
+def _blocks(model: Any) -> list[Any]:
+    """Those of the drafter."""
+    return [stage.block for stage in model.mtp]
