@@ -35,6 +35,8 @@ from dsv4.conform.mistakes import MISTAKES
 from dsv4.conform.plain import PlainV4
 from dsv4.conform.vectors import Kit, kit_model
 from dsv4.errors import UserError
+from dsv4.measure.subjects import small_model
+from dsv4.model.packed import pack_weights
 
 
 @pytest.fixture(scope="module")
@@ -343,3 +345,18 @@ def test_save_is_exact_in_bf16(tmp_path: Path) -> None:
     save(kit_model(), tmp_path, dtype="bfloat16")
     low, high = load(tmp_path, "float32").state_dict(), kit_model().state_dict()
     assert all(torch.equal(low[name], high[name]) for name in high)
+
+
+def test_a_released_checkpoint_beside_transformers(tmp_path: Path) -> None:
+    """FP8 and FP4 on file, a layer at a time."""
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 128, "o_lora_rank": 128}
+    model = small_model((0, 4, 128, 4), mtp=1, **wide)
+    pack_weights(model)
+    save(model, tmp_path / "m")
+    done = run("--checkpoint", str(tmp_path / "m"), "--tokens", "150", "--json")
+    rows = json.loads(done.out)["rows"]
+    assert done.code == 0 and len(rows) == 5 and all(row["distance"] < 5e-5 for row in rows), rows
+    assert [row["name"].split(" (")[0] for row in rows] == [
+        *(f"layer {i}" for i in range(4)),
+        "logits of these streams",
+    ]

@@ -240,9 +240,7 @@ def _wanted(config: AnyConfig | None, report: Report) -> dict[str, Want]:
         return wanted(config)
     want = wanted(config)
     if report.layout == "transformers" and config.num_draft_blocks:
-        report.findings.append(
-            Finding("note", "transformers' layout holds no MTP block or drafter", harmless=True)
-        )
+        report.findings.append(Finding("note", "transformers' layout holds no MTP block or drafter", harmless=True))
         want = {name: wish for name, wish in want.items() if not name.startswith("mtp.")}
     return want
 

@@ -1,5 +1,6 @@
 """The adapter for this package: any backend of the ops, any dtype, any memory."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ class Ours(Adapter):
         self.name = f"dsv4, {str(dtype).removeprefix('torch.')}" + (f", {cache} memory" if cache else "")
         self.name += f", {backend} ops" if backend else ""
 
-    def load(self, folder: Path) -> None:
-        model = load(folder, self.dtype)
+    def load(self, folder: Path, layers: Iterable[int] | None = None) -> None:
+        """layers: of these alone, as `dsv4.load` has it."""
+        model = load(folder, self.dtype, layers=layers)
         if (
             not isinstance(model, Transformer)
             or model.config.residual != "mhc"
@@ -41,6 +43,12 @@ class Ours(Adapter):
         ):
             raise UserError(f"{folder} holds no DeepSeek-V4 but what it is compared with: give a checkpoint of V4")
         self.model = model.eval()
+
+    @torch.no_grad()
+    def head(self, streams: Tensor) -> Tensor:
+        """Streams [T, N, M] after the last layer -> logits."""
+        m = self.model
+        return m.logits(m.norm(hyper.collapse(streams, hyper.parameters_of(m, "hc_head"), m.config)))
 
     def _memory(self, count: int, *, mtp: bool = False) -> SequenceMemory:
         return self.model.new_cache(format=self.cache, capacity=count, mtp=mtp)[0]

@@ -24,6 +24,7 @@ class Transformers(Adapter):
             raise UserError(
                 f"transformers with deepseek_v4 is not installed ({error}): pip install transformers"
             ) from None
+        transformers.utils.logging.disable_progress_bar()
         self.dtype, self.code = dtype, modeling_deepseek_v4
         self.name = f"transformers {transformers.__version__}, {str(dtype).removeprefix('torch.')}"
 
@@ -44,6 +45,12 @@ class Transformers(Adapter):
             memory = step[self.cache]
             out.append(step.logits[0])
         return torch.cat(out)
+
+    @torch.no_grad()
+    def head(self, streams: Tensor) -> Tensor:
+        """Streams [T, N, M] after the last layer -> logits."""
+        m = self.model
+        return m.lm_head(m.model.norm(m.model.hc_head(streams[None])))[0]
 
     @torch.no_grad()
     def batch(self, ids: list[Tensor]) -> list[Tensor]:
