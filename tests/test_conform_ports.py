@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from differences import differ
+from official import GOLDEN, unpacked
 from safetensors.torch import load_file, save_file
 from test_conform import asking, named
-from test_official import GOLDEN, unpacked
 from torch import Tensor
 from typer.testing import CliRunner
 
