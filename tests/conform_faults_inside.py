@@ -106,7 +106,7 @@ def seeing(name: str, stop: Callable[[Any, int, Any], Any]) -> None:
 
         def groups(kind, part, slot, start, count, *rest):
             found = right(kind, part, slot, start, count, *rest)
-            t, there = segments._ragged(start, count), int(start[0] + count[0]) // kind.ratio
+            t, there = segments.ragged(start, count), int(start[0] + count[0]) // kind.ratio
             seen = torch.from_numpy(stop(t, kind.ratio, there) + 0 * t).clamp_max(there)
             return replace(found, visible=ops.Spans(found.visible.start, found.visible.start + seen))
 

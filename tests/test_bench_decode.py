@@ -33,7 +33,7 @@ def test_the_report_holds_together_and_a_step_does_not_grow_with_its_sequences()
         assert row["times_batch_1"] == row["operations"] / one["operations"]
         assert row["fastest"] <= row["seconds"] <= row["slowest"] and 0 < row["plan_share"] < 1
         assert row["tokens_per_second"] == row["batch"] / row["seconds"]
-    assert 1 < eight["times_batch_1"] <= 1.3
+    assert 1 <= eight["times_batch_1"] <= 1.3
     assert (eight["shortest"], eight["longest"]) == (300, 349)
     assert len(decode.lines(rows)) == 3 and "packed" in decode.lines(rows)[2]
 

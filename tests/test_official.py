@@ -168,9 +168,10 @@ def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
 @pytest.mark.parametrize("mode", ["plain", "kv"])
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode, name) -> None:
-    """Only means can be compared: of two bf16 runs each is off by its own rounding. The torch ops are held to the
-    official run, and whatever serves to fp32: two runs that are each as far from it are sqrt(2) of that apart (the C++
-    ops up to 1.52, at most 1.26 from fp32)."""
+    """Only means can be compared: of two bf16 runs each is off by its own rounding. That of the middle one of the 13
+    positions: now and then a rounding turns an expert or an entry over, and that position is ten times as far (on one
+    processor, not on another). Measured on AVX2: the torch ops 0.5 to 1.12 from the official run, whatever
+    serves at most 1.28 from it and 1.05 from fp32, in units of the official run's own distance from fp32."""
     model, ids = load(folder, "bfloat16"), golden[f"ids/{name}"]
 
     def logits() -> Tensor:
@@ -179,10 +180,15 @@ def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode, nam
             return model(ids, segments=[(len(ids), memory)])[CASES[name] - 1 :]
 
     official, exact = golden[f"bf16_{mode}/{name}/logits"], golden[f"{mode}/{name}/logits"]
-    allowed = 1.5 * (official - exact).abs().mean()
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return (a - b).abs().mean(dim=1).median().item()
+
+    allowed = 1.5 * apart(official, exact)
     with ops.using("blocked"):
-        assert (logits() - official).abs().mean() < allowed
-    assert (logits() - exact).abs().mean() < allowed
+        assert apart(logits(), official) < allowed
+    got = logits()
+    assert apart(got, exact) < allowed and apart(got, official) < allowed
 
 
 # --- would a fault be noticed? ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsv4 import controls, files
 from dsv4.checkpoint.drafter import check_drafter
@@ -273,7 +273,15 @@ def _allocate(module: nn.Module, device: torch.device, leave: set[nn.Module]) ->
     for child in module.children():
         if child not in leave:
             _allocate(child, device, leave)
-    module.to_empty(device=device, recurse=False)
+    # not to_empty: on meta tensors it imports torch's compiler, which takes a second
+    for name, p in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(_like(p, device), requires_grad=p.requires_grad))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, _like(buffer, device))
+
+
+def _like(there: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(there.shape, dtype=there.dtype, device=device)
 
 
 def _block_of(name: str, layers: int) -> int | None:
