@@ -83,7 +83,7 @@ def test_an_op_that_grew_is_told() -> None:
 
 def test_the_committed_figures_are_of_ops_that_are_there() -> None:
     kept = count.committed()
-    assert set(kept["counts"]) == {"prefill", "decode"} and "block" in kept["counts"]["decode"]
+    assert set(kept["counts"]) == {"prefill", "decode"} and "blocks" in kept["counts"]["decode"]
     for ops in kept["counts"].values():
         for op, instructions in ops.items():
             assert instructions > 0 and hasattr(library._LIB, f"{op}_avx2"), op
