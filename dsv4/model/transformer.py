@@ -19,23 +19,26 @@ from dsv4.errors import UserError
 from dsv4.model import hyper
 from dsv4.model.block import Block
 from dsv4.model.head import Head
+from dsv4.model.indexer import Indexed
 from dsv4.model.init import initialise
 from dsv4.model.language import LanguageModel
 from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
-from dsv4.model.segments import Run, Segment, plan
+from dsv4.model.segments import IndexPhase, Run, Segment, plan
 from dsv4.model.step import run_blocks
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """What the trunk made of a run: streams [T, N, M] before the collapse, normed hidden [T, M], routing by layer."""
+    """What the trunk made of a run: streams [T, N, M] before the collapse, normed hidden [T, M], routing by layer, and
+    what those indexers came to that learn, by number of the layer."""
 
     run: Run
     streams: Tensor
     hidden: Tensor
     routing: list[Routing]
+    indexed: dict[int, Indexed]
 
     @property
     def last(self) -> Tensor:
@@ -116,45 +119,50 @@ class Transformer(LanguageModel):
             numbers=self.compute_dtype, mtp=mtp, pages=pages, slots=slots,
         )  # fmt: skip
 
-    def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> Trunk:
-        """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories."""
-        run = plan(self.config, segments, self.device)
+    def trunk(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> Trunk:
+        """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories.
+
+        phase: how CSA reads and whether its indexer has a loss (segments.py); for runs without memories.
+        """
+        run = plan(self.config, segments, self.device, phase)
         memories = run.memories()
         for memory in memories:
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
             x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
-            pools, routing = run.pools, list[Routing]()
+            pools, routing, indexed = run.pools, list[Routing](), dict[int, Indexed]()
             if len(pools) == 1 and pools[0] is not None:
                 done = run_blocks(self.layers, self.layers, x, ids, run, pools[0].layers)
                 x, routing = (x, routing) if done is None else done
             for i, block in enumerate(self.layers if not routing else ()):
                 views = [None if pool is None else pool.layers[i] for pool in pools]
                 if self.recompute and torch.is_grad_enabled():
-                    x, decided = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
+                    x, decided, *learned = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
                 else:
-                    x, decided = block(x, ids, run, views)
+                    x, decided, *learned = block(x, ids, run, views)
                 routing.append(decided)
+                indexed.update((i, found) for found in learned)
             hidden = self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config))
         for segment in segments:
             if segment.memory is not None:
                 segment.memory.advance(segment.length)
-        return Trunk(run, x, hidden, routing)
+        return Trunk(run, x, hidden, routing, indexed)
 
     def predict_next(self, trunk: Trunk, ids: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """The MTP block over a run without memories: hidden [n, M], its rows int64 [n] in the run, routing.
 
         Row t sees the trunk's streams at t and the token at t+1 and predicts t+2; the last token of a segment has no
-        next one and drops out.
+        next one and drops out. If all do, the first row stays, with its own token for the next one: it predicts
+        nothing, but the block has run and its parameters have a gradient, as in every other process.
         """
         assert self.mtp and not trunk.run.memories()
         lengths = [s.length - 1 for s in trunk.run.segments if s.length > 1]
-        assert lengths, "no segment has a next token"
         keep = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         keep[trunk.run.last] = False
-        rows = keep.nonzero()[:, 0]
-        following = ids.to(self.device)[rows + 1]
+        rows = keep.nonzero()[:, 0] if lengths else trunk.run.last[:1]
+        following = ids.to(self.device)[rows + 1 if lengths else rows]
+        lengths = lengths or [1]
         run = plan(self.config, [Segment(n) for n in lengths], self.device)
         hidden, _, routing = self._mtp(trunk.streams[rows], following, run, [None] * len(run.pools))
         return hidden, rows, routing

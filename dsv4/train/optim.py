@@ -49,6 +49,11 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     return "adamw_plain" if plain else "muon"
 
 
+def is_index_parameter(name: str) -> bool:
+    """Whether a parameter is an indexer's, by its published name: these learn from a loss of their own."""
+    return ".indexer." in name
+
+
 def logical_matrices(name: str, shape: torch.Size, config: AnyConfig) -> list[Stack]:
     """The paper's matrices inside one stored parameter of at least two dims, as stacks in storage order."""
     *lead, rows, columns = shape
@@ -301,6 +306,20 @@ def is_sharded(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its parts."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def drop_zero_gradients(parameters: Iterable[Tensor]) -> None:
+    """Take away gradients that are nothing but zeros: a parameter to which nothing flowed in an update, such as a
+    compressor none of whose groups closed, is left alone by the optimiser, momentum and decay included.
+
+    That it has a tensor until then is for the processes that share a model: all of them come to the same decision.
+    """
+    held = [p for p in parameters if p.grad is not None]
+    if held:
+        largest = torch.stack([whole(torch.linalg.vector_norm(p.grad, ord=math.inf)) for p in held])  # type: ignore[arg-type]
+        for p, size in zip(held, largest.tolist(), strict=True):
+            if size == 0:
+                p.grad = None
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
