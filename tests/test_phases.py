@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from dsv4 import ModelConfig, UserError
+from dsv4.cli.progress import training_progress
 from dsv4.config import preset_of
 from dsv4.settings import merge
+from dsv4.train.indexer import is_index_parameter
 from dsv4.train.log import read_log
-from dsv4.train.optim import is_index_parameter
 from dsv4.train.recipes import RECIPES, IndexerConfig, RunConfig, resolve
 from dsv4.train.schedule import index_phase, trunk_step
 from dsv4.train.trainer import Trainer
@@ -124,6 +125,15 @@ def test_the_log_says_how_the_indexers_do(text: Path, tmp_path: Path) -> None:
         assert ("index_grad_norm" in record) == learns
     untrained = Trainer(config_for(text, indexer={"train": False, "dense": 0, "warmup": 0}), tmp_path / "other").step()
     assert not {"phase", "index_kl", "index_grad_norm"} & untrained.keys()
+
+
+def test_progress_shows_phase_and_recall(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"step": 8, "loss": 2.0, "tokens_per_second": 900.0, "phase": "sparse"}
+    with training_progress(0, 8) as report:
+        report({**record, "index_recall": {"1": 0.75, "3": 0.5}})
+        report({**record, "phase": "dense"})
+    first, second = capsys.readouterr().err.splitlines()
+    assert "sparse, recall 0.50" in first and "dense" in second and "recall" not in second
 
 
 def test_the_warm_up_learns(text: Path, tmp_path: Path) -> None:

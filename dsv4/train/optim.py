@@ -49,11 +49,6 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     return "adamw_plain" if plain else "muon"
 
 
-def is_index_parameter(name: str) -> bool:
-    """Whether a parameter is an indexer's, by its published name: these learn from a loss of their own."""
-    return ".indexer." in name
-
-
 def logical_matrices(name: str, shape: torch.Size, config: AnyConfig) -> list[Stack]:
     """The paper's matrices inside one stored parameter of at least two dims, as stacks in storage order."""
     *lead, rows, columns = shape

@@ -24,15 +24,10 @@ from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
 from dsv4.train.balance import update_balance_bias
 from dsv4.train.batches import Batches, heldout_batches, split
+from dsv4.train.indexer import index_figures, is_index_parameter, thaw
 from dsv4.train.log import Log, LossWatch
 from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
-from dsv4.train.optim import (
-    HybridOptimizer,
-    clip_gradients,
-    drop_zero_gradients,
-    is_index_parameter,
-    parameter_groups,
-)
+from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, prepare_data
@@ -220,16 +215,10 @@ class Trainer:
         i = self.config.indexer
         return index_phase(step, i.dense, i.warmup) if i.train else "off"
 
-    def _thaw(self, phase: IndexPhase) -> None:
-        """Let learn what learns in a phase. What does not has no gradient, and so is left alone by the optimiser."""
-        for parameters, learn in ((self.indexers, phase in ("warmup", "sparse")), (self.others, phase != "warmup")):
-            for p in parameters:
-                p.requires_grad_(learn)
-
     def _gradient(self, step: int, mtp: float) -> list[Loss]:
         """Leave the gradient of an update's mean losses in the parameters, however many parts it is computed in."""
         phase = self.phase(step)
-        self._thaw(phase)
+        thaw(self.model.named_parameters(), phase)
         self.optimizer.zero_grad(set_to_none=True)
         micro = split(self.batches.batch(step), self.config.data.micro_batches)
         totals = count_totals((b.targets, b.lengths) for b in micro)
@@ -288,21 +277,6 @@ class Trainer:
         else:
             log.info("going on from %s: the checkpoints after it will be replaced", checkpoint)
             self.folder.set_latest(checkpoint)
-
-
-def index_figures(phase: IndexPhase, parts: list[Loss], norm: float) -> Record:
-    """What an update's record says of the indexers: their phase, and where they learn by layer the loss and, if a query
-    saw more entries than it may choose, recall of the best ones and the share of their mass (ops.index_recall)."""
-    record: Record = {"phase": phase}
-    if phase not in ("warmup", "sparse"):
-        return record
-    layers = parts[0].index_kl
-    record |= {"index_grad_norm": norm, "index_kl": {str(n): sum(p.index_kl[n] for p in parts) for n in layers}}
-    found = {n: torch.stack([p.index_found[n] for p in parts]).sum(dim=0).tolist() for n in layers}
-    for name, place in (("index_recall", 1), ("index_mass", 2)):
-        means = {str(n): sums[place] / sums[0] for n, sums in found.items() if sums[0]}
-        record |= {name: means} if means else {}
-    return record
 
 
 def _resume_point(folder: RunFolder, resume: str) -> Path | None:
