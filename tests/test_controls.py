@@ -346,7 +346,7 @@ def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None
         model: ControlTransformer = DenseTransformer(config) if case == "llama" else V32Transformer(config)
         length = 4096
         for blocks in (dense, blocked):
-            monkeypatch.setattr(blocks, "_BLOCK_NUMBERS", 1 << 19)
+            monkeypatch.setattr(blocks, "BLOCK_NUMBERS", 1 << 19)
         with Largest() as seen:
             model(ids_of(length)).sum().backward()
         assert seen.numbers < length**2 / 4, case
