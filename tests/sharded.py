@@ -3,7 +3,8 @@
 `python sharded.py step RANK PROCESSES MEETING_FILE` prints as JSON how far loss, gradients, gradient norm and the
 parameters after an optimiser's step are from those of a model that is not sharded (relative to each tensor's largest
 number). `start` in place of `step` prints what a model made on the meta device, sharded and then initialised has in
-common with one that was made whole, and how much memory that took.
+common with one that was made whole, and how much memory that took. `uneven` prints how far the gradients are where one
+process has a batch to which most parameters contribute nothing, in every phase of the indexers.
 """
 
 import json
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsv4.measure.subjects import small_config, small_model, tokens
 from dsv4.model import Transformer, init
+from dsv4.train.indexer import thaw
 from dsv4.train.loss import training_loss
 from dsv4.train.optim import HybridOptimizer, clip_gradients, is_sharded, parameter_groups, whole
 
@@ -65,6 +67,34 @@ def stepped(mesh: DeviceMesh) -> dict[str, float]:
         "moved": apart(after, before),
         "share": sum(p.to_local().numel() for p in sharded.parameters()) / sum(p.numel() for p in one.parameters()),  # type: ignore[attr-defined]
     }
+
+
+def uneven(mesh: DeviceMesh) -> dict[str, float]:
+    """Documents of single tokens beside long ones: no group closes, nothing follows, no entry is seen. One model, its
+    phases one after the other, as in training."""
+    one, sharded = small_model(mtp=1), small_model(mtp=1)
+    shard(sharded, mesh)
+    batches = [[1] * 5, [200, 100]]
+    out: dict[str, float] = {}
+    for phase in ("off", "dense", "warmup", "sparse"):
+        expected: dict[str, Tensor] = {}
+        for model, mine in ((one, batches[: mesh.size()]), (sharded, [batches[mesh.get_local_rank()]])):
+            thaw(model.named_parameters(), phase)
+            model.zero_grad(set_to_none=True)
+            for lengths in mine:
+                ids = tokens(model, sum(lengths))
+                loss = training_loss(
+                    model, ids, ids.roll(-1), lengths, mtp_weight=0.3, balance_weight=0.1, phase=phase
+                )  # fmt: skip
+                (loss.total / len(mine)).backward()  # of processes the mean is taken
+            learns = {n for n, p in model.named_parameters() if p.requires_grad}
+            assert learns == {n for n, p in model.named_parameters() if p.grad is not None}
+            found = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+            expected = expected or found
+        out[phase] = apart(found, expected)
+        assert any(".indexer." in n for n in found) == (phase in ("warmup", "sparse"))
+        assert ("embed.weight" in found) == (phase != "warmup")
+    return out
 
 
 class Scratch(TorchDispatchMode):
@@ -152,7 +182,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     mesh = init_device_mesh("cpu", (processes,))
-    print(json.dumps({"step": stepped, "start": started}[what](mesh)), flush=True)
+    print(json.dumps({"step": stepped, "start": started, "uneven": uneven}[what](mesh)), flush=True)
     dist.barrier()
     dist.destroy_process_group()
     # Not by way of the interpreter's end: a thread of gloo that still lets go of a Python object then aborts the

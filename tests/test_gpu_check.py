@@ -105,7 +105,7 @@ def test_every_op_of_the_table_is_tried():
 @pytest.mark.parametrize("name", sorted(name for name, forms in ops.TABLE.items() if "blocked" in forms))
 def test_a_broken_op_fails_the_check(name, ops_only, small, tmp_path, monkeypatch, capsys):
     """By 3 percent in one number of its first output, or a choice off by one."""
-    right = blocked.__dict__[name]
+    right = ops.TABLE[name]["blocked"]
 
     def wrong(*args):
         out = right(*args)
@@ -175,12 +175,12 @@ def test_work_of_ours_that_raises_fails_the_check(small, tmp_path, monkeypatch):
 def test_both_ways_to_read_chosen_entries_are_tried(monkeypatch):
     seen: set[bool] = set()
 
-    class Spy(blocked._Piece):
+    class Spy(blocked.Piece):
         def __init__(self, keys, hidden, rows):
             super().__init__(keys, hidden, rows)
             seen.add(isinstance(rows, torch.Tensor))
 
-    monkeypatch.setattr(blocked, "_Piece", Spy)
+    monkeypatch.setattr(blocked, "Piece", Spy)
     for label, gathers in (("dense", {False}), ("gather", {False, True})):
         seen.clear()
         case = next(c for c in cases() if c.label == label)

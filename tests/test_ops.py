@@ -439,7 +439,7 @@ def cut(n: int) -> list[int]:
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 9])
 def test_index_scores_topk(n, k, numbers, monkeypatch):
     """Also with blocks so small that the keys come in several chunks and the best so far are merged."""
-    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
     for lengths in ([n], cut(n)):
         visible, entries = entry_spans(lengths)
         args = (normal(n, 3, 8), normal(n, 3, seed=1), normal(entries, 8, seed=2), visible, k)
@@ -451,7 +451,7 @@ def test_index_scores_topk(n, k, numbers, monkeypatch):
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 8])
 def test_index_ties_go_to_the_lowest_entry(numbers, monkeypatch):
     """All scores 0, some of them -0.0: the choice is the first visible entries, in both backends."""
-    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
     n, k = 90, 4
     visible, entries = entry_spans([n])
     q, keys = -torch.ones(n, 2, 4), torch.ones(entries, 4)  # relu makes every product 0, a negative weight -0.0
@@ -463,7 +463,7 @@ def test_index_ties_go_to_the_lowest_entry(numbers, monkeypatch):
 
 def test_index_ties_across_key_chunks(monkeypatch):
     """Scores that take three values only, so that ties cross the borders of the chunks in which keys are read."""
-    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", 64)
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", 64)
     n, k = 64, 7
     visible, entries = Spans(torch.zeros(n, dtype=torch.int64), torch.full((n,), 100)), 100
     keys = torch.tensor([0.0, 1.0, 2.0])[torch.randint(0, 3, (entries,))][:, None]
@@ -498,7 +498,7 @@ def best_by_hand(scores: torch.Tensor, spans: Spans, counts: list[int], k: int) 
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 10])
 def test_best_rows(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties to the lowest row, zeros of either sign alike; packed documents, and sequences that lie far apart."""
-    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
     scores = torch.randint(-2, 3, (3000,)).float() * torch.where(torch.rand(3000) < 0.5, 1.0, -0.0)
     near = Spans(torch.tensor([0] * 150 + [150] * 90), torch.tensor([*range(1, 151), *range(151, 241)]))
     apart = Spans(torch.arange(0, 3000, 30), torch.arange(0, 3000, 30) + torch.arange(100) % 30)
@@ -538,20 +538,31 @@ def test_sparse_attention(n, k):
 @pytest.mark.parametrize("k", [None, 1, 30])
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 11, 1])
 def test_sparse_attention_in_blocks_of_any_size(k, numbers, monkeypatch):
-    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
     agree("sparse_attention", attention_case(130, [40, 2, 88], k), (0, 1, 3, 6), 2e-5)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("k", [None, 2, 5, 200])
+def test_index_kl(n, k):
+    """The definition itself is in test_indexer.py."""
+    for lengths in ([n], cut(n)):
+        attn_q, _, _, pool, visible, chosen, _, scale = attention_case(n, lengths, k)
+        asked = (normal(n, 2, 4, seed=5), normal(n, 2, seed=6), normal(len(pool), 4, seed=8))
+        lse = 2 + normal(n, 3, seed=9)
+        agree("index_kl", (*asked, attn_q, pool, lse, visible, chosen, scale), (0, 1, 2), 2e-5)
 
 
 def test_both_ways_to_read_chosen_entries_are_taken(monkeypatch):
     """The case list above would prove less if every block went the same way."""
     ways = []
-    whole = blocked._Piece.__init__
+    whole = blocked.Piece.__init__
 
     def watch(self, keys, hidden, rows):
         ways.append("rows" if isinstance(rows, Tensor) else "interval")
         whole(self, keys, hidden, rows)
 
-    monkeypatch.setattr(blocked._Piece, "__init__", watch)
+    monkeypatch.setattr(blocked.Piece, "__init__", watch)
     blocked.sparse_attention(*attention_case(130, [130], 5))
     assert ways == ["interval", "interval", "interval", "rows", "interval", "rows"], "three blocks: window, entries"
 
@@ -1086,7 +1097,7 @@ def test_experts_low_precision():
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 9, 1])
 def test_cross_entropy(n, numbers, monkeypatch):
-    monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
     targets = torch.randint(0, 50, (n,))
     targets[::3] = -100
     agree("cross_entropy", (normal(n, 9), normal(50, 9, seed=1), targets), (0, 1), 2e-5)

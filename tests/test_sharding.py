@@ -1,6 +1,7 @@
 """Failures caught here: a module whose parameters are used outside its forward, so that sharding it breaks; a sharded
 step that is not the unsharded one: gradients, their norm, Muon and AdamW on DTensors; a model that begins with other
-numbers when processes share it, or that must be whole in one of them to begin at all.
+numbers when processes share it, or that must be whole in one of them to begin at all; processes that wait for ever for
+a gradient that one of them does not have.
 """
 
 import json
@@ -39,6 +40,14 @@ def test_a_sharded_step_is_the_unsharded_one(tmp_path: Path, processes: int) -> 
             assert figures[name] <= 1e-5, figures
         assert figures["moved"] > 1e-3, "the step must have done something"
         assert processes == 1 or 0.4 < figures["share"] < 0.6, "each process holds about half"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_to_whose_batch_most_contributes_nothing_stalls_none(tmp_path: Path, processes: int) -> None:
+    """In every phase of the indexers, of which some leave most parameters frozen."""
+    for figures in run("uneven", processes, tmp_path):
+        assert figures.keys() == {"off", "dense", "warmup", "sparse"}
+        assert all(value <= 1e-5 for value in figures.values()), figures
 
 
 # --- how a sharded model begins --------------------------------------------------------------------------------------

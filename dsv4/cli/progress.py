@@ -177,6 +177,9 @@ def _say_or_silence(stream: Any) -> None:
 
 def _note(record: dict[str, Any]) -> str:
     note = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+    if "phase" in record:
+        recall = record.get("index_recall", {}).values()
+        note += f"  {record['phase']}" + (f", recall {min(recall):.2f}" if recall else "")
     return note + (f"  held-out {record['heldout_bpb']:.3f} bits/byte" if "heldout_bpb" in record else "")
 
 

@@ -20,7 +20,7 @@ MANY_PASSES = 4.0  # over the same text: from about here a model learns it by he
 
 def train(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=3e-4.")] = None,
-    recipe: Annotated[str, typer.Option(help="tiny, demo, small or base.")] = "small",
+    recipe: Annotated[str, typer.Option(help="tiny, phases, demo, small or base.")] = "small",
     config: Annotated[Path | None, typer.Option(help="YAML with settings, such as a run's config.yaml.")] = None,
     data: Annotated[str, typer.Option(help="Text to learn from: a file or a folder; default: embedded.")] = "",
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
@@ -31,8 +31,8 @@ def train(
 ) -> None:
     """Train a model.
 
-    Text: .txt, .jsonl or .parquet, also .gz and .zst, or a folder of these. A resumed run may change optim, schedule
-    and save settings.
+    Text: .txt, .jsonl or .parquet, also .gz and .zst, or a folder of these. A resumed run may change optim, schedule,
+    indexer and save settings.
 
     Example: dsv4 train --recipe small --data my_texts/ --out runs/mine optim.lr=1e-3 schedule.steps=2000
     """

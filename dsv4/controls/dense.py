@@ -17,7 +17,7 @@ from dsv4.controls.run import Part
 from dsv4.model.layers import Linear
 
 NO_LIMIT = float("inf")  # none of these models clamps its SwiGLU
-_BLOCK_NUMBERS = 1 << 23  # numbers that one block of scores or gathered rows may hold: 32 MiB in fp32
+BLOCK_NUMBERS = 1 << 23  # numbers that one block of scores or gathered rows may hold: 32 MiB in fp32
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def attend_all(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float
 
 def in_blocks(of: Callable[[int, int], Tensor], count: int, numbers: int) -> Iterator[Tensor]:
     """of(i, j) for blocks of queries i .. j-1, `numbers` being what one query needs; backward computes them again."""
-    size = max(1, _BLOCK_NUMBERS // numbers)
+    size = max(1, BLOCK_NUMBERS // numbers)
     for i in range(0, count, size):
         j = min(i + size, count)
         if torch.is_grad_enabled():  # what a block holds must not be kept for all blocks at once

@@ -19,11 +19,12 @@ from dsv4.controls.run import Part, Run
 from dsv4.controls.v32 import GroupedMoE, LatentAttention
 from dsv4.errors import UserError
 from dsv4.model.head import Head
+from dsv4.model.indexer import Indexed
 from dsv4.model.language import LanguageModel
 from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.rope import pair_frequencies, turns
-from dsv4.model.segments import Segment, check_segments
+from dsv4.model.segments import IndexPhase, Segment, check_segments
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class ControlTrunk:
     hidden: Tensor
     last: Tensor
     routing: list[Routing | None]
+
+    @property
+    def indexed(self) -> dict[int, Indexed]:
+        """Empty: no indexer of these learns."""
+        return {}
 
 
 class PlainBlock(nn.Module):
@@ -114,8 +120,9 @@ class ControlTransformer(LanguageModel):
             self.config, format=format or self.compute_dtype, device=self.device, max_rewind=max_rewind, pages=pages
         )
 
-    def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> ControlTrunk:
+    def trunk(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> ControlTrunk:
         """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories."""
+        assert phase == "off", "the indexer of a control does not learn"
         check_segments(self.config, segments)
         run = Run.of(segments, self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not run.memories):

@@ -16,7 +16,7 @@ from dsv4.config import V32Config
 from dsv4.controls.dense import MLP, NO_LIMIT, attend, attend_all, in_blocks, rotate_halves
 from dsv4.controls.memory import remember
 from dsv4.controls.run import Part
-from dsv4.model.layers import Linear, RMSNorm
+from dsv4.model.layers import Linear, RMSNorm, with_unused
 from dsv4.model.moe import Experts, Routing
 from dsv4.ops import rotate
 
@@ -124,7 +124,8 @@ class LatentAttention(nn.Module):
         row = rotate(torch.cat([self.kv_norm(latent), key], dim=-1), turn)
         chosen = self.indexer(x, qr, turn, parts)
         mixed = [self.mix(q[p.tokens], row[p.tokens], rows, p) for p, rows in zip(parts, chosen, strict=True)]
-        return self.wo(self.wkv_b(torch.cat(mixed).to(x.dtype), "value").flatten(1))
+        y = self.wo(self.wkv_b(torch.cat(mixed).to(x.dtype), "value").flatten(1))
+        return with_unused(y, self.indexer.parameters())  # a control's indexer does not learn
 
     def mix(self, q: Tensor, new: Tensor, chosen: Tensor, part: Part) -> Tensor:
         """A part's queries q [n, H, C + R] over its latent rows, of which `new` [n, C + R] come now -> fp32 [n, H, C].

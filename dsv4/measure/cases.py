@@ -48,7 +48,17 @@ SINGLE: dict[str, Callable] = {
 
 def cases() -> list[Case]:
     """All of them; every op of `ops.TABLE` is there at least once."""
-    return [*_attention(), *_choices(), *_hyper(), *_experts(), *_compression(), *_linear(), *_rows(), *_rest()]
+    return [
+        *_attention(),
+        *_index_loss(),
+        *_choices(),
+        *_hyper(),
+        *_experts(),
+        *_compression(),
+        *_linear(),
+        *_rows(),
+        *_rest(),
+    ]
 
 
 def _normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -108,6 +118,21 @@ def _attention() -> list[Case]:
         )  # fmt: skip
         places = (0, 1, 3) if count else (0, 1)
         found.append(Case("sparse_attention", label, args, (*places, 6), places, through=1))
+    return found
+
+
+def _index_loss() -> list[Case]:
+    """Over all visible entries, and over chosen ones read in both ways."""
+    found = []
+    for label, lengths, k in (("visible", [130, 71], 0), ("dense", [130, 71], 16), ("gather", [300, 40], 8)):
+        n = sum(lengths)
+        visible, count = _entry_spans(lengths, 4)
+        attn_q, entries = _normal(n, 4, 48, seed=15), _normal(count, 48, seed=16)
+        args = (
+            _normal(n, 8, 16, seed=17), _normal(n, 8, seed=18), _normal(count, 16, seed=19), attn_q, entries,
+            3 + _normal(n, 4, seed=28), visible, _chosen(visible, k, seed=3) if k else None, 48**-0.5,
+        )  # fmt: skip
+        found.append(Case("index_kl", label, args, (0, 1, 2), (0, 2, 3, 4)))
     return found
 
 

@@ -1,9 +1,13 @@
 """Which compressed entries a CSA query reads: small heads score every visible entry, the top k are chosen.
 
-The scores only select; they do not enter the attention softmax, so they carry no gradient. The published model also
-applies a Hadamard rotation to queries and keys: orthogonal, so without the FP4 rounding after it it changes nothing. In
-a packed memory both are there, on keys when they are written and on queries by `as_query`.
+The scores only select; they do not enter the attention softmax, so nothing of the model's loss comes to them. They
+learn from one of their own (ops.index_kl), and what they are made of is detached: it trains the indexer alone.
+
+The published model also applies a Hadamard rotation to queries and keys: orthogonal, so without the FP4 rounding after
+it it changes nothing. In a packed memory both are there, on keys when they are written and on queries by `as_query`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,29 @@ from dsv4.model.segments import Part, Run
 from dsv4.ops import rotate
 
 
+class Asked(NamedTuple):
+    """What a part's index scores are made of: q [n, Hi, Di], weights [n, Hi], keys [E, Di]. The graph leads to the
+    indexer's parameters alone."""
+
+    q: Tensor
+    weights: Tensor
+    keys: Tensor
+
+
+# The entries int64 [n, topk] that a part's tokens read (-1 = none), or None: all visible ones; and what the scores are
+# made of, where there is a loss for them.
+Choice = tuple[Tensor | None, Asked | None]
+ALL: Choice = (None, None)
+
+
+class Indexed(NamedTuple):
+    """What a layer's indexer came to in a run: `ops.index_kl` over all its tokens, with a graph, and the sums of
+    `ops.index_recall` over a sample of them, fp64 [3]. (A tuple, so that wrappers of modules see the tensors.)"""
+
+    kl: Tensor
+    found: Tensor
+
+
 class Indexer(nn.Module):
     """wq_b [heads*width, q_lora], weights_proj [heads, M] and a compressor of its own for the keys."""
 
@@ -28,26 +55,31 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads, dtype)
         self.compressor = Compressor(config, kind, self.width, dtype)
 
-    @torch.no_grad()
-    def forward(self, x: Tensor, qr: Tensor, run: Run, stores: list[Compressed | None]) -> list[Tensor | None]:
-        """For each part the chosen entries int64 [n, topk] (-1 = none), or None where all visible ones are read.
+    def forward(self, x: Tensor, qr: Tensor, run: Run, stores: list[Compressed | None]) -> list[Choice]:
+        """What the tokens of each part choose.
 
         x [T, M] is the sublayer's input, qr [T, q_lora] the normed query latent, stores one per part. While no
         query sees more than topk entries there is nothing to choose; the keys are remembered for queries to come.
         """
-        wanted = [part.groups[self.kind.name].visible.longest > self.topk for part in run.parts]
-        if not any(wanted) and not run.memories():
-            return [None] * len(run.parts)
-        keys = self.compressor(x, run, stores)
-        if not any(wanted):
-            return [None] * len(run.parts)
-        q = rotate(self.wq_b(qr).view(len(x), self.heads, self.width), run.turn["compressed"])
-        weights = self.weights_proj(x).float() * (self.width * self.heads) ** -0.5
-        return [
-            self._choose(part.of(q), part.of(weights), pool, part, store) if want else None
-            for part, pool, store, want in zip(run.parts, keys, stores, wanted, strict=True)
-        ]
+        learns = run.index_learns and torch.is_grad_enabled()
+        wanted = [not run.reads_all and p.groups[self.kind.name].visible.longest > self.topk for p in run.parts]
+        if not (any(wanted) or learns or run.memories()):
+            return [ALL] * len(run.parts)
+        with torch.set_grad_enabled(learns):
+            x, qr = x.detach(), qr.detach()
+            keys = self.compressor(x, run, stores)
+            if not (any(wanted) or learns):
+                return [ALL] * len(run.parts)
+            q = rotate(self.wq_b(qr).view(len(x), self.heads, self.width), run.turn["compressed"])
+            weights = self.weights_proj(x).float() * (self.width * self.heads) ** -0.5
+        found = []
+        for part, pool, store, want in zip(run.parts, keys, stores, wanted, strict=True):
+            asked = Asked(part.of(q), part.of(weights), pool) if learns else None
+            chosen = self._choose(part.of(q), part.of(weights), pool, part, store) if want else None
+            found.append((chosen, asked))
+        return found
 
+    @torch.no_grad()
     def _choose(self, q: Tensor, weights: Tensor, keys: ops.Pool, part: Part, store: Compressed | None) -> Tensor:
         """The entries int64 [n, topk] that a part's queries choose."""
         if store is not None:

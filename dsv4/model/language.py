@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError
-from dsv4.model.head import Head
+from dsv4.model.head import IGNORE, Head
+from dsv4.model.indexer import Indexed
 from dsv4.model.moe import Routing
-from dsv4.model.segments import Segment
+from dsv4.model.segments import IndexPhase, Segment
 
 
 class Memory(Protocol):
@@ -77,8 +78,8 @@ Segments = Sequence[Segment | int | tuple[int, Any]]  # Any: a Memory, a batch o
 
 
 class TrunkResult(Protocol):
-    """What a trunk made of a run: normed hidden [T, M], the row of each segment's last token int64 [segments], and what
-    the gates decided, by layer (None: a layer without a gate)."""
+    """What a trunk made of a run: normed hidden [T, M], the row of each segment's last token int64 [segments], what the
+    gates decided, by layer (None: a layer without a gate), and what indexers that learn came to, by their layer."""
 
     @property
     def hidden(self) -> Tensor: ...
@@ -89,18 +90,23 @@ class TrunkResult(Protocol):
     @property
     def routing(self) -> Sequence[Routing | None]: ...
 
+    @property
+    def indexed(self) -> dict[int, Indexed]: ...
+
 
 @dataclass(frozen=True)
 class Losses:
     """What a run with targets comes to, with a graph: sums of -log p(target) in nats, and what the gates decided.
 
-    mtp_nll is None without an MTP block or where no segment has a next token. routing: of every layer that has a gate,
-    by its number (the MTP block's is that after the last), with the lengths of the sequences that it saw.
+    mtp_nll is None without an MTP block. routing: of every layer that has a gate, by its number, with the lengths of
+    the sequences that it saw; the MTP block's is that after the last, absent where no segment has a next token.
+    indexed: of every layer whose indexer learns, by its number.
     """
 
     nll: Tensor
     mtp_nll: Tensor | None
     routing: dict[int, tuple[Routing, list[int]]]
+    indexed: dict[int, Indexed]
 
 
 class LanguageModel(nn.Module):
@@ -149,8 +155,11 @@ class LanguageModel(nn.Module):
         counted."""
         return sum(p.numel() for name, p in self.named_parameters() if mtp or not name.startswith("mtp."))
 
-    def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> TrunkResult:
-        """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories."""
+    def trunk(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> TrunkResult:
+        """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories.
+
+        phase: of the training of V4's indexers, which other models do not have.
+        """
         raise NotImplementedError
 
     def predict_next(self, trunk: Any, ids: Tensor) -> tuple[Tensor, Tensor, Routing]:
@@ -189,8 +198,9 @@ class LanguageModel(nn.Module):
 
     @overload
     def forward(
-        self, ids: Tensor, cache: None = ..., segments: Segments | None = ..., *, targets: Tensor, mtp: bool = ...
-    ) -> Losses: ...
+        self, ids: Tensor, cache: None = ..., segments: Segments | None = ..., *, targets: Tensor, mtp: bool = ...,
+        phase: IndexPhase = ...,
+    ) -> Losses: ...  # fmt: skip
 
     def forward(
         self,
@@ -201,6 +211,7 @@ class LanguageModel(nn.Module):
         rows: Tensor | Literal["last"] | None = None,
         targets: Tensor | None = None,
         mtp: bool = True,
+        phase: IndexPhase = "off",
     ) -> Tensor | Losses:
         """Logits fp32 [..., T, vocab] for ids int64 [T] or [B, T] (B segments of T tokens).
 
@@ -210,11 +221,13 @@ class LanguageModel(nn.Module):
         for ids outside the vocabulary, lengths that do not add up, and positions beyond max_position_embeddings.
 
         With targets (of ids' shape, -100 where there is none; no memories) it returns Losses, whose logits exist block
-        by block only; mtp=False leaves those of the MTP block out.
+        by block only; mtp=False leaves those of the MTP block out. phase: how CSA reads then and whether its indexer
+        has a loss (segments.py).
         """
         flat, cut = self._cut(ids, cache, segments)
         if targets is not None:
-            return self._losses(flat, cut, targets, mtp)
+            return self._losses(flat, cut, targets, mtp, phase)
+        assert phase == "off", "phases are for training, with targets"
         if isinstance(rows, Tensor) and (rows.ndim != 1 or bool((rows < 0).any()) or bool((rows >= len(flat)).any())):
             raise UserError(f"rows must be int64 [n] from 0 to {len(flat) - 1}, or 'last': they are rows of the run")
         trunk = self.trunk(flat, cut)
@@ -222,19 +235,21 @@ class LanguageModel(nn.Module):
             return self.head(trunk.hidden).view(*ids.shape, -1)
         return self.head(trunk.hidden[trunk.last if isinstance(rows, str) else rows.to(self.device)])
 
-    def _losses(self, ids: Tensor, segments: list[Segment], targets: Tensor, mtp: bool) -> Losses:
+    def _losses(self, ids: Tensor, segments: list[Segment], targets: Tensor, mtp: bool, phase: IndexPhase) -> Losses:
         targets = targets.flatten().to(self.device)
         assert len(targets) == len(ids) and all(s.memory is None for s in segments)
         lengths = [s.length for s in segments]
-        trunk = self.trunk(ids, segments)
+        trunk = self.trunk(ids, segments, phase)
         routing = {layer: (decided, lengths) for layer, decided in enumerate(trunk.routing) if decided is not None}
         drafted = None
-        if mtp and self.predicts_next and max(lengths) > 1:
+        if mtp and self.predicts_next:
             # the MTP target of row t is the target of row t+1, so nothing is predicted across a document's end
             hidden, rows, decided = self.predict_next(trunk, ids)
-            drafted = self.head(hidden, targets[rows + 1])
-            routing[len(self.layers)] = decided, [n - 1 for n in lengths if n > 1]
-        return Losses(self.head(trunk.hidden, targets), drafted, routing)
+            longer = max(lengths) > 1  # else there is nothing to predict: a loss of zero, with a graph
+            drafted = self.head(hidden, targets[rows + 1] if longer else torch.full_like(rows, IGNORE))
+            if longer:
+                routing[len(self.layers)] = decided, [n - 1 for n in lengths if n > 1]
+        return Losses(self.head(trunk.hidden, targets), drafted, routing, trunk.indexed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, M] -> logits fp32 [n, vocab]."""

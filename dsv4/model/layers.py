@@ -1,5 +1,8 @@
 """The layers that everything is made of. Weights keep their own dtype and follow that of the activations."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +33,26 @@ class Weight(nn.Module):
     def __init__(self, *shape: int, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+class _Unused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor):
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
+
+
+def with_unused(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """x as it is, with a graph to parameters that it does not depend on: their gradient is a tensor of zeros.
+
+    Where processes share a model, each must find a gradient for the same parameters, or they wait for each other.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    return _Unused.apply(x, *trained) if trained and torch.is_grad_enabled() else x  # type: ignore[return-value]
 
 
 class RMSNorm(nn.Module):

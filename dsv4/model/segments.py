@@ -10,7 +10,7 @@ All of this is planned once per call, on the host in numpy, and shared by all la
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from dsv4.model.rope import TABLES, frequencies, turns
 from dsv4.ops import Spans
 
 ToDevice = Callable[[np.ndarray], Tensor]
+
+# How CSA reads in training, without memories, and whether its indexer has a loss. off: the entries that the indexer
+# chooses, no loss, as in use. dense: all visible entries, no loss. warmup: these, with it. sparse: chosen, with it.
+IndexPhase = Literal["off", "dense", "warmup", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,16 @@ class Run:
 
     starts: the position of each segment's first token. derived: what others have made of it, to keep. is_causal: a
     token sees itself and those before it, which the library knows how to plan; else `parts` alone say what it sees.
+    reads_all, index_learns: what its phase means for CSA.
     """
 
     is_causal = True
 
-    def __init__(self, config: ModelConfig, segments: Sequence[Segment], device: torch.device):
+    def __init__(
+        self, config: ModelConfig, segments: Sequence[Segment], device: torch.device, phase: IndexPhase = "off"
+    ):
         self.config, self.segments, self.device = config, list(segments), device
+        self.reads_all, self.index_learns = phase in ("dense", "warmup"), phase in ("warmup", "sparse")
         self.starts = [s.start for s in segments]
         self.lengths = [s.length for s in segments]
         self.tables = [None if s.memory is None else s.memory.table for s in segments]
@@ -222,12 +230,13 @@ def _reserve(segments: Sequence[Segment]) -> None:
         pool.reserve(memories)
 
 
-def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device) -> Run:
+def plan(config: ModelConfig, segments: Sequence[Segment], device: torch.device, phase: IndexPhase = "off") -> Run:
     """Plan a run and give its memories the pages that it will write. UserError as `check_segments` says, OutOfPages if
     there are too few; nothing has changed then."""
     check_segments(config, segments)
+    assert phase == "off" or all(s.memory is None for s in segments), "phases are for training"
     _reserve(segments)
-    return Run(config, segments, device)
+    return Run(config, segments, device, phase)
 
 
 def _part(

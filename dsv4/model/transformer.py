@@ -21,23 +21,26 @@ from dsv4.model import hyper
 from dsv4.model.block import Block
 from dsv4.model.dspark import Blocks, Drafting, DSpark
 from dsv4.model.head import Head
+from dsv4.model.indexer import Indexed
 from dsv4.model.init import initialise
 from dsv4.model.language import LanguageModel
 from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
-from dsv4.model.segments import Run, Segment, check_segments, plan
+from dsv4.model.segments import IndexPhase, Run, Segment, check_segments, plan
 from dsv4.model.step import run_blocks
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """What the trunk made of a run: streams [T, N, M] before the collapse, normed hidden [T, M], routing by layer."""
+    """What the trunk made of a run: streams [T, N, M] before the collapse, normed hidden [T, M], routing by layer, and
+    what those indexers came to that learn, by number of the layer."""
 
     run: Run
     streams: Tensor
     hidden: Tensor
     routing: list[Routing]
+    indexed: dict[int, Indexed]
 
     @property
     def last(self) -> Tensor:
@@ -126,36 +129,40 @@ class Transformer(LanguageModel):
     def predicts_next(self) -> bool:
         return self.config.num_nextn_predict_layers > 0
 
-    def trunk(self, ids: Tensor, segments: Sequence[Segment]) -> Trunk:
+    def trunk(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> Trunk:
         """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories.
 
         A DSpark drafter's stages remember the run as the trunk's layers do, in memories made with mtp=True. Where
         `numbers` is "published", a segment without a memory is given one for this call: the released code rounds the
         rows that attention reads, a prompt's own too.
+
+        phase: how CSA reads and whether its indexer has a loss (segments.py); for runs without memories.
         """
         if self.numbers == "published":
             mtp = bool(self.mtp)
             segments = [s if s.memory else Segment(s.length, self.new_cache(mtp=mtp)[0]) for s in segments]
-        run = plan(self.config, segments, self.device)
+        run = plan(self.config, segments, self.device, phase)
         memories = run.memories()
         for memory in memories:
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
             x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
-            x, routing, features = self._layers(x, ids, run)
+            x, routing, features, indexed = self._layers(x, ids, run)
             if features:
                 self.drafter.remember(torch.cat(features, dim=1), run)
             hidden = self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config))
         for segment in segments:
             if segment.memory is not None:
                 segment.memory.advance(segment.length)
-        return Trunk(run, x, hidden, routing)
+        return Trunk(run, x, hidden, routing, indexed)
 
-    def _layers(self, x: Tensor, ids: Tensor, run: Run) -> tuple[Tensor, list[Routing], list[Tensor]]:
-        """Streams through all blocks, what their gates decided, and what a drafter remembers of the run: the mean of
-        the streams [T, M] after each of its target layers, if a memory has windows for it."""
-        pools, routing, features = run.pools, list[Routing](), list[Tensor]()
+    def _layers(
+        self, x: Tensor, ids: Tensor, run: Run
+    ) -> tuple[Tensor, list[Routing], list[Tensor], dict[int, Indexed]]:
+        """Streams through all blocks, what their gates decided, what a drafter remembers of the run (the mean of the
+        streams [T, M] after each of its target layers, if a memory has windows for it), and the indexers that learn."""
+        pools, routing, features, indexed = run.pools, list[Routing](), list[Tensor](), dict[int, Indexed]()
         reads = any(pool is not None and pool.mtp for pool in pools)
         targets = [i + 1 for i in self.config.dspark_target_layer_ids] if reads else []
         for start, stop in pairwise(sorted({0, *targets, len(self.layers)})):
@@ -169,28 +176,30 @@ class Transformer(LanguageModel):
             for i, block in enumerate(blocks if done is None else (), start):
                 views = [None if pool is None else pool.layers[i] for pool in pools]
                 if self.recompute and torch.is_grad_enabled():
-                    x, decided = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
+                    x, decided, *learned = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
                 else:
-                    x, decided = block(x, ids, run, views)
+                    x, decided, *learned = block(x, ids, run, views)
                 routing.append(decided)
+                indexed.update((i, found) for found in learned)
             if stop in targets:
                 features.append(x.mean(dim=1))
-        return x, routing, features
+        return x, routing, features, indexed
 
     def predict_next(self, trunk: Trunk, ids: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """The MTP block over a run without memories: hidden [n, M], its rows int64 [n] in the run, routing.
 
         Row t sees the trunk's streams at t and the token at t+1 and predicts t+2; the last token of a segment has no
-        next one and drops out.
+        next one and drops out. If all do, the first row stays, with its own token for the next one: it predicts
+        nothing, but the block has run and its parameters have a gradient, as in every other process.
         """
         published = self.numbers == "published"  # then every run has memories, this one's are its own
         assert self.predicts_next and (published or not trunk.run.memories())
         lengths = [s.length - 1 for s in trunk.run.segments if s.length > 1]
-        assert lengths, "no segment has a next token"
         keep = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         keep[trunk.run.last] = False
-        rows = keep.nonzero()[:, 0]
-        following = ids.to(self.device)[rows + 1]
+        rows = keep.nonzero()[:, 0] if lengths else trunk.run.last[:1]
+        following = ids.to(self.device)[rows + 1 if lengths else rows]
+        lengths = lengths or [1]
         if published:
             every = ids.to(self.device).index_copy(0, rows, following)  # the last ones' are of no consequence
             hidden, _, routing = self.draft(trunk, every)

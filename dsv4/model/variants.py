@@ -45,7 +45,7 @@ class DenseAttention(Attention):
         self, x: Tensor, qr: Tensor, kv: Tensor, row: Tensor, run: Run, views: list[LayerMemory | None]
     ) -> list[Read]:
         return [
-            (remembered(part.of(row), part, view.rows if view else None), every(part).visible, None, None, None)
+            Read(remembered(part.of(row), part, view.rows if view else None), every(part).visible, None, None, None)
             for part, view in zip(run.parts, views, strict=True)
         ]
 
@@ -70,7 +70,7 @@ class AnchorAttention(Attention):
             scores = remembered(part.of(score), part, view.scores if view else None)
             most = math.isqrt(visible.longest - 1) + 1
             chosen = ops.best_rows(scores[:].detach().flatten(), visible, part.of(anchors(run)), most)
-            read.append((self.window(row, part, view), part.window, rows, visible, chosen))
+            read.append(Read(self.window(row, part, view), part.window, rows, visible, chosen))
         return read
 
 
@@ -105,5 +105,5 @@ class LowRankAttention(Attention):
             else:
                 own = own[place]
             rebuilt = torch.cat([self.far_up(own[:, : self.rank]), own[:, self.rank :]], dim=1)
-            read.append((self.window(row, part, view), part.window, rebuilt, every(part).visible, None))
+            read.append(Read(self.window(row, part, view), part.window, rebuilt, every(part).visible, None))
         return read

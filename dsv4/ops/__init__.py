@@ -12,8 +12,9 @@ M model width, G groups that close (new entries), r compress ratio, X experts, I
 import torch
 from torch import Tensor
 
-from dsv4.ops import blocked, reference
+from dsv4.ops import blocked, index_loss, reference
 from dsv4.ops.formats import Packed, PackedRows
+from dsv4.ops.index_loss import index_recall
 from dsv4.ops.newton_schulz import newton_schulz
 from dsv4.ops.reference import hyper_read, index_scores, rms_norm, swiglu
 from dsv4.ops.spans import Spans
@@ -36,13 +37,14 @@ from dsv4.ops.weights import PackedMatrix
 __all__ = [
     "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "best_rows", "compress", "compressor_rows",
     "cross_entropy", "experts", "explain", "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read",
-    "hyper_write", "index_scores", "index_scores_topk", "keep_out_of_graphs", "linear", "mlp", "newton_schulz",
-    "pack_rows", "project_in", "project_out", "refusal", "rms_norm", "rotate", "sinkhorn",
+    "hyper_write", "index_kl", "index_recall", "index_scores", "index_scores_topk", "keep_out_of_graphs", "linear",
+    "mlp", "newton_schulz", "pack_rows", "project_in", "project_out", "refusal", "rms_norm", "rotate", "sinkhorn",
     "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "whole_blocks", "wrapped",
 ]  # fmt: skip
 
 enrol("reference", reference)
 enrol("blocked", blocked)
+enrol("blocked", index_loss)
 
 Pool = Tensor | PackedRows  # rows that attention reads: as numbers, or packed and unpacked where they are read
 
@@ -272,6 +274,29 @@ def mlp(
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
     """Sum over tokens of -log p(target), fp32 scalar; hidden [n, M], head [V, M], targets int64 [n] (ignore: none)."""
     return call("cross_entropy", hidden, head, targets, ignore)
+
+
+def index_kl(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    attn_q: Tensor,
+    entries: Tensor,
+    lse: Tensor,
+    visible: Spans,
+    chosen: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """What the indexer learns from: the sum over queries of KL(attention || indexer) over the entries that each reads,
+    fp32 scalar. Gradient to q, weights and keys alone.
+
+    q [n, Hi, Di], weights [n, Hi], keys [E, Di] are those of `index_scores`, whose softmax is the indexer's
+    distribution. attn_q [n, H, D], entries [E, D], scale and lse [n, H] are those of `sparse_attention`, which gave the
+    lse: window and sink are in it. The attention's distribution is sum_h exp(attn_q_h . entry * scale - lse_h),
+    normalised over the entries. A query reads entries as there, all visible or the `chosen` ones; one that reads fewer
+    than two adds nothing. The paper is silent; V3.2's report has this loss (section 2.1.1).
+    """
+    return call("index_kl", q, weights, keys, attn_q, entries, lse, visible, chosen, scale)
 
 
 # --- rows of a packed memory -----------------------------------------------------------------------------------------

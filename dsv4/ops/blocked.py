@@ -21,8 +21,8 @@ from dsv4.ops.weights import PackedMatrix
 NEG_INF = float("-inf")
 _INT64_MIN = torch.iinfo(torch.int64).min
 _LOW32 = 0xFFFFFFFF
-_BLOCK_NUMBERS = 1 << 23  # numbers that one block of scores may hold: 32 MiB in fp32
-_FEW = 512  # rows that a block of queries may read as one, whether or not each of them needs most of these
+BLOCK_NUMBERS = 1 << 23  # numbers that one block of scores may hold: 32 MiB in fp32
+FEW = 512  # rows that a block of queries may read as one, whether or not each of them needs most of these
 
 
 # --- choosing with a fixed tie rule ----------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, vis
     """Streaming form: blocks of queries x blocks of keys, merging the best k so far."""
     n, heads, _ = q.shape
     chosen = torch.full((n, k), -1, dtype=torch.int64, device=q.device)
-    rows = max(1, min(128, _BLOCK_NUMBERS // (heads * 512)))
+    rows = max(1, min(128, BLOCK_NUMBERS // (heads * 512)))
     for i, j in visible.blocks(rows):
         lo, hi = visible.union(i, j)
         if hi == lo:
@@ -55,7 +55,7 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, vis
         if apart:  # every query has keys of its own
             lo, hi = 0, visible.longest_of(i, j)
         queries, w = q[i:j].float(), weights[i:j].float()[:, None]
-        width = max(k, _BLOCK_NUMBERS // ((heads + (keys.shape[1] if apart else 0)) * (j - i)))
+        width = max(k, BLOCK_NUMBERS // ((heads + (keys.shape[1] if apart else 0)) * (j - i)))
         best: Tensor | None = None
         for a in range(lo, hi, width):
             b = min(a + width, hi)
@@ -85,7 +85,7 @@ def best_rows(scores: Tensor, visible: Spans, counts: Tensor, k: int) -> Tensor:
         apart = _apart(visible, i, j)
         if apart:
             lo, hi = 0, visible.longest_of(i, j)
-        width = max(k, _BLOCK_NUMBERS // (4 * (j - i)))
+        width = max(k, BLOCK_NUMBERS // (4 * (j - i)))
         best: Tensor | None = None
         for a in range(lo, hi, width):
             b = min(a + width, hi)
@@ -115,7 +115,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-class _Piece:
+class Piece:
     """What one block of queries reads of one pool: keys [K, D] shared by the block, or [b, K, D] per query."""
 
     def __init__(self, keys: Tensor, hidden: Tensor, rows: slice | Tensor):
@@ -166,40 +166,47 @@ class _Plan:
         if chosen is not None:
             width = window.longest + min(num_entries, 4 * chosen.shape[1])
         else:
-            width = window.longest + (0 if visible is None else min(num_entries, max(_FEW, 4 * visible.longest)))
-        self.rows = max(1, min(64, _BLOCK_NUMBERS // (heads * max(width, 1))))
+            width = window.longest + (0 if visible is None else min(num_entries, max(FEW, 4 * visible.longest)))
+        self.rows = max(1, min(64, BLOCK_NUMBERS // (heads * max(width, 1))))
 
-    def pieces(self, i: int, j: int, kv: Tensor | PackedRows, entries: Tensor | PackedRows | None) -> list[_Piece]:
-        pieces = [self.interval(i, j, self.window, kv)]
-        if entries is None:
-            return pieces
-        lo, hi = (0, len(entries)) if self.visible is None else self.visible.union(i, j)
-        if hi == lo:
-            return pieces
-        if self.chosen is None:
-            assert self.visible is not None, "entries are read by interval or as chosen rows"
-            return [*pieces, self.interval(i, j, self.visible, entries)]
-        rows = self.chosen[i:j]
-        # few entries and several queries: one dense product is cheaper than gathering for each
-        if j - i > 1 and hi - lo <= 4 * rows.shape[1]:
-            hidden = torch.ones(j - i, hi - lo + 1, dtype=torch.bool, device=kv.device)
-            hidden.scatter_(1, torch.where(rows < 0, 0, rows - lo + 1), False)
-            return [*pieces, _Piece(entries[lo:hi].to(self.dtype), hidden[:, 1:], slice(lo, hi))]
-        return [*pieces, _Piece(entries[rows.clamp_min(0)].to(self.dtype), rows < 0, rows)]
+    def pieces(self, i: int, j: int, kv: Tensor | PackedRows, entries: Tensor | PackedRows | None) -> list[Piece]:
+        pieces = [interval_piece(i, j, self.window, kv, self.dtype)]
+        entry = None if entries is None else entry_piece(i, j, self.visible, self.chosen, entries, self.dtype)
+        return pieces if entry is None else [*pieces, entry]
 
-    def interval(self, i: int, j: int, spans: Spans, pool: Tensor | PackedRows) -> _Piece:
-        """What queries i..j-1 read of a pool in which each has its interval."""
-        lo, hi = spans.union(i, j)
-        if not _apart(spans, i, j):
-            return _Piece(pool[lo:hi].to(self.dtype), spans.hidden(i, j, lo, hi, pool.device), slice(lo, hi))
-        rows, hidden = _rows_of(spans, i, j, 0, spans.longest_of(i, j), pool.device)
-        return _Piece(pool[rows].to(self.dtype), hidden, rows)
+
+def entry_piece(
+    i: int, j: int, visible: Spans | None, chosen: Tensor | None, pool: Tensor | PackedRows, dtype: torch.dtype
+) -> Piece | None:
+    """What queries i..j-1 read of the compressed entries, or of another pool with a row for each; None: nothing."""
+    lo, hi = (0, len(pool)) if visible is None else visible.union(i, j)
+    if hi == lo:
+        return None
+    if chosen is None:
+        assert visible is not None, "entries are read by interval or as chosen rows"
+        return interval_piece(i, j, visible, pool, dtype)
+    rows = chosen[i:j]
+    # few entries and several queries: one dense product is cheaper than gathering for each
+    if j - i > 1 and hi - lo <= 4 * rows.shape[1]:
+        hidden = torch.ones(j - i, hi - lo + 1, dtype=torch.bool, device=pool.device)
+        hidden.scatter_(1, torch.where(rows < 0, 0, rows - lo + 1), False)
+        return Piece(pool[lo:hi].to(dtype), hidden[:, 1:], slice(lo, hi))
+    return Piece(pool[rows.clamp_min(0)].to(dtype), rows < 0, rows)
+
+
+def interval_piece(i: int, j: int, spans: Spans, pool: Tensor | PackedRows, dtype: torch.dtype) -> Piece:
+    """What queries i..j-1 read of a pool in which each has its interval."""
+    lo, hi = spans.union(i, j)
+    if not _apart(spans, i, j):
+        return Piece(pool[lo:hi].to(dtype), spans.hidden(i, j, lo, hi, pool.device), slice(lo, hi))
+    rows, hidden = _rows_of(spans, i, j, 0, spans.longest_of(i, j), pool.device)
+    return Piece(pool[rows].to(dtype), hidden, rows)
 
 
 def _apart(spans: Spans, i: int, j: int) -> bool:
     """Whether the intervals of queries i..j-1, those of different sequences, are better gathered than read as one."""
     lo, hi = spans.union(i, j)
-    return j - i > 1 and hi - lo > max(_FEW, 4 * spans.longest_of(i, j))
+    return j - i > 1 and hi - lo > max(FEW, 4 * spans.longest_of(i, j))
 
 
 def _rows_of(spans: Spans, i: int, j: int, a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -288,8 +295,6 @@ def sparse_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Blocks of queries; within a block the pools are read as intervals, so one matrix product serves all heads."""
-    if entries is not None and not len(entries):
-        entries = None
     plan = _Plan(q, window_kv, window, entries, visible, chosen)
     if isinstance(window_kv, PackedRows) or isinstance(entries, PackedRows):  # a memory, so there is no gradient
         return _attend(q, window_kv, entries, sink, plan, scale)
@@ -498,7 +503,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden, head, targets, ignore: int):
-        rows = max(1, _BLOCK_NUMBERS // len(head))
+        rows = max(1, BLOCK_NUMBERS // len(head))
         loss = hidden.new_zeros((), dtype=torch.float32)
         need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if need else None

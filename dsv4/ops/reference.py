@@ -14,9 +14,9 @@ from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
     "best_rows", "compress", "compressor_rows", "cross_entropy", "experts", "gate", "head_collapse", "hyper_enter",
-    "hyper_logits", "hyper_maps", "hyper_read", "hyper_write", "index_scores", "index_scores_topk", "linear", "mlp",
-    "pack_rows", "project_in", "project_out", "rotate", "sinkhorn", "sparse_attention", "swiglu", "topk_lowest",
-    "unpack_rows",
+    "hyper_logits", "hyper_maps", "hyper_read", "hyper_write", "index_kl", "index_scores", "index_scores_topk",
+    "linear", "mlp", "pack_rows", "project_in", "project_out", "rotate", "sinkhorn", "sparse_attention", "swiglu",
+    "topk_lowest", "unpack_rows",
 ]  # fmt: skip
 
 NEG_INF = float("-inf")
@@ -71,14 +71,8 @@ def sparse_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     keys, masks = [window_kv[:]], [window.hidden(0, len(q), 0, len(window_kv), q.device)]
-    if entries is not None and len(entries):
-        if chosen is not None:
-            hidden = torch.ones(len(q), len(entries) + 1, dtype=torch.bool, device=q.device)
-            hidden.scatter_(1, chosen + 1, False)  # -1 lands on column 0, which is dropped
-            masks.append(hidden[:, 1:])
-        else:
-            assert visible is not None
-            masks.append(visible.hidden(0, len(q), 0, len(entries), q.device))
+    if entries is not None:
+        masks.append(_unread(len(q), len(entries), visible, chosen, q.device))
         keys.append(entries[:])
     key = torch.cat(keys).float()
     scores = torch.einsum("nhd,kd->nhk", q.float(), key) * scale
@@ -87,6 +81,16 @@ def sparse_attention(
     lse = logits.logsumexp(-1)
     out = torch.einsum("nhk,kd->nhd", (scores - lse[..., None]).exp(), key)
     return out.to(q.dtype), lse.detach()
+
+
+def _unread(n: int, num: int, visible: Spans | None, chosen: Tensor | None, device: torch.device) -> Tensor:
+    """bool [n, num]: the entries that each query does not read."""
+    if chosen is not None:
+        hidden = torch.ones(n, num + 1, dtype=torch.bool, device=device)
+        hidden.scatter_(1, chosen + 1, False)  # -1 lands on column 0, which is dropped
+        return hidden[:, 1:]
+    assert visible is not None
+    return visible.hidden(0, n, 0, num, device)
 
 
 # --- compression and rotation ----------------------------------------------------------------------------------------
@@ -320,3 +324,24 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
     logits = F.linear(hidden.float(), head.float())
     return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
+
+
+def index_kl(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    attn_q: Tensor,
+    entries: Tensor,
+    lse: Tensor,
+    visible: Spans,
+    chosen: Tensor | None,
+    scale: float,
+) -> Tensor:
+    hidden = _unread(len(q), len(keys), visible, chosen, q.device)
+    with torch.no_grad():
+        heads = torch.einsum("nhd,ed->nhe", attn_q.float(), entries.float()) * scale - lse[..., None]
+        target = heads.logsumexp(dim=1).masked_fill(hidden, NEG_INF)
+    some = ~hidden.all(dim=1)  # queries that read anything
+    log_t = target[some].log_softmax(dim=1)
+    log_s = index_scores(q, weights, keys).masked_fill(hidden, NEG_INF)[some].log_softmax(dim=1)
+    return (log_t.exp() * (log_t - log_s).masked_fill(hidden[some], 0.0)).sum()

@@ -28,6 +28,10 @@ class Spans:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def of(self, rows: Tensor) -> "Spans":
+        """The intervals of some queries, int64 [m] on the host, in ascending order."""
+        return Spans(self.start[rows], self.stop[rows])
+
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:
         """Query blocks [i, j) of at most `size` rows."""
         for i in range(0, len(self), size):

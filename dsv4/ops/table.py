@@ -32,7 +32,7 @@ log = logging.getLogger("dsv4")
 OPS = (
     "sparse_attention", "index_scores_topk", "best_rows", "topk_lowest", "compress", "rotate", "sinkhorn", "hyper_maps",
     "hyper_enter", "hyper_write", "head_collapse", "linear", "project_in", "project_out", "compressor_rows",
-    "gate", "experts", "mlp", "cross_entropy", "pack_rows", "unpack_rows",
+    "gate", "experts", "mlp", "cross_entropy", "index_kl", "pack_rows", "unpack_rows",
 )  # fmt: skip
 ORDER = ("triton", "cpu", "blocked", "reference")  # fastest first
 BACKENDS = ("auto", *reversed(ORDER))

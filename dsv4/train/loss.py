@@ -1,4 +1,5 @@
-"""What training minimises: next token, the token after it (MTP), and a small sequence-wise balance term; all fp32."""
+"""What training minimises: next token, the token after it (MTP), a small sequence-wise balance term, and what the
+indexers learn from; all fp32."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from torch import Tensor
 from dsv4.model import LanguageModel
 from dsv4.model.head import IGNORE
 from dsv4.model.moe import Routing
+from dsv4.model.segments import IndexPhase
 from dsv4.train.balance import learned_gates
 
 
@@ -20,6 +22,7 @@ class Totals:
     mtp_targets: int
     sequences: int
     mtp_sequences: int  # those long enough for MTP to have a row in them
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Loss:
     mtp: float
     balance: float
     loads: dict[int, Tensor]  # by number of a layer with a learned gate: tokens sent to each expert, fp32 [X]
+    index_kl: dict[int, float]  # by number of a layer whose indexer learns: a mean over all tokens
+    index_found: dict[int, Tensor]  # of these: the sums of `ops.index_recall`, fp64 [3] on the CPU
 
 
 def count_totals(parts: Iterable[tuple[Tensor, list[int]]]) -> Totals:
     """The totals of an update from the (targets int64 [T], lengths) of its micro-batches."""
-    targets = mtp_targets = sequences = mtp_sequences = 0
+    targets = mtp_targets = sequences = mtp_sequences = tokens = 0
     for part, lengths in parts:
         known = part != IGNORE
         first = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # the target of a sequence's first row is no MTP target
@@ -46,7 +51,8 @@ def count_totals(parts: Iterable[tuple[Tensor, list[int]]]) -> Totals:
         mtp_targets += int(known.sum()) - int(known[first].sum())
         sequences += len(lengths)
         mtp_sequences += sum(n > 1 for n in lengths)
-    return Totals(targets, mtp_targets, sequences, mtp_sequences)
+        tokens += sum(lengths)
+    return Totals(targets, mtp_targets, sequences, mtp_sequences, tokens)
 
 
 def training_loss(
@@ -58,14 +64,18 @@ def training_loss(
     mtp_weight: float,
     balance_weight: float,
     totals: Totals | None = None,
+    phase: IndexPhase = "off",
+    index_weight: float = 1.0,
 ) -> Loss:
     """ids, targets int64 [T] cut into documents of `lengths`; targets are -100 where there is nothing to predict.
 
     The MTP target of row t is the target of row t+1, so nothing is predicted across a document's end. totals: of the
-    update that this is a micro-batch of; default: it is all of it.
+    update that this is a micro-batch of; default: it is all of it. phase: whether indexers learn (model/segments.py);
+    index_weight: of the sum of their losses, of which each is a mean over tokens (one that reads fewer than two entries
+    counts as 0).
     """
     totals = totals or count_totals([(targets, lengths)])
-    losses = model(ids, segments=lengths, targets=targets)
+    losses = model(ids, segments=lengths, targets=targets, phase=phase)
     total = nll = losses.nll / max(1, totals.targets)
     mtp = 0.0
     if losses.mtp_nll is not None:
@@ -79,13 +89,19 @@ def training_loss(
         balance = balance + balance_loss(routing, sequences, count)
     total = total + balance_weight * balance
     loads = {layer: _load(routing) for layer, (routing, _) in learned.items()}
-    return Loss(total, nll.item(), mtp, balance.item(), loads)
+    kl = {layer: found.kl / totals.tokens for layer, found in losses.indexed.items()}
+    for value in kl.values():
+        total = total + index_weight * value
+    found = {layer: indexed.found.cpu() for layer, indexed in losses.indexed.items()}
+    return Loss(total, nll.item(), mtp, balance.item(), loads, {n: v.item() for n, v in kl.items()}, found)
 
 
-def heldout_nll(model: LanguageModel, ids: Tensor, targets: Tensor, lengths: list[int]) -> float:
+def heldout_nll(
+    model: LanguageModel, ids: Tensor, targets: Tensor, lengths: list[int], phase: IndexPhase = "off"
+) -> float:
     """Sum of -log p(target) over a packed batch, in nats, without a graph."""
     with torch.no_grad():
-        return model(ids, segments=lengths, targets=targets, mtp=False).nll.item()
+        return model(ids, segments=lengths, targets=targets, mtp=False, phase=phase).nll.item()
 
 
 def balance_loss(routing: Routing, lengths: list[int], count: int | None = None) -> Tensor:

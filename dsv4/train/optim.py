@@ -303,6 +303,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def drop_zero_gradients(parameters: Iterable[Tensor]) -> None:
+    """Take away gradients that are nothing but zeros: a parameter to which nothing flowed in an update, such as a
+    compressor none of whose groups closed, is left alone by the optimiser, momentum and decay included.
+
+    That it has a tensor until then is for the processes that share a model: all of them come to the same decision.
+    """
+    held = [p for p in parameters if p.grad is not None]
+    if held:
+        largest = torch.stack([whole(torch.linalg.vector_norm(p.grad, ord=math.inf)) for p in held])  # type: ignore[arg-type]
+        for p, size in zip(held, largest.tolist(), strict=True):
+            if size == 0:
+                p.grad = None
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients together to a global 2-norm of at most `max_norm`; returns the norm before that.
 

@@ -64,6 +64,23 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class IndexerConfig:
+    """How the indexers of CSA learn. Unless `train`, they do not: CSA reads what they choose as they began.
+
+    The paper's three phases, in updates: `dense`, in which CSA reads every entry; `warmup`, which train the indexers
+    alone, at the rate `lr`, while the course of everything else stands still; then sparse attention, in which indexers
+    follow the common rate. weight: of their loss. It is a scale of the indexers' gradient alone, which has a clipping
+    of its own, and Muon and AdamW make the same step of a gradient of any scale.
+    """
+
+    train: bool = False
+    dense: int = 0
+    warmup: int = 0
+    weight: float = 1.0
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
 class SaveConfig:
     """Steps between checkpoints and evaluations; how many checkpoints stay; held-out tokens per evaluation."""
 
@@ -80,6 +97,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    indexer: IndexerConfig = field(default_factory=IndexerConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     seed: int = 0
     recompute: bool = False
@@ -88,7 +106,9 @@ class RunConfig:
         s = self.schedule
         _check_whole("schedule.steps", s.steps)
         _check_whole("schedule.warmup", s.warmup, smallest=0)
-        check_schedule(s.steps, s.warmup, decay_steps(s.steps, s.decay_fraction), s.final)
+        _check_indexer(self.indexer, self.model, s.steps)
+        trunk = self.trunk_steps
+        check_schedule(trunk, s.warmup, decay_steps(trunk, s.decay_fraction), s.final)
         for group in ("data", "save"):
             for name, value in vars(getattr(self, group)).items():
                 if type(value) is int:
@@ -113,6 +133,11 @@ class RunConfig:
             raise UserError(
                 f"data.seq_len={self.data.seq_len} exceeds max_position_embeddings={self.model.max_position_embeddings}"
             )
+
+    @property
+    def trunk_steps(self) -> int:
+        """Updates of everything but the indexers, whose warm-up has none: what the schedule's course is over."""
+        return self.schedule.steps - self.indexer.warmup
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, ready for YAML and JSON; `resolve` reads it back unchanged.
@@ -157,6 +182,29 @@ def _check_optim(o: OptimConfig) -> None:
         )
 
 
+def _check_indexer(i: IndexerConfig, model: AnyConfig, steps: int) -> None:
+    for name in ("dense", "warmup"):
+        _check_whole(f"indexer.{name}", getattr(i, name), smallest=0)
+    if not 0 <= i.weight < math.inf:
+        raise UserError(f"indexer.weight={i.weight} must be a finite number of at least 0")
+    if not 0 < i.lr < math.inf:
+        raise UserError(f"indexer.lr={i.lr} must be a positive finite number, such as 1e-3")
+    if not i.train:
+        if i.dense or i.warmup:
+            raise UserError(
+                f"indexer.dense={i.dense} and indexer.warmup={i.warmup} are phases of indexers that learn: "
+                "add indexer.train=true, or leave them at 0"
+            )
+        return
+    if not (isinstance(model, ModelConfig) and any(kind.indexed for kind in model.trunk_kinds)):
+        raise UserError("indexer.train=true, but the model has no CSA layer: leave it out, or choose a V4 that has one")
+    if i.dense + i.warmup > steps or i.warmup == steps:
+        raise UserError(
+            f"indexer.dense={i.dense} + indexer.warmup={i.warmup} must leave the {steps} steps of schedule.steps "
+            "something to train: lower them, or raise schedule.steps"
+        )
+
+
 def demo() -> RunConfig:
     """About five minutes on two cores: one layer of every kind, on the embedded corpus.
 
@@ -189,6 +237,26 @@ def tiny() -> RunConfig:
     )
 
 
+def phases() -> RunConfig:
+    """Minutes on one core: the paper's three phases in small, on single bytes.
+
+    A window of 32 bytes leaves the rest of 512 to 128 entries, of which the sparse phase reads 16.
+    """
+    model = ModelConfig.preset(
+        "tiny", vocab_size=258, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4, 0), sliding_window=32,
+        index_n_heads=8, index_topk=16,
+    )  # fmt: skip
+    return RunConfig(
+        model=model,
+        data=DataConfig(tokenizer="bytes", seq_len=512, tokens_per_step=2048),
+        optim=OptimConfig(lr=4e-3),
+        loss=LossConfig(bias_speed=1e-2),
+        schedule=ScheduleConfig(steps=520, warmup=15, decay_fraction=0.5),
+        indexer=IndexerConfig(train=True, dense=300, warmup=100, lr=4e-3),
+        save=SaveConfig(every=200, keep=2, eval_every=40, eval_tokens=16384),
+    )
+
+
 def small() -> RunConfig:
     """About 10M parameters: an hour or two on two cores."""
     return RunConfig(
@@ -210,7 +278,7 @@ def base() -> RunConfig:
     )
 
 
-RECIPES = {"demo": demo, "tiny": tiny, "small": small, "base": base}
+RECIPES = {"demo": demo, "tiny": tiny, "phases": phases, "small": small, "base": base}
 
 
 def resolve(

@@ -1,4 +1,4 @@
-"""The course of a run as pure functions of the step: learning rate and the weight of the MTP loss.
+"""The course of a run as pure functions of the step: learning rate, the weight of the MTP loss, the indexers' phase.
 
 Steps count updates from 0 to `total` - 1. The rate climbs over the first `warmup` updates, stays, and falls
 along a half cosine over the last `decay` updates; the MTP loss loses weight from the first of these (paper
@@ -8,6 +8,7 @@ section 4.2.2). Nothing here keeps state, so a resumed run follows the same cour
 import math
 
 from dsv4.errors import UserError
+from dsv4.model.segments import IndexPhase
 
 
 def check_schedule(total: int, warmup: int, decay: int, final: float = 0.1) -> None:
@@ -54,3 +55,15 @@ def mtp_weight(step: int, total: int, warmup: int, decay: int, *, before: float 
     """Weight of the MTP loss at update number `step`: `after` from the first update of the decay on."""
     check_schedule(total, warmup, decay)
     return before if step < total - decay else after
+
+
+def index_phase(step: int, dense: int, warmup: int) -> IndexPhase:
+    """The phase of update number `step`: `dense` updates in which CSA reads every entry, `warmup` updates that train
+    the indexers alone, and from then on sparse attention with indexers that go on learning (paper section 4.2.2)."""
+    return "dense" if step < dense else "warmup" if step < dense + warmup else "sparse"
+
+
+def trunk_step(step: int, dense: int, warmup: int) -> int:
+    """How many updates the trunk has had before update number `step`: in the warm-up of the indexers it has none, so
+    its course stands still."""
+    return step - min(max(step - dense, 0), warmup)

@@ -38,7 +38,7 @@ from dsv4.train.optim import HybridOptimizer
 log = logging.getLogger("dsv4")
 
 # Settings that a resumed run may change; what they were and are is logged. All others decide what was learned from.
-CHANGEABLE = ("optim.", "schedule.", "save.", "recompute", "data.micro_batches")
+CHANGEABLE = ("optim.", "schedule.", "indexer.", "save.", "recompute", "data.micro_batches")
 
 
 @dataclass

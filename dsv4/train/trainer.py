@@ -19,17 +19,19 @@ from dsv4 import controls
 from dsv4.checkpoint import RunFolder
 from dsv4.errors import UserError, shown
 from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
+from dsv4.model.segments import IndexPhase
 from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
 from dsv4.train.balance import update_balance_bias
 from dsv4.train.batches import Batches, heldout_batches, split
+from dsv4.train.indexer import index_figures, is_index_parameter, thaw
 from dsv4.train.log import Log, LossWatch
 from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
-from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
+from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, prepare_data
-from dsv4.train.schedule import decay_steps, lr_scale, mtp_weight
+from dsv4.train.schedule import decay_steps, index_phase, lr_scale, mtp_weight, trunk_step
 from dsv4.train.state import Progress, load_state, not_finite, save_state
 from dsv4.train.stop import GivenUp, Stop
 
@@ -82,6 +84,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = controls.build(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
         groups = parameter_groups(self.model.named_parameters(), config.model, weight_decay=config.optim.weight_decay)
+        named = dict(self.model.named_parameters())
+        self.indexers = [p for name, p in named.items() if is_index_parameter(name)]
+        self.others = [p for name, p in named.items() if not is_index_parameter(name)]
         self.optimizer = HybridOptimizer(groups, config.optim.lr, momentum=config.optim.momentum, ns=config.optim.ns)
         self.batches = Batches(
             self.train_data, config.data.tokens_per_step, seed=config.seed, seq_len=config.data.seq_len
@@ -170,21 +175,24 @@ class Trainer:
     def step(self) -> Record:
         """One update; returns its log record. NotFinite, and nothing changed, if a number is not finite."""
         config, step, began = self.config, self.progress.step, time.perf_counter()
-        s = config.schedule
-        course = (step, s.steps, s.warmup, decay_steps(s.steps, s.decay_fraction))
-        self.optimizer.set_lr(config.optim.lr * lr_scale(*course, s.final))
+        s, i, phase, total = config.schedule, config.indexer, self.phase(step), config.trunk_steps
+        course = (trunk_step(step, i.dense, i.warmup), total, s.warmup, decay_steps(total, s.decay_fraction))
+        self.optimizer.set_lr(i.lr if phase == "warmup" else config.optim.lr * lr_scale(*course, s.final))
         weight = mtp_weight(*course, before=config.loss.mtp, after=config.loss.mtp_in_decay)
         with self.stop.may_give_up():
             parts = self._gradient(step, weight)
-            norm = clip_gradients(self.model.parameters(), config.optim.clip)
+            drop_zero_gradients(self.model.parameters())
+            # apart, so that no step of the one depends on the gradient of the other
+            norm, index_norm = (clip_gradients(ps, config.optim.clip) for ps in (self.others, self.indexers))
         loss = sum(p.next_token for p in parts)
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise self._not_finite(f"step {step + 1} has loss {loss} and gradient norm {norm}")
+        if not (math.isfinite(norm) and math.isfinite(index_norm) and math.isfinite(loss)):
+            raise self._not_finite(f"step {step + 1} has loss {loss} and gradient norms {norm} and {index_norm}")
         self.optimizer.step()
         loads: dict[int, torch.Tensor] = {}
         for layer, load in (item for part in parts for item in part.loads.items()):
             loads[layer] = loads.get(layer, 0) + load
-        update_balance_bias(self.model, loads, config.loss.bias_speed)
+        if phase != "warmup":
+            update_balance_bias(self.model, loads, config.loss.bias_speed)
         seconds = time.perf_counter() - began
         self.progress.step += 1
         self.progress.tokens += config.data.tokens_per_step
@@ -197,12 +205,20 @@ class Trainer:
             "load_max": max((float(load.max() / load.mean()) for load in loads.values()), default=1.0),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
+            **(index_figures(phase, parts, index_norm) if config.indexer.train else {}),
             "tokens": self.progress.tokens,
             "tokens_per_second": config.data.tokens_per_step / seconds,
         }
 
+    def phase(self, step: int) -> IndexPhase:
+        """The indexers' phase of update number `step`."""
+        i = self.config.indexer
+        return index_phase(step, i.dense, i.warmup) if i.train else "off"
+
     def _gradient(self, step: int, mtp: float) -> list[Loss]:
         """Leave the gradient of an update's mean losses in the parameters, however many parts it is computed in."""
+        phase = self.phase(step)
+        thaw(self.model.named_parameters(), phase)
         self.optimizer.zero_grad(set_to_none=True)
         micro = split(self.batches.batch(step), self.config.data.micro_batches)
         totals = count_totals((b.targets, b.lengths) for b in micro)
@@ -210,19 +226,21 @@ class Trainer:
         for batch in micro:
             part = training_loss(
                 self.model, batch.ids, batch.targets, batch.lengths,
-                mtp_weight=mtp, balance_weight=self.config.loss.balance, totals=totals,
+                mtp_weight=mtp, balance_weight=self.config.loss.balance, totals=totals, phase=phase,
+                index_weight=self.config.indexer.weight,
             )  # fmt: skip
             part.total.backward()
             parts.append(replace(part, total=part.total.detach()))  # its graph is not needed any more
         return parts
 
     def evaluate(self) -> float:
-        """Held-out bits per byte over `save.eval_tokens` tokens; NotFinite if that is not a number."""
-        save, data = self.config.save, self.config.data
+        """Held-out bits per byte over `save.eval_tokens` tokens, attended as in the last update; NotFinite if that is
+        not a number."""
+        save, data, phase = self.config.save, self.config.data, self.phase(max(0, self.progress.step - 1))
         nats, count = 0.0, 0
         tokens = max(1, data.tokens_per_step // data.micro_batches)
         for batch in heldout_batches(self.heldout, tokens, data.seq_len, save.eval_tokens):
-            nats += heldout_nll(self.model, batch.ids, batch.targets, batch.lengths)
+            nats += heldout_nll(self.model, batch.ids, batch.targets, batch.lengths, phase)
             count += batch.num_bytes
         if not math.isfinite(nats):
             raise self._not_finite(f"the evaluation after step {self.progress.step} gives {nats}")
