@@ -193,7 +193,7 @@ class PlainLearner(PlainV4):
         kv = self.rotate(self.norm(x @ w[f"{prefix}wkv.weight"].T, f"{prefix}kv_norm.weight"), t, freq)
         entries = self.compress(f"{prefix}compressor.", x, 4, width, freq, 1.0)
         read = self.visible(t, len(entries), 4)
-        if self.flip is None:
+        if not self.made("indexer not asked"):
             with torch.no_grad():
                 read = self.choose(f"{prefix}indexer.", x, qr, read, freq)
         asks = (qr @ w[f"{prefix}indexer.wq_b.weight"].T).view(len(x), c.index_n_heads, c.index_head_dim)
