@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4.errors import UserError, nearest, shown
+from dsv4.errors import UserError, shown
 from dsv4.text.chat import marked
-from dsv4.text.prompt import Prompt
+from dsv4.text.prompt import Piece, Prompt
 from dsv4.text.tokenizer import Tokenizer
 
 # What a row of chat data may say beside its messages, with the type of it; null is the same as nothing.
@@ -59,34 +59,36 @@ def lessons_of(row: Mapping[str, Any]) -> list[Lesson]:
     options = {key: _checked(key, row[key]) for key in OPTIONS if row.get(key) is not None}
     messages = row.get("messages")
     if not isinstance(messages, list):
-        meant = nearest("messages", [str(key) for key in row if key not in OPTIONS])
-        raise UserError(
-            f"its messages are {shown(messages)}; give a list of messages{meant if messages is None else ''}"
-        )
+        raise UserError(f"its messages are {shown(messages)}; give a list of messages")
     reasoned = any(isinstance(m, Mapping) and m.get("reasoning_content") for m in messages)
     if reasoned and options.get("thinking") is False:
         raise UserError("it has reasoning_content, which thinking=false would lose; leave one of the two out")
     options.setdefault("thinking", reasoned)
-    whole = marked(messages, **options)
-    drops = options["thinking"] and options.get("drop_thinking", True) and not _has_tools(messages, options)
-    ends = _answered(messages) if drops else []
-    prefixes = [marked(messages[:end], **options) for end in ends[:-1]]
-    if ends and ends[-1] < _last_prompt(messages):  # the last prompt is not answered: nothing is learned behind it
-        whole = marked(messages[: ends[-1]], **options)
-    found = [Lesson(tuple(_parts(pieces))) for pieces in (*prefixes, whole)]
+    found = [Lesson(tuple(_parts(pieces))) for pieces in _marked(messages, options)]
     if not any(written and prompt.pieces for lesson in found for prompt, written in lesson.parts):
         raise UserError("it has no answer of the assistant to learn from; give one")
     return found
+
+
+def _marked(messages: list[Any], options: dict[str, Any]) -> Iterator[list[tuple[Piece, bool]]]:
+    """The conversation in pieces, once whole, or once up to each answer behind which reasoning is left out."""
+    whole = marked(messages, **options)
+    leaves_out = options["thinking"] and options.get("drop_thinking", True) and not options.get("tools")
+    ends = _answered(messages) if leaves_out else []
+    early = [end for end in ends if not any(message.get("tools") for message in messages[:end])]
+    for end in early:
+        yield marked(messages[:end], **options)
+    if not early:
+        yield whole
+    elif len(early) < len(ends):  # tools have come: nothing is left out of the whole, where the rest is learned
+        known = len(marked(messages[: early[-1]], **{**options, "drop_thinking": False}))
+        yield [(piece, written and n >= known) for n, (piece, written) in enumerate(whole)]
 
 
 def _checked(key: str, value: Any) -> Any:
     if not isinstance(value, OPTIONS[key]):
         raise UserError(f"its {key} is {shown(value)}; leave it out, or give what `render` takes")
     return value
-
-
-def _has_tools(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bool:
-    return bool(options.get("tools")) or any(message.get("tools") for message in messages)
 
 
 def _answered(messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -101,10 +103,6 @@ def _answered(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return ends
 
 
-def _last_prompt(messages: Sequence[Mapping[str, Any]]) -> int:
-    return max((n for n, message in enumerate(messages, 1) if message["role"] in _PROMPTS), default=0)
-
-
-def _parts(pieces: list[tuple[Any, bool]]) -> Iterator[tuple[Prompt, bool]]:
+def _parts(pieces: list[tuple[Piece, bool]]) -> Iterator[tuple[Prompt, bool]]:
     for written, run in itertools.groupby(pieces, key=lambda item: item[1]):
         yield Prompt.of(piece for piece, _ in run), written

@@ -38,7 +38,8 @@ class DataConfig:
 
     heldout: a source of its own, whose files are not trained on where they lie in `path`.
     mix: several sources instead of `path`, each with a weight. format: "text", or "chat": rows of `messages`, of which
-    the assistant's part is learned (text/lessons.py).
+    the assistant's part is learned (text/lessons.py). Of a mixture of both, the held-out text is of the first source's
+    format.
 
     tokenizer: "bpe" (trained on the data, of the model's vocab_size), "bytes", or a folder or tokenizer.json. controls:
     a BPE trained here also has the control tokens of the chat format and of fill-in-the-middle; it always has those
@@ -115,9 +116,8 @@ class DataConfig:
 
 def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UserError(
-            f"{name}={shown(value)} must be {' or '.join(k for k in known if k)}{nearest(str(value), known)}"
-        )
+        rule = " or ".join(k for k in known if k)
+        raise UserError(f"{name}={shown(value)} must be {rule}{nearest(str(value), known)}")
 
 
 def _source(given: Any, number: int) -> Source:
@@ -144,9 +144,8 @@ def _source(given: Any, number: int) -> Source:
         raise UserError(f"{where}.weight={source.weight} must be a positive finite number")
     if source.format:
         _check_one_of(f"{where}.format", source.format, FORMATS)
-    name = source.name or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source.path.rstrip("/")).name.partition(".")[0]).strip(
-        "-"
-    )
+    last = Path(source.path.rstrip("/")).name.partition(".")[0]
+    name = source.name or re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")
     if not _NAME.fullmatch(name) or name == "heldout":
         raise UserError(f"{where}.name={shown(name)} is no name: give one of letters, digits, - and _")
     return Source(source.path, float(source.weight), name, source.text_field, source.format)

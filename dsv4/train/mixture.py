@@ -43,7 +43,7 @@ def sources_of(packed: "Packed | Mixture") -> Mixture:
 
 
 class Shares:
-    """How many of the first tokens of the mixed line are each source's. unit: tokens that come from one source in a row.
+    """How many of the first tokens of the mixed line are each source's. unit: tokens in a row from one source.
 
     A source's tokens never differ by more than about one unit from its share of those so far.
     """
@@ -66,7 +66,7 @@ class Shares:
 
 
 def _apportioned(shares: Sequence[float], seats: int) -> np.ndarray:
-    """Whole numbers that sum to `seats`, each at least 1 and as near to its share as that allows: largest remainders."""
+    """Whole numbers that sum to `seats`, each at least 1, as near to its share as that allows: largest remainders."""
     exact = np.array(shares) * seats
     counts = np.maximum(1, np.floor(exact)).astype(np.int64)
     while (missing := seats - int(counts.sum())) != 0:

@@ -2,10 +2,10 @@
 
 A prepared folder holds, per split, <split>.bin (every document as bos, its tokens, eos; uint16, or uint32
 for a vocabulary beyond 65,536), <split>.idx (int64: where each document starts, and the end) and, where not all
-is learned, <split>.mask (a bit for each token: whether it is), and for all splits token_bytes.bin (int32 [vocab]) and manifest.json, which is written last: what it does not list
-is not there. It has the sha256 of every file and of itself, and they are compared whenever a split is opened.
-Files are little-endian and mapped, not read. Reading the user's files is left to sources.py, cutting batches
-to batches.py.
+is learned, <split>.mask (a bit for each token: whether it is), and for all splits token_bytes.bin (int32 [vocab])
+and manifest.json, which is written last: what it does not list is not there. It has the sha256 of every file and of
+itself, and they are compared whenever a split is opened. Files are little-endian and mapped, not read. Reading the
+user's files is left to sources.py, tokenising to encode.py, cutting batches to batches.py.
 """
 
 import hashlib

@@ -117,7 +117,8 @@ def hold_out(
 
     Fewer documents than that are each cut instead: the last 1/every of each is held out, or up to a tenth of the
     text more where a line end or a space is near. A document of fewer than `every` characters stays whole, in
-    train. With `whole`, no document is cut: of few the last is held out, a single one is trained on. By position alone, so the two splits, read at different times, never overlap and together are everything.
+    train. With `whole`, no document is cut: of few the last is held out, a single one is trained on. By position
+    alone, so the two splits, read at different times, never overlap and together are everything.
     """
     documents = iter(documents)
     head = list(islice(documents, every))

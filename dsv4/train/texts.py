@@ -26,8 +26,8 @@ def train_split(source: Source) -> str:
 class Texts:
     """Where the documents of all splits come from: "train", or "train.NAME" of each part of a mixture, and "heldout".
 
-    The held-out split is data.heldout if given, else held out of each source, else that of the embedded corpus. Files
-    of data.heldout that lie in a source are not trained on.
+    The held-out split is data.heldout if given, else held out of each source of the first one's format, else that of
+    the embedded corpus. Files of data.heldout that lie in a source are not trained on.
     """
 
     def __init__(self, data: DataConfig):
@@ -43,6 +43,8 @@ class Texts:
             for source, (name, origin) in zip(data.sources, origins.items(), strict=True)
         }
         self.parted = bool(first.path) and heldout is None
+        same = [train_split(s) for s in data.sources if s.format == first.format]
+        self.parted_from = [self.origins[split] for split in same] if self.parted else []
 
     def _kept(self, source: Source, origin: "Origin", heldout: str) -> "Origin":
         """A source without the files of data.heldout."""
@@ -82,7 +84,7 @@ class Texts:
     def documents(self, split: str, on_read: Read) -> Iterator[str]:
         """The documents of one split, read as they are needed; on_read is told the bytes of `size` read so far."""
         origins = self._origins(split)
-        if not self.parted:
+        if not any(origin in self.parted_from for origin in origins):
             return origins[0].documents(on_read)
         side: Literal["train", "heldout"] = "heldout" if split == HELDOUT else "train"
         before, each = 0, []
@@ -94,17 +96,16 @@ class Texts:
     def _part(self, origin: "Origin", side: Literal["train", "heldout"], on_read: Read) -> Iterator[str]:
         chat = isinstance(origin.rows, ChatRows)
         found = hold_out(origin.documents(on_read), side, whole=chat)
-        lacks = (
-            "it has one conversation" if chat else f"its few documents have less than {HOLD_OUT_EVERY} characters each"
-        )
-        return _some(found, f"no text can be held out of {origin.root}, as {lacks}")
+        few = f"its few documents have less than {HOLD_OUT_EVERY} characters each"
+        why = "it has one conversation" if chat else few
+        return _some(found, f"no text can be held out of {origin.root}, as {why}")
 
     def _origins(self, split: str) -> list["Origin"]:
         if split != HELDOUT:
             return [self.origins[split]]
         if self.heldout:
             return [self.heldout]
-        return list(self.origins.values()) if self.parted else [Embedded(HELDOUT)]
+        return self.parted_from or [Embedded(HELDOUT)]
 
     def identity(self) -> dict[str, Any]:
         """What tells texts apart without reading them: name, size and time of change of every file."""

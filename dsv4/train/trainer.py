@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from dsv4 import controls
-from dsv4.checkpoint import RunFolder, load
+from dsv4.checkpoint import RunFolder
+from dsv4.checkpoint import load as load_model
 from dsv4.errors import UserError, shown
 from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
 from dsv4.settings import write_yaml
@@ -69,7 +70,9 @@ class Trainer:
         self.folder = RunFolder(folder)
         checkpoint = _resume_point(self.folder, resume)
         config = replace(config, data=absolute(config.data))
-        started = load(config.start_from, config=config.model) if config.start_from and checkpoint is None else None
+        started = (
+            load_model(config.start_from, config=config.model) if config.start_from and checkpoint is None else None
+        )
         make_folder(folder)
         self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
         remove_leftovers(folder)
