@@ -193,6 +193,10 @@ def test_the_manifest_counts_each_source_and_nothing_held_out_is_trained_on(text
 def test_data_prepared_for_one_mixture_are_not_another_ones(texts: Path, tmp_path: Path):
     prepare_data(config_for(texts), tmp_path / "run")
     prepare_data(config_for(texts), tmp_path / "run")
+    mix = config_for(texts).data.mix
+    for other in ((replace(mix[0], text_field="body"), mix[1]), (replace(mix[0], name="novels"), mix[1])):
+        with pytest.raises(UserError, match="was prepared for .*'books', 'text', 'text'.*: choose another --out"):
+            prepare_data(config_for(texts, mix=other), tmp_path / "run")
     with (texts / "web.jsonl").open("a") as file:
         file.write('\n{"text": "more"}')
     with pytest.raises(UserError, match="the train.web split in .* was made from other text"):

@@ -64,8 +64,13 @@ def prepare_data(
     }
     texts = Texts(data)
     if is_prepared(target):
+        note = read_json(target / NOTE, "the note", "choose another --out")
+        was = {name: value for name, value in note.items() if name != "texts"}
+        if was != asked:
+            raise UserError(f"{target} was prepared for {was}, not {asked}: choose another --out")
         made = _open(target, data, vocab, tell)
-        _check_made_for(target, asked, texts, made, tell)
+        if note.get("texts") != texts.identity():
+            _check_texts(texts, made, tell)
         return made
     _check_free(target)
     scratch = folder / f".data{TEMPORARY}"
@@ -112,9 +117,9 @@ def absolute_path(value: str, setting: str) -> str:
 
 def _special(data: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
     """What is asked of prepared data beyond plain text in the tokens of a vocabulary."""
-    formats = [[source.name, source.format] for source in data.sources]
+    sources = [[source.name, source.format, source.text_field] for source in data.sources]
     markers = [] if given or data.tokenizer == "bytes" else _markers(data)
-    asked = {"formats": formats if data.has_chat else None, "fim": data.fim, "markers": markers}
+    asked = {"sources": sources if data.mix or data.has_chat else None, "fim": data.fim, "markers": markers}
     return {name: value for name, value in asked.items() if value}
 
 
@@ -221,14 +226,8 @@ def _check_size(tokenizer: Tokenizer, vocab: int) -> None:
         )
 
 
-def _check_made_for(target: Path, asked: dict[str, Any], texts: Texts, made: Prepared, tell: Told) -> None:
-    """UserError if prepared data were made for other settings or from other texts."""
-    note = read_json(target / NOTE, "the note", "choose another --out")
-    was = {name: value for name, value in note.items() if name != "texts"}
-    if was != asked:
-        raise UserError(f"{target} was prepared for {was}, not {asked}: choose another --out")
-    if note.get("texts") == texts.identity():
-        return
+def _check_texts(texts: Texts, made: Prepared, tell: Told) -> None:
+    """UserError if prepared data were made from other texts."""
     train = made[1].parts if isinstance(made[1], Mixture) else [made[1]]
     for packed in (*train, made[2]):
         split = packed.split

@@ -142,7 +142,7 @@ def copy_weights(source: LanguageModel, target: LanguageModel) -> None:
         lacking = next(iter(own.keys() ^ given.keys()))
         raise UserError(
             f"the weights to start from and the model do not have the same parts ({lacking} is in one alone): "
-            f"set model.num_nextn_predict_layers={int(source.mtp is not None)}"
+            f"set model.num_nextn_predict_layers={int(getattr(source, 'mtp', None) is not None)}"
         )
     with torch.no_grad():
         for name, tensor in own.items():
