@@ -34,9 +34,9 @@ def train(
 ) -> None:
     """Train a model.
 
-    Text: .txt, .jsonl or .parquet, also .gz and .zst, a folder of these, or hf:NAME[/CONFIG][:SPLIT][@REVISION];
-    several with weights as data.mix. Conversations, rows of messages, are learned with data.format=chat. A resumed run
-    may change optim, schedule and save settings.
+    Text: .txt, .jsonl or .parquet, also .gz and .zst, a folder of these, or hf:OWNER/NAME, to which /CONFIG, :SPLIT and
+    @REVISION may be added; several with weights as data.mix. Conversations, rows of messages, are learned with
+    data.format=chat. A resumed run may change optim, schedule and save settings.
 
     Example: dsv4 train --recipe small --data my_texts/ --out runs/mine optim.lr=1e-3 schedule.steps=2000
     Fine-tuning: dsv4 train --recipe sft --from runs/mine --data chats.jsonl --out runs/chat

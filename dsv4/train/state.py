@@ -153,7 +153,8 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run, those that did not exist yet when it was started at their defaults."""
     full = {name: value for name, value in RunConfig().to_dict().items() if name != "model"}
     for name, value in settings.items():
-        full[name] = {**full[name], **value} if isinstance(value, dict) and name in full else value
+        default = full.get(name)
+        full[name] = {**default, **value} if isinstance(value, dict) and isinstance(default, dict) else value
     return full
 
 

@@ -30,7 +30,7 @@ from dsv4.train.mixture import Mixture
 from dsv4.train.optim import HybridOptimizer, clip_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
 from dsv4.train.recipes import RunConfig
-from dsv4.train.rundata import absolute, prepare_data
+from dsv4.train.rundata import absolute, absolute_path, prepare_data
 from dsv4.train.schedule import decay_steps, lr_scale, mtp_weight
 from dsv4.train.state import Progress, copy_weights, load_state, not_finite, save_state
 from dsv4.train.stop import GivenUp, Stop
@@ -69,10 +69,9 @@ class Trainer:
     ):
         self.folder = RunFolder(folder)
         checkpoint = _resume_point(self.folder, resume)
-        config = replace(config, data=absolute(config.data))
-        started = (
-            load_model(config.start_from, config=config.model) if config.start_from and checkpoint is None else None
-        )
+        begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
+        config = replace(config, data=absolute(config.data), start_from=begins)
+        started = load_model(begins, config=config.model) if begins and checkpoint is None else None
         make_folder(folder)
         self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
         remove_leftovers(folder)
