@@ -40,7 +40,7 @@ from dsv4 import files as dsv4_files
 from dsv4.errors import FileError, UserError
 from dsv4.model.head import IGNORE
 from dsv4.text import ByteTokenizer, Tokenizer, train_bpe
-from dsv4.train import rundata, sources
+from dsv4.train import rows, rundata, sources
 from dsv4.train.batches import Batch, Batches, heldout_batches
 from dsv4.train.batches import split as split_batch
 from dsv4.train.ngram import ngram_bits_per_byte
@@ -161,7 +161,7 @@ def test_another_field_can_be_named(tmp_path: Path):
 
 
 def test_a_long_txt_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "DOCUMENT_CHARS", 100)
+    monkeypatch.setattr(rows, "DOCUMENT_CHARS", 100)
     text = "".join(f"line {n}\n" for n in range(100))
     (tmp_path / "a.txt").write_text(text)
     documents = list(read_documents(tmp_path / "a.txt"))
@@ -180,12 +180,12 @@ def test_long_texts_of_every_kind_are_cut_and_nothing_is_lost(tmp_path_factory, 
     (folder / "a.jsonl").write_text(json.dumps({"text": text}))
     write_parquet(folder / "a.parquet", text=[text])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "DOCUMENT_CHARS", 20)
+        patch.setattr(rows, "DOCUMENT_CHARS", 20)
         patch.setattr(sources, "BLOCK_BYTES", block)
         found = [list(read_documents(folder / f"a.{kind}")) for kind in ("txt", "jsonl")]
         patch.setattr(sources, "BLOCK_BYTES", 1 << 20)  # pyarrow's buffer has a smallest size
         found.append(list(read_documents(folder / "a.parquet")))
-        found.append(list(sources.bounded([text])))
+        found.append(list(rows.bounded([text])))
     for documents in found:
         assert "".join(documents).split() == text.split()
         assert max(map(len, documents)) <= 20
@@ -195,8 +195,8 @@ def test_long_texts_of_every_kind_are_cut_and_nothing_is_lost(tmp_path_factory, 
 
 def sources_cut(text: str, chars: int) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "DOCUMENT_CHARS", chars)
-        return list(sources.bounded([text]))
+        patch.setattr(rows, "DOCUMENT_CHARS", chars)
+        return list(rows.bounded([text]))
 
 
 def test_line_ends_are_joined_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -522,6 +522,21 @@ def test_what_decides_what_was_learned_may_not_and_the_remedy_works(text: Path, 
     assert Trainer(resolve("small", file), tmp_path / "run", resume="auto").progress.step == 0
 
 
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(text: Path, tmp_path: Path) -> None:
+    Trainer(config_for(text), tmp_path / "run").run()
+    latest = RunFolder(tmp_path / "run").latest()
+    assert latest is not None
+    state = json.loads((latest / "state.json").read_text())
+    for name in ("format", "mix", "packing", "fim", "controls", "workers"):
+        del state["settings"]["data"][name]
+    del state["settings"]["start_from"]
+    (latest / "state.json").write_text(json.dumps(state))
+    files.write_digests(latest)
+    assert Trainer(config_for(text), tmp_path / "run", resume="auto").progress.step == 6
+    with pytest.raises(UserError, match="was started with data.packing='', not 'whole'"):
+        Trainer(merge(config_for(text), {"data": {"packing": "whole"}}), tmp_path / "run", resume="auto")
+
+
 def test_a_run_cannot_end_before_it_stands(text: Path, tmp_path: Path) -> None:
     Trainer(config_for(text), tmp_path / "run").run()
     with pytest.raises(UserError, match="stands at step 6 already: schedule.steps=3"):

@@ -20,10 +20,13 @@ MANY_PASSES = 4.0  # over the same text: from about here a model learns it by he
 
 def train(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=3e-4.")] = None,
-    recipe: Annotated[str, typer.Option(help="tiny, phases, demo, small or base.")] = "small",
+    recipe: Annotated[str, typer.Option(help="tiny, phases, demo, small, base or sft.")] = "small",
     config: Annotated[Path | None, typer.Option(help="YAML with settings, such as a run's config.yaml.")] = None,
-    data: Annotated[str, typer.Option(help="Text to learn from: a file or a folder; default: embedded.")] = "",
+    data: Annotated[str, typer.Option(help="Text to learn from: a file, a folder or hf:NAME; default: embedded.")] = "",
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
+    start_from: Annotated[
+        str, typer.Option("--from", help="A run or checkpoint whose weights, model and tokenizer to begin with.")
+    ] = "",
     resume: Annotated[str, typer.Option(help='"auto" or the path of a checkpoint.')] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the computation; master weights are float32.")] = "float32",
@@ -31,12 +34,15 @@ def train(
 ) -> None:
     """Train a model.
 
-    Text: .txt, .jsonl or .parquet, also .gz and .zst, or a folder of these. A resumed run may change optim, schedule,
+    Text: .txt, .jsonl or .parquet, also .gz and .zst, a folder of these, or hf:OWNER/NAME, to which /CONFIG, :SPLIT and
+    @REVISION may be added; several with weights as data.mix. Conversations, rows of messages, are learned with
+    data.format=chat. A resumed run may change optim, schedule,
     indexer and save settings.
 
     Example: dsv4 train --recipe small --data my_texts/ --out runs/mine optim.lr=1e-3 schedule.steps=2000
+    Fine-tuning: dsv4 train --recipe sft --from runs/mine --data chats.jsonl --out runs/chat
     """
-    run = resolve(recipe, config, settings, data=data)
+    run = resolve(recipe, config, settings, data=data, start_from=start_from)
     trainer = run_training(run, out, resume=resume, device=device, dtype=dtype, as_json=as_json)
     print(f"{'finished' if trainer.finished else 'stopped'}: {out}", file=sys.stderr)
     if not trainer.finished:
@@ -54,10 +60,8 @@ def run_training(
         trainer = Trainer(run, out, resume=resume, device=place, dtype=numbers, on_progress=preparing)
     passes = trainer.passes
     if passes > MANY_PASSES:
-        print(
-            f"note: the text has {trainer.train_data.num_tokens:,} tokens; this run sees each about {passes:.0f} times",
-            file=sys.stderr,
-        )
+        tokens, each = trainer.train_data.num_tokens, "those of one source" if run.data.mix else "each"
+        print(f"note: the text has {tokens:,} tokens; this run sees {each} about {passes:.0f} times", file=sys.stderr)
     try:
         if as_json:
             trainer.run(shown_as_long_as_read(lambda record: print(json.dumps(record), flush=True)))

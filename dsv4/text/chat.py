@@ -68,6 +68,25 @@ def render(
 
     UserError for whatever this format cannot say. Source: the encoder released with the weights.
     """
+    pieces = marked(messages, thinking, drop_thinking, effort, edition, tools, response_format)
+    return Prompt.of(piece for piece, _ in pieces)
+
+
+def marked(
+    messages: Sequence[Mapping[str, Any]],
+    thinking: bool = False,
+    drop_thinking: bool = True,
+    effort: str | None = None,
+    edition: str = "april",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    response_format: Any = None,
+) -> list[tuple[Piece, bool]]:
+    """The pieces of `render`, each with whether the model is to have written it: what it learns to write.
+
+    That is everything of an assistant's turn: its reasoning and the </think> after it, its text and calls, and the
+    end of sentence. <｜Assistant｜> and the token after it are the prompt's. A turn whose reasoning is left out here is
+    not to be learned: it answers <think>, and stands here behind </think>.
+    """
     efforts = EFFORTS.get(edition)
     if efforts is None:
         raise UserError(f"there is no edition {shown(edition)} of the chat format; use one of {', '.join(EFFORTS)}")
@@ -82,11 +101,11 @@ def render(
     if drop:
         turns = _without_reasoning(turns)
     prefix = efforts[effort] if thinking else ""
-    prompt = Prompt.of([BEGIN, prefix, *_conversation(turns, thinking, drop)])
-    for piece in prompt.pieces:
+    pieces = [(BEGIN, False), (prefix, False), *_conversation(turns, thinking, drop)]
+    for piece, _ in pieces:
         if isinstance(piece, str) and not _is_unicode(piece):
             raise UserError("a message holds half of a surrogate pair, which is no character; remove it")
-    return prompt
+    return pieces
 
 
 def chat_template() -> str:
@@ -130,14 +149,15 @@ def _last_prompt(turns: list[Turn]) -> int:
     return max((i for i, turn in enumerate(turns) if turn.is_prompt), default=-1)
 
 
-def _conversation(turns: list[Turn], thinking: bool, drop: bool) -> Iterator[Piece]:
+def _conversation(turns: list[Turn], thinking: bool, drop: bool) -> Iterator[tuple[Piece, bool]]:
     last = _last_prompt(turns)
     for i, turn in enumerate(turns):
         answers_task = i > 0 and turns[i - 1].task is not None  # which is answered without thinking
         reasons = thinking and not answers_task and (i > last or not drop)
-        yield from _turn(turn, reasons)
+        learned = turn.role == "assistant" and (i > last or not drop)
+        yield from ((piece, learned) for piece in _turn(turn, reasons))
         if i + 1 == len(turns) or turns[i + 1].role in ("assistant", "latest_reminder"):
-            yield from _opening(turn, thinking and (i >= last or not drop), thinking)
+            yield from ((piece, False) for piece in _opening(turn, thinking and (i >= last or not drop), thinking))
 
 
 def _turn(turn: Turn, reasons: bool) -> Iterator[Piece]:

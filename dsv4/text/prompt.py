@@ -28,6 +28,8 @@ DSML = Control("｜DSML｜")
 TASKS = {name: Control(f"<｜{name}｜>") for name in ("action", "query", "authority", "domain", "title", "read_url")}
 
 CONTROLS = (BEGIN, END, USER, ASSISTANT, REMINDER, THINK, THINK_END, DSML, *TASKS.values())
+# Fill in the middle, no part of a prompt: begin, hole and end stand before the prefix, the suffix and the middle.
+FIM_BEGIN, FIM_HOLE, FIM_END = FIM = tuple(Control(f"<｜fim▁{part}｜>") for part in ("begin", "hole", "end"))
 
 
 @dataclass(frozen=True)

@@ -202,22 +202,24 @@ class BPETokenizer(Tokenizer):
         return super().save(folder)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, markers: Sequence[str] = ()) -> BPETokenizer:
     """Byte-level BPE learned from texts: bos 0, eos 1, the 256 bytes, then merges in order of discovery.
 
     Digits are taken in groups of at most three, as the published tokenizer does, so that no number eats the
     vocabulary. A run of more than WORD_CHARS letters, signs or white space is cut into words of that length, as
     merging costs the square of a word's length; tokenizer.json holds that rule. The same texts give the same
     tokenizer. vocab_size counts everything; fewer tokens come back when the texts run out of pairs that occur twice.
-    UserError for a vocab_size below 258 and for no text.
+    markers: names of more special tokens, which follow eos. UserError for a vocab_size without room for these, bos,
+    eos and the bytes (258 without markers), and for no text.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
 
-    if vocab_size < SMALLEST_BPE:
+    smallest = SMALLEST_BPE + len(markers)
+    if vocab_size < smallest:
         raise UserError(
-            f"a BPE vocabulary of {vocab_size} is too small: it must hold 2 special tokens and 256 bytes; "
-            f"ask for at least {SMALLEST_BPE}, or use the byte tokenizer"
+            f"a BPE vocabulary of {vocab_size} is too small: it must hold {2 + len(markers)} special tokens and 256 "
+            f"bytes; ask for at least {smallest}{'' if markers else ', or use the byte tokenizer'}"
         )
     library = Library(models.BPE())
     n = WORD_CHARS  # a word keeps the space before it, hence " ?" and, of white space, one that is left over
@@ -230,7 +232,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[BOS, EOS],
+        special_tokens=[BOS, EOS, *markers],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

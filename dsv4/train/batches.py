@@ -3,11 +3,12 @@
 A document is cut into pieces of at most seq_len tokens. Each piece is a segment of its own, so the model
 sees it as the start of a document. A batch is a flat run of pieces without padding. Which tokens stand in
 batch n is a function of (n, seed, sizes) alone, so that resuming a run needs no more than the number of the
-step.
+step. Of several sources (mixture.py) a batch takes from each what its share is, one source after another.
 
 T tokens of a batch
 """
 
+import heapq
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from torch import Tensor
 
 from dsv4.errors import UserError
 from dsv4.model.head import IGNORE
+from dsv4.train.mixture import Mixture, Shares, sources_of
 from dsv4.train.packed import Packed
+
+BLOCK = 64  # batches that share out their pieces among themselves where none is to be cut
 
 Span = tuple[int, int, bool]  # first token, end, whether a document ends there
 
@@ -29,7 +33,8 @@ class Batch:
     """A flat run of T tokens: segments one after another, each the start of a document for the model.
 
     ids: int64 [T]. targets: int64 [T], the token that follows in the document, or -100 after its last
-    token; where a piece ends inside a document, the next token is known and is the target. lengths: of the
+    token and where that token is not to be learned; where a piece ends inside a document, the next token is known and
+    is the target. lengths: of the
     segments, summing to T. num_bytes: UTF-8 bytes of the targets, so that bits per byte = (sum of losses in
     nats) / ln 2 / num_bytes; eos is a target of 0 bytes, whose loss counts. segment_bytes: the same for each
     segment, for `split`.
@@ -68,32 +73,113 @@ def split(batch: Batch, count: int) -> list[Batch]:
     ]
 
 
+class Line:
+    """The endless line of one source: in each epoch its pieces in an order drawn from (seed, epoch), each once.
+
+    Pieces are shuffled and not whole documents, since a document may be longer than many batches, which would then
+    all be alike.
+    """
+
+    def __init__(self, packed: Packed, seed: int, seq_len: int):
+        self.packed, self.seed = packed, seed
+        self._first, self._end, self._closes = packed.pieces(seq_len)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)  # a batch may span two
+
+    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(which piece stands where, the number of tokens up to its end), each int64 [P].
+
+        Sorting the raw output of a counter-based generator: numpy promises it never changes, unlike shuffles.
+        """
+        key = np.array([self.seed, epoch], dtype=np.uint64)
+        draws = np.random.Philox(key=key).random_raw(len(self._first))
+        order = np.argsort(draws, kind="stable")
+        return order, np.cumsum(self._end[order] - self._first[order])
+
+    def spans(self, position: int, count: int) -> Iterator[Span]:
+        """The spans of `count` tokens from `position`; the first and the last piece may be cut."""
+        while count > 0:
+            epoch, offset = divmod(position, self.packed.num_tokens)
+            order, line_ends = self._epoch(epoch)
+            place = int(np.searchsorted(line_ends, offset, side="right"))
+            while count > 0 and place < len(order):
+                piece, left = order[place], int(line_ends[place]) - offset
+                end, take = int(self._end[piece]), min(left, count)
+                yield end - left, end - left + take, bool(self._closes[piece]) and take == left
+                offset, position, count, place = offset + take, position + take, count - take, place + 1
+
+    def whole(self, position: int, count: int) -> Iterator[Span]:
+        """The pieces whose first token is among the `count` tokens from `position`, each whole."""
+        stop = position + count
+        while position < stop:
+            epoch, offset = divmod(position, self.packed.num_tokens)
+            order, line_ends = self._epoch(epoch)
+            place = int(np.searchsorted(line_ends, offset, side="right"))
+            before = int(line_ends[place - 1]) if place else 0
+            position += before - offset  # where the piece that stands here begins
+            for piece, end in zip(order[place:].tolist(), line_ends[place:].tolist(), strict=True):
+                if position >= stop:
+                    return
+                if before >= offset:
+                    yield int(self._first[piece]), int(self._end[piece]), bool(self._closes[piece])
+                position, before = position + end - before, end
+
+
 class Batches:
     """Endless training batches; batch(step) is any of them, iterating goes on from `step`.
 
-    In each epoch the pieces of all documents, in an order drawn from (seed, epoch), stand one after
-    another, and epoch follows epoch; batch n is tokens n*T to (n+1)*T of that line. So a row may cut its
-    last piece, whose rest begins the next row as a piece of its own; in an epoch every token occurs exactly
-    once. Pieces are shuffled and not whole documents, since a document may be longer than many batches,
-    which would then all be alike.
+    The line of each source (`Line`) is endless; of one source, batch n is tokens n*T to (n+1)*T of that line, of
+    several those of the mixed line (`Shares`, in units of seq_len). So a row may cut the last piece of a source, whose
+    rest begins the next row as a piece of its own; in an epoch every token occurs exactly once.
+
+    whole: no piece is cut. Those that begin in the tokens of BLOCK batches are shared out among them, the longest
+    first, each to the batch that has the fewest tokens, so that a batch has about T tokens and none is lost.
     """
 
-    def __init__(self, packed: Packed, tokens_per_batch: int, seed: int, seq_len: int):
+    def __init__(
+        self, packed: Packed | Mixture, tokens_per_batch: int, seed: int, seq_len: int, *, whole: bool = False
+    ):
         for name, value in (("tokens_per_batch", tokens_per_batch), ("seq_len", seq_len)):
             if value < 1:
                 raise UserError(f"{name} is {value}: a batch needs at least 1 token")
         if not 0 <= seed < 1 << 64:
             raise UserError(f"seed {seed} is out of range: choose one from 0 to 2**64 - 1")
         self.packed, self.tokens_per_batch, self.seed, self.seq_len = packed, tokens_per_batch, seed, seq_len
+        self.sources, self.whole = sources_of(packed), whole
+        several = len(self.sources.parts) > 1
+        if whole and tokens_per_batch < seq_len * (1 + several):
+            raise UserError(
+                f"batches of whole pieces need tokens_per_batch={tokens_per_batch} to be at least "
+                f"{'twice ' if several else ''}seq_len={seq_len}: raise the one or lower the other"
+            )
         self.step = 0
-        self._first, self._end, self._closes = packed.pieces(seq_len)
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)  # a batch may span two
+        self._lines = [Line(part, seed, seq_len) for part in self.sources.parts]
+        self._shares = Shares(self.sources.shares, seq_len) if several else None
+        self._block = lru_cache(maxsize=2)(self._shared_out)
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, from 0; leaves the iteration where it is."""
         if step < 0:
             raise IndexError(f"there is no batch {step}: steps count from 0")
-        return _batch(self.packed, list(self._line(step * self.tokens_per_batch, self.tokens_per_batch)))
+        if self.whole:
+            found = self._block(step // BLOCK)[step % BLOCK]
+            by_source = [[span for n, span in found if n == source] for source in range(len(self._lines))]
+        else:
+            ranges = self._ranges(step, step + 1)
+            by_source = [list(line.spans(*some)) for line, some in zip(self._lines, ranges, strict=True)]
+        parts = [_batch(line.packed, spans) for line, spans in zip(self._lines, by_source, strict=True) if spans]
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of batch `step`."""
+        if not self.whole:
+            return self.tokens_per_batch
+        return sum(end - first for _, (first, end, _) in self._block(step // BLOCK)[step % BLOCK])
+
+    @property
+    def num_conversations_cut(self) -> int:
+        """Documents of which not all is learned that are longer than seq_len."""
+        masked = (part for part in self.sources.parts if part.num_learned < part.num_tokens)
+        return sum(int((np.diff(part.ends) > self.seq_len).sum()) for part in masked)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -104,8 +190,14 @@ class Batches:
 
     @property
     def epochs(self) -> float:
-        """How often the data has been gone through up to `step`."""
-        return self.step * self.tokens_per_batch / self.packed.num_tokens
+        """How often the data has been gone through up to `step`; of several sources the one most gone through."""
+        return max(self.epochs_at(self.step).values())
+
+    def epochs_at(self, step: int) -> dict[str, float]:
+        """How often each source, by name, has been gone through before batch `step`."""
+        taken = self._taken(step * self.tokens_per_batch)
+        sizes = (part.num_tokens for part in self.sources.parts)
+        return {name: t / n for name, t, n in zip(self.sources.names, taken, sizes, strict=True)}
 
     def state_dict(self) -> dict[str, int | str]:
         """What a checkpoint must keep: the step, and what must not change for it to mean the same."""
@@ -123,48 +215,52 @@ class Batches:
 
     def _identity(self) -> dict[str, int | str]:
         sizes = {"tokens_per_batch": self.tokens_per_batch, "seq_len": self.seq_len}
-        return {"data": self.packed.facts["sha256"], "seed": self.seed, **sizes}
+        packing = {"packing": "whole"} if self.whole else {}
+        return {"data": self.packed.facts["sha256"], "seed": self.seed, **sizes, **packing}
 
-    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(which piece stands where, the number of tokens up to its end), each int64 [P].
+    def _taken(self, position: int) -> list[int]:
+        return self._shares.taken(position) if self._shares else [position]
 
-        Sorting the raw output of a counter-based generator: numpy promises it never changes, unlike shuffles.
-        """
-        key = np.array([self.seed, epoch], dtype=np.uint64)
-        draws = np.random.Philox(key=key).random_raw(len(self._first))
-        order = np.argsort(draws, kind="stable")
-        return order, np.cumsum(self._end[order] - self._first[order])
+    def _ranges(self, step: int, end: int) -> list[tuple[int, int]]:
+        """(first token, count) in the line of each source of batches `step` to `end`."""
+        before, after = (self._taken(n * self.tokens_per_batch) for n in (step, end))
+        return [(a, b - a) for a, b in zip(before, after, strict=True)]
 
-    def _line(self, position: int, count: int) -> Iterator[Span]:
-        """The spans of `count` tokens from `position` in the endless line of epochs."""
-        while count > 0:
-            epoch, offset = divmod(position, self.packed.num_tokens)
-            order, line_ends = self._epoch(epoch)
-            place = int(np.searchsorted(line_ends, offset, side="right"))
-            while count > 0 and place < len(order):
-                piece, left = order[place], int(line_ends[place]) - offset
-                end, take = int(self._end[piece]), min(left, count)
-                yield end - left, end - left + take, bool(self._closes[piece]) and take == left
-                offset, position, count, place = offset + take, position + take, count - take, place + 1
+    def _shared_out(self, block: int) -> list[list[tuple[int, Span]]]:
+        """The pieces of BLOCK batches, each with the number of its source, in the order of the lines."""
+        ranges = self._ranges(block * BLOCK, (block + 1) * BLOCK)
+        lines = enumerate(zip(self._lines, ranges, strict=True))
+        pieces = [(n, span) for n, (line, some) in lines for span in line.whole(*some)]
+        room = [(0, n) for n in range(BLOCK)]
+        chosen: list[list[int]] = [[] for _ in room]
+        sizes = [end - first for _, (first, end, _) in pieces]
+        for piece in sorted(range(len(pieces)), key=lambda i: (-sizes[i], i)):
+            tokens, batch = heapq.heappop(room)
+            chosen[batch].append(piece)
+            heapq.heappush(room, (tokens + sizes[piece], batch))
+        assert all(chosen), "a batch has no piece"
+        return [[pieces[piece] for piece in sorted(batch)] for batch in chosen]
 
 
 def heldout_batches(
-    packed: Packed, tokens_per_batch: int, seq_len: int, limit_tokens: int | None = None
+    packed: Packed, tokens_per_batch: int, seq_len: int, limit_tokens: int | None = None, *, whole: bool = False
 ) -> Iterator[Batch]:
     """Batches for evaluation: all pieces in order, each token once; the last batch may be short.
 
     With limit_tokens, pieces at even distances over the whole split are taken, at most that many tokens in
-    all. Pieces are cut at the ends of batches as in training.
+    all. Pieces are cut at the ends of batches as in training; with `whole` only where the limit ends or where one is
+    longer than a batch.
     """
     if min(tokens_per_batch, seq_len) < 1 or (limit_tokens is not None and limit_tokens < 1):
         raise UserError(
             f"tokens_per_batch {tokens_per_batch}, seq_len {seq_len}, limit_tokens {limit_tokens}: "
             "evaluation needs at least 1 of each"
         )
-    return _heldout(packed, tokens_per_batch, seq_len, min(limit_tokens or packed.num_tokens, packed.num_tokens))
+    budget = min(limit_tokens or packed.num_tokens, packed.num_tokens)
+    return _heldout(packed, tokens_per_batch, seq_len, budget, whole)
 
 
-def _heldout(packed: Packed, tokens_per_batch: int, seq_len: int, budget: int) -> Iterator[Batch]:
+def _heldout(packed: Packed, tokens_per_batch: int, seq_len: int, budget: int, whole: bool) -> Iterator[Batch]:
     first, end, closes = packed.pieces(seq_len)
     num_chosen = -(-len(first) * budget // packed.num_tokens)
     chosen = np.arange(num_chosen) * len(first) // num_chosen
@@ -172,6 +268,9 @@ def _heldout(packed: Packed, tokens_per_batch: int, seq_len: int, budget: int) -
     room = min(tokens_per_batch, budget)
     for piece in chosen:
         at, stop, closing = int(first[piece]), int(end[piece]), bool(closes[piece])
+        if whole and row and stop - at > room:
+            yield _batch(packed, row)
+            row, room = [], min(tokens_per_batch, budget)
         while at < stop and budget > 0:
             take = min(stop - at, room)
             row.append((at, at + take, closing and at + take == stop))
@@ -192,8 +291,22 @@ def _batch(packed: Packed, spans: list[Span]) -> Batch:
     for (first, end, closes), length in zip(spans, lengths, strict=True):
         known = length - closes
         ids[at : at + length] = packed.tokens[first:end]
-        targets[at : at + known] = packed.tokens[first + 1 : first + 1 + known]
-        segment_bytes.append(int(packed.token_bytes[targets[at : at + known]].sum()))
+        following = packed.tokens[first + 1 : first + 1 + known].astype(np.int64)
+        learned = packed.learned(first + 1, first + 1 + known)
+        targets[at : at + known] = following if learned is None else np.where(learned, following, IGNORE)
+        counted = following if learned is None else following[learned]
+        segment_bytes.append(int(packed.token_bytes[counted].sum()))
         at += length
     found = torch.from_numpy(ids), torch.from_numpy(targets)
     return Batch(*found, lengths, sum(segment_bytes), tuple(segment_bytes))
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    """Batches one after another as one."""
+    return Batch(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        [n for part in parts for n in part.lengths],
+        sum(part.num_bytes for part in parts),
+        tuple(n for part in parts for n in part.segment_bytes),
+    )

@@ -1,16 +1,17 @@
 """Training data on the disk: documents -> one packed file of ids per split, and that file again.
 
 A prepared folder holds, per split, <split>.bin (every document as bos, its tokens, eos; uint16, or uint32
-for a vocabulary beyond 65,536) and <split>.idx (int64: where each document starts, and the end), and for
-all splits token_bytes.bin (int32 [vocab]) and manifest.json, which is written last: what it does not list
-is not there. It has the sha256 of every file and of itself, and they are compared whenever a split is opened.
-Files are little-endian and mapped, not read. Reading the user's files is left to sources.py, cutting batches
-to batches.py.
+for a vocabulary beyond 65,536), <split>.idx (int64: where each document starts, and the end) and, where not all
+is learned, <split>.mask (a bit for each token: whether it is), and for all splits token_bytes.bin (int32 [vocab])
+and manifest.json, which is written last: what it does not list is not there. It has the sha256 of every file and of
+itself, and they are compared whenever a split is opened. Files are little-endian and mapped, not read. Reading the
+user's files is left to sources.py, tokenising to encode.py, cutting batches to batches.py.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,9 +20,10 @@ import numpy as np
 from dsv4.errors import UserError
 from dsv4.files import explained, make_folder, read_json, sha256_of, write_atomically, write_json
 from dsv4.text import Tokenizer
+from dsv4.train.bits import BitWriter, num_bytes_of, read_bits
+from dsv4.train.encode import Encoded, Encoder, encoded
 
 FORMAT = 2
-CHUNK_CHARS = 1 << 21  # text handed to the tokenizer at once: enough to keep its threads busy; 150 bytes each
 BLOCK_BYTES = 1 << 22  # read at once when a file is checked
 
 Checked = Callable[[int], None]  # told how many bytes have been checked so far
@@ -37,17 +39,20 @@ def prepare(
     *,
     split_name: str,
     beside: Sequence[str] = (),
+    encoder: Encoder | None = None,
+    workers: int = 1,
 ) -> "Packed":
     """Tokenise documents into one split of a prepared folder, or reuse that split if it is there already.
 
     A split that is there is reused if it was made with the same tokenizer from the same documents, which are
     then read but not tokenised. beside: names of files in the folder that belong to the data, whose sha256 the
-    manifest is to hold as well. Everything is on the disk before the manifest names it.
+    manifest is to hold as well. encoder: how documents become tokens (default: as texts), by `workers` processes.
+    Everything is on the disk before the manifest names it.
 
     UserError, and nothing written: the folder was prepared with another tokenizer, or this split from other
     documents (nothing is ever overwritten), or there are no documents. FileError if the machine cannot write.
     """
-    folder = Path(out_folder)
+    folder, encoder = Path(out_folder), encoder or Encoder(tokenizer)
     manifest = _manifest_for(folder, tokenizer)
     if split_name in manifest["splits"]:
         packed = Packed.open(folder, split_name)
@@ -56,14 +61,13 @@ def prepare(
     make_folder(folder)
     facts: dict[str, Any] = {}
 
-    def write(bin_file: Path) -> None:
-        write_atomically(folder / f"{split_name}.idx", lambda idx_file: both(bin_file, idx_file))
+    def write(paths: list[Path]) -> None:
+        with ExitStack() as stack:
+            files = [stack.enter_context(path.open("wb")) for path in paths]
+            facts.update(_write_split(encoded(documents, encoder, workers), encoder.dtype, *files))
 
-    def both(bin_file: Path, idx_file: Path) -> None:
-        with bin_file.open("wb") as ids, idx_file.open("wb") as ends:
-            facts.update(_write_split(documents, tokenizer, ids, ends))
-
-    write_atomically(folder / f"{split_name}.bin", write)
+    endings = ("bin", "idx", "mask") if encoder.masks else ("bin", "idx")
+    _write_together([folder / f"{split_name}.{ending}" for ending in endings], write)
     token_bytes = np.asarray(tokenizer.token_bytes(), dtype="<i4").tobytes()
     write_atomically(folder / "token_bytes.bin", lambda path: path.write_bytes(token_bytes))
     manifest["splits"][split_name] = facts
@@ -71,6 +75,14 @@ def prepare(
     manifest["sha256"] = _manifest_sha256(manifest)
     write_json(folder / "manifest.json", manifest)
     return Packed(folder, split_name, facts, np.frombuffer(token_bytes, dtype="<i4"))
+
+
+def _write_together(paths: list[Path], write: Callable[[list[Path]], None], opened: tuple[Path, ...] = ()) -> None:
+    """Write several files at once, each whole or not at all."""
+    if not paths:
+        write(list(opened))
+        return
+    write_atomically(paths[0], lambda temporary: _write_together(paths[1:], write, (*opened, temporary)))
 
 
 def _manifest_for(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -85,30 +97,33 @@ def _manifest_for(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     return manifest
 
 
-def _write_split(documents: Iterable[str], tokenizer: Tokenizer, ids: BinaryIO, ends: BinaryIO) -> dict[str, Any]:
-    """Stream documents into the two open files; returns the split's entry in the manifest."""
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    digests = {ids: hashlib.sha256(), ends: hashlib.sha256()}
-    text_digest, count, end, num_bytes, max_id = hashlib.sha256(), 0, 0, 0, 0
+def _write_split(
+    chunks: Iterable[Encoded], dtype: str, ids: BinaryIO, ends: BinaryIO, mask: BinaryIO | None = None
+) -> dict[str, Any]:
+    """Stream tokenised documents into the open files; returns the split's entry in the manifest."""
+    digests = {file: hashlib.sha256() for file in (ids, ends, mask) if file}
+    text_digest, count, end, num_bytes, max_id, learned = hashlib.sha256(), 0, 0, 0, 0, 0
 
     def put(file: BinaryIO, numbers: np.ndarray) -> None:
         raw = numbers.tobytes()
         file.write(raw)
         digests[file].update(raw)
 
+    bits = BitWriter(lambda packed: put(mask, packed)) if mask else None
     put(ends, np.zeros(1, dtype="<i8"))
-    for chunk in _chunks(documents):
-        for text, row in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
-            tokens = np.array([tokenizer.bos_id, *row, tokenizer.eos_id])
-            utf8 = text.encode()
-            end, count, num_bytes = end + len(tokens), count + 1, num_bytes + len(utf8)
-            max_id = max(max_id, int(tokens.max()))
-            put(ids, tokens.astype(dtype))
-            put(ends, np.array([end], dtype="<i8"))
-            text_digest.update(hashlib.sha256(utf8).digest())  # as in text_sha256
+    for chunk in chunks:
+        put(ids, chunk.ids)
+        put(ends, (end + np.cumsum(chunk.lengths)).astype("<i8"))
+        end, count, num_bytes = end + len(chunk.ids), count + len(chunk.lengths), num_bytes + chunk.text_bytes
+        max_id = max(max_id, int(chunk.ids.max()))
+        for digest in chunk.digests:
+            text_digest.update(digest)  # as in text_sha256
+        if bits is not None and chunk.learned is not None:
+            bits.write(chunk.learned)
+            learned += int(chunk.learned.sum())
     if not count:
         raise UserError("there are no documents to prepare: give a source with text in it")
-    return {
+    facts = {
         "documents": count,
         "tokens": end,
         "text_bytes": num_bytes,
@@ -118,6 +133,10 @@ def _write_split(documents: Iterable[str], tokenizer: Tokenizer, ids: BinaryIO, 
         "idx_sha256": digests[ends].hexdigest(),
         "text_sha256": text_digest.hexdigest(),
     }
+    if mask and bits is not None:
+        bits.close()
+        facts |= {"learned": learned, "mask_sha256": digests[mask].hexdigest()}
+    return facts
 
 
 def text_sha256(documents: Iterable[str]) -> str:
@@ -126,19 +145,6 @@ def text_sha256(documents: Iterable[str]) -> str:
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()
-
-
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of documents of about CHUNK_CHARS together."""
-    chunk, size = [], 0
-    for text in documents:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK_CHARS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 # --- the manifest ---
@@ -212,6 +218,12 @@ def _are_facts(facts: dict[str, Any], vocab_size: int) -> bool:
         and facts["max_id"] < vocab_size
         and facts.get("dtype") in ("<u2", "<u4")
         and all(isinstance(facts.get(key), str) for key in ("sha256", "idx_sha256", "text_sha256"))
+        and ("mask_sha256" in facts) == ("learned" in facts)
+        and (
+            "learned" not in facts
+            or (_is_whole(facts["learned"], 0) and facts["learned"] <= facts["tokens"])
+            and isinstance(facts["mask_sha256"], str)
+        )
     )
 
 
@@ -233,6 +245,9 @@ class Packed:
         self.folder, self.split, self.facts, self.token_bytes = folder, split, facts, token_bytes
         self.tokens = _mapped(folder / f"{split}.bin", facts["dtype"], facts["tokens"])
         self.ends = _mapped(folder / f"{split}.idx", "<i8", facts["documents"] + 1)
+        self._mask = None
+        if "learned" in facts:
+            self._mask = _mapped(folder / f"{split}.mask", "<u1", num_bytes_of(facts["tokens"]))
         if self.ends[0] != 0 or self.ends[-1] != facts["tokens"] or (np.diff(self.ends) < 2).any():
             raise UserError(f"{folder / f'{split}.idx'} holds impossible offsets: {_remedy(folder)}")
 
@@ -267,6 +282,15 @@ class Packed:
         """UTF-8 bytes of the text."""
         return self.facts["text_bytes"]
 
+    @property
+    def num_learned(self) -> int:
+        """Ids that are to be learned: all, or the model's own part of conversations."""
+        return self.facts.get("learned", self.facts["tokens"])
+
+    def learned(self, first: int, end: int) -> np.ndarray | None:
+        """Which of tokens[first:end] are to be learned, bool; None if all of the split are."""
+        return None if self._mask is None else read_bits(self._mask, first, end)
+
     def document(self, index: int) -> np.ndarray:
         """Ids of one document, [n] in the file's dtype, bos and eos included."""
         return self.tokens[self.ends[index] : self.ends[index + 1]]
@@ -298,12 +322,18 @@ class Packed:
         if digest.hexdigest() != self.facts["sha256"] or max_id > self.facts["max_id"]:
             raise UserError(f"{file} has changed since it was written: {_remedy(self.folder)}")
         check_file(self.folder, f"{self.split}.idx", self.facts["idx_sha256"])
+        if self._mask is not None:
+            check_file(self.folder, f"{self.split}.mask", self.facts["mask_sha256"])
 
     def has_text(self) -> bool:
-        """Whether some token stands for at least one byte of text: without one, bits per byte have no meaning."""
+        """Whether some token to be learned stands for at least one byte: without one, bits per byte have no meaning."""
         step = BLOCK_BYTES // self.tokens.itemsize
-        starts = range(0, self.num_tokens, step)
-        return any(bool(self.token_bytes[self.tokens[start : start + step]].any()) for start in starts)
+        for start in range(0, self.num_tokens, step):
+            tokens = self.tokens[start : start + step]
+            learned = self.learned(start, start + len(tokens))
+            if self.token_bytes[tokens if learned is None else tokens[learned]].any():
+                return True
+        return False
 
     def pieces(self, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every document cut into pieces of at most seq_len tokens, in order: (first, end, closes), each [P].

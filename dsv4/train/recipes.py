@@ -8,32 +8,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dsv4.checkpoint import read_config, resolve_checkpoint
 from dsv4.config import AnyConfig, ModelConfig, kind_of, preset_of
 from dsv4.errors import UserError, nearest
 from dsv4.settings import merge, read_overrides, read_yaml
+from dsv4.train.dataconfig import DataConfig
 from dsv4.train.optim import ORTHOGONALISERS
 from dsv4.train.schedule import check_schedule, decay_steps
 
 LARGEST = 10**12  # of whatever is counted: more would be a slip of the keyboard
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """path: a .txt, .jsonl (also .gz, .zst) or .parquet file or a folder of them; empty = the embedded corpus.
-
-    heldout: a source of its own, whose files are not trained on where they lie in `path`.
-
-    tokenizer: "bpe" (trained on the data, of the model's vocab_size), "bytes", or a folder or tokenizer.json.
-    micro_batches: a step's sequences are computed in at most so many parts, to save memory; the gradient is the same.
-    """
-
-    path: str = ""
-    heldout: str = ""  # a source of its own; empty = the embedded held-out split, or every 20th document of `path`
-    text_field: str = "text"
-    tokenizer: str = "bpe"
-    seq_len: int = 1024
-    tokens_per_step: int = 8192
-    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,6 +84,7 @@ class RunConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     seed: int = 0
     recompute: bool = False
+    start_from: str = ""  # a checkpoint whose weights the run begins with; `dsv4 train --from` sets it
 
     def __post_init__(self) -> None:
         s = self.schedule
@@ -278,20 +262,37 @@ def base() -> RunConfig:
     )
 
 
-RECIPES = {"demo": demo, "tiny": tiny, "phases": phases, "small": small, "base": base}
+def sft() -> RunConfig:
+    """Supervised fine-tuning on conversations, for a model of the size of small: start it --from a trained one."""
+    return RunConfig(
+        data=DataConfig(seq_len=1024, tokens_per_step=8192, format="chat"),
+        optim=OptimConfig(lr=3e-4),
+        schedule=ScheduleConfig(steps=300, warmup=10, decay_fraction=0.9),
+        loss=LossConfig(mtp=0.1),
+        save=SaveConfig(every=100, keep=2, eval_every=50, eval_tokens=65536),
+    )
+
+
+RECIPES = {"demo": demo, "tiny": tiny, "phases": phases, "small": small, "base": base, "sft": sft}
 
 
 def resolve(
-    recipe: str, yaml_file: Path | None = None, overrides: list[str] | None = None, *, data: str = ""
+    recipe: str,
+    yaml_file: Path | None = None,
+    overrides: list[str] | None = None,
+    *,
+    data: str = "",
+    start_from: str = "",
 ) -> RunConfig:
     """A recipe by name, a YAML file's values on top, then `optim.lr=3e-4`-style overrides and a path of `data`.
 
     `model.kind` and `model.preset` are no fields of a model but say what the others are fields of: the last one given
-    decides, and all other settings of a model are judged by its class.
+    decides, and all other settings of a model are judged by its class. start_from: a run or checkpoint that gives
+    weights, model and tokenizer in place of the recipe's.
     """
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}{nearest(recipe, RECIPES)}")
-    config = RECIPES[recipe]()
+    config = _started(RECIPES[recipe](), start_from) if start_from else RECIPES[recipe]()
     settings = {} if yaml_file is None else read_yaml(yaml_file)
     given, rest = _named(overrides or [])
     chosen = {**_named_in(settings), **given}
@@ -306,6 +307,15 @@ def resolve(
             raise UserError("data.path is given twice, as an override and as --data: give it once")
         changes.setdefault("data", {})["path"] = data
     return _merge(config, changes)
+
+
+def _started(config: RunConfig, start_from: str) -> RunConfig:
+    """A recipe with the model and tokenizer of a checkpoint, and sequences no longer than that model's."""
+    folder = resolve_checkpoint(Path(start_from).absolute())
+    model = read_config(folder)
+    seq_len = min(config.data.seq_len, model.max_position_embeddings)
+    data = replace(config.data, tokenizer=str(folder), seq_len=seq_len)
+    return replace(config, model=model, data=data, start_from=str(folder))
 
 
 _NAMING = ("kind", "preset")  # of a model: what the settings of it are settings of

@@ -1,6 +1,6 @@
-"""From a run's data settings to a tokenizer and packed tokens: the embedded corpus, or the user's own text.
+"""From a run's data settings to a tokenizer and packed tokens: the embedded corpus, the user's own texts, a mixture.
 
-A run's `data` folder is there whole or not at all: tokenizer and both splits are made in a folder beside it, which is
+A run's `data` folder is there whole or not at all: tokenizer and all splits are made in a folder beside it, which is
 renamed when all is on the disk. prepared_for.json in it says for which settings and files; it names no place on the
 machine, so that the folder may move.
 """
@@ -10,35 +10,26 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dsv4 import data as corpus
 from dsv4.checkpoint import RunFolder
 from dsv4.errors import UserError
 from dsv4.files import TEMPORARY, explained, make_folder, read_json, synchronise, write_json
 from dsv4.text import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from dsv4.text.prompt import BEGIN, CONTROLS, END, FIM
+from dsv4.train.dataconfig import HUB, OURS, DataConfig
+from dsv4.train.encode import Encoder, plain_text
+from dsv4.train.hub import HubSpec
+from dsv4.train.mixture import Mixture
 from dsv4.train.packed import Packed, check_file, is_prepared, prepare, read_manifest
-from dsv4.train.recipes import DataConfig, RunConfig
-from dsv4.train.sources import (
-    HOLD_OUT_EVERY,
-    bounded,
-    data_files,
-    hold_out,
-    names_of,
-    read_files,
-    say_once,
-    size_of,
-    without,
-)
+from dsv4.train.recipes import RunConfig
+from dsv4.train.texts import HELDOUT, Texts, counted, train_split
 
-Split = Literal["train", "heldout"]
 Told = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all if known
-Prepared = tuple[Tokenizer, Packed, Packed]
+Prepared = tuple[Tokenizer, Packed | Mixture, Packed]
 
-SPLITS: tuple[Split, Split] = ("train", "heldout")
-OURS = ("bpe", "bytes")  # tokenizers that are made, not loaded from a path
 NOTE = "prepared_for.json"
 # A vocabulary is learned from the first documents up to these two: merging needs up to 150 bytes per byte of text
 # that has no word twice, so this bound is what bounds the memory of preparing data.
@@ -64,13 +55,22 @@ def prepare_data(
     """
     data, vocab, target, tell = config.data, config.model.vocab_size, RunFolder(folder).data, on_progress or _silent
     if resuming:
-        return _open(target, vocab, tell)
+        return _open(target, data, vocab, tell)
     given = None if data.tokenizer in OURS else load_tokenizer(data.tokenizer)
-    asked = {"tokenizer": given.fingerprint() if given else data.tokenizer, "vocab_size": vocab}
+    asked = {
+        "tokenizer": given.fingerprint() if given else data.tokenizer,
+        "vocab_size": vocab,
+        **_special(data, given),
+    }
     texts = Texts(data)
     if is_prepared(target):
-        made = _open(target, vocab, tell)
-        _check_made_for(target, asked, texts, made, tell)
+        note = read_json(target / NOTE, "the note", "choose another --out")
+        was = {name: value for name, value in note.items() if name != "texts"}
+        if was != asked:
+            raise UserError(f"{target} was prepared for {was}, not {asked}: choose another --out")
+        made = _open(target, data, vocab, tell)
+        if note.get("texts") != texts.identity():
+            _check_texts(texts, made, tell)
         return made
     _check_free(target)
     scratch = folder / f".data{TEMPORARY}"
@@ -86,7 +86,7 @@ def prepare_data(
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    return _open(target, vocab, tell)
+    return _open(target, data, vocab, tell)
 
 
 def absolute(data: DataConfig) -> DataConfig:
@@ -95,111 +95,38 @@ def absolute(data: DataConfig) -> DataConfig:
     UserError for a path that is not text in UTF-8, which settings are written in.
     """
     names = ["path", "heldout", *([] if data.tokenizer in OURS else ["tokenizer"])]
-    places = {name: value for name in names if (value := getattr(data, name))}
-    for name, value in places.items():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"data.{name}={value!r} is not a name in UTF-8: rename it") from None
-        with explained(value, "find"):
-            places[name] = str(Path(value).absolute())  # ".." stays: behind a link it means something else
-    return replace(data, **places)
+    places = {name: absolute_path(value, f"data.{name}") for name in names if (value := getattr(data, name))}
+    mix = tuple(replace(s, path=absolute_path(s.path, f"data.mix {s.name!r}")) for s in data.mix)
+    return replace(data, **places, mix=mix)
 
 
-# --- the texts ---
-
-
-class Texts:
-    """Where the documents of both splits come from; a None among `files` is the embedded corpus.
-
-    The held-out split is data.heldout if given, else held out of data.path, else that of the embedded corpus. Files
-    of data.heldout that lie in data.path are not trained on.
-    """
-
-    def __init__(self, data: DataConfig):
-        self.data = data
-        train = data_files(data.path) if data.path else None
-        heldout = data_files(data.heldout) if data.heldout else None
-        if train and heldout:
-            with explained(data.heldout, "read"):
-                if os.path.samefile(data.path, data.heldout):
-                    raise UserError(
-                        f"data.heldout={data.heldout} is data.path itself: leave data.heldout empty to have every "
-                        f"{HOLD_OUT_EVERY}th document held out, or give other text"
-                    )
-            train, shared = without(train, heldout)
-            if shared and train:
-                say_once(f"not trained on, as they belong to data.heldout={data.heldout}: {names_of(shared)}")
-            if not train:
-                raise UserError(
-                    f"data.heldout={data.heldout} leaves nothing to train on, as every file of data.path={data.path} "
-                    "belongs to it too: give other text as one of them"
-                )
-        self.parted = bool(train) and not heldout
-        self.files = {"train": train, "heldout": train if self.parted else heldout}
-
-    def size(self, split: Split) -> int:
-        """Bytes of the files that a split is read from; of the text itself for the embedded corpus."""
-        files = self.files[split]
-        return corpus.facts()[split]["text_bytes"] if files is None else sum(map(size_of, files))
-
-    def documents(self, split: Split, on_read: Callable[[int], None]) -> Iterator[str]:
-        """The documents of one split, read as they are needed; on_read is told the bytes of `size` read so far."""
-        files = self.files[split]
-        if files is None:
-            return bounded(_counted(corpus.documents(split), on_read))
-        documents = read_files(files, self.data.text_field, on_read)
-        if not self.parted:
-            return documents
-        return _some(hold_out(documents, split), self.data.path)
-
-    def identity(self) -> dict[str, Any]:
-        """What tells texts apart without reading them: name, size and time of change of every file."""
-        field = {"text_field": self.data.text_field, "parted": self.parted}
-        return field | {split: self._identity(split) for split in SPLITS}
-
-    def _identity(self, split: Split) -> Any:
-        files = self.files[split]
-        if files is None:
-            return corpus.facts()[split]["sha256"]
-        root = Path(self.data.heldout if split == "heldout" and not self.parted else self.data.path)
-        return [[_name(file, root), *_size_and_time(file)] for file in files]
-
-
-def _name(file: Path, root: Path) -> str:
-    """The name of a file below the source it was found in, as text that JSON can hold."""
-    name = file.name if file == root else file.relative_to(root).as_posix()
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    with explained(file, "read"):
-        found = file.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def _some(documents: Iterator[str], path: str) -> Iterator[str]:
-    """Documents held out of a source; UserError when there is none."""
-    for text in documents:
-        yield text
-        break
-    else:
-        raise UserError(
-            f"no text can be held out of {path}, as its few documents have less than {HOLD_OUT_EVERY} characters "
-            "each: give more text, or a source of its own as data.heldout"
-        )
-    yield from documents
-
-
-def _counted(documents: Iterable[str], on_read: Callable[[int], None]) -> Iterator[str]:
-    done = 0
-    for text in documents:
-        done += len(text.encode())
-        on_read(done)
-        yield text
+def absolute_path(value: str, setting: str) -> str:
+    """The same place from any working directory; UserError for a name that is not UTF-8."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{setting}={value!r} is not a name in UTF-8: rename it") from None
+    if value.startswith(HUB):
+        return str(HubSpec.read(value))
+    with explained(value, "find"):
+        return str(Path(value).absolute())  # ".." stays: behind a link it means something else
 
 
 # --- making and opening ---
+
+
+def _special(data: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
+    """What is asked of prepared data beyond plain text in the tokens of a vocabulary."""
+    sources = [[source.name, source.format, source.text_field] for source in data.sources]
+    markers = [] if given or data.tokenizer == "bytes" else _markers(data)
+    asked = {"sources": sources if data.mix or data.has_chat else None, "fim": data.fim, "markers": markers}
+    return {name: value for name, value in asked.items() if value}
+
+
+def _markers(data: DataConfig) -> list[str]:
+    """Names of the control tokens that a vocabulary learned for these data has, besides bos and eos."""
+    chat = [c for c in CONTROLS if c not in (BEGIN, END)] if data.controls or data.has_chat else []
+    return [control.name for control in (*chat, *(FIM if data.controls or data.fim else ()))]
 
 
 def _make(
@@ -211,39 +138,57 @@ def _make(
     texts: Texts,
     tell: Told,
 ) -> None:
-    """Fill an empty folder: tokenizer, prepared_for.json, both splits."""
+    """Fill an empty folder: tokenizer, prepared_for.json, all splits."""
     if given is not None:
         tokenizer = given
     elif data.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
     else:
-        meter = _meter(tell, "learning the vocabulary", min(texts.size("train"), BPE_BYTES))
-        tokenizer = train_bpe(_counted(_first(texts.documents("train", lambda done: None)), meter), vocab)
+        tokenizer = _learned_vocabulary(data, vocab, texts, tell)
     _check_size(tokenizer, vocab)
     tokenizer.save(scratch)
     write_json(scratch / NOTE, note)
     beside = [name for name in ("tokenizer.json", "tokenizer_config.json", NOTE) if (scratch / name).exists()]
-    for split in SPLITS:
+    for split in texts.splits:
         meter = _meter(tell, f"tokenising {split}", texts.size(split))
-        packed = prepare(texts.documents(split, meter), tokenizer, scratch, split_name=split, beside=beside)
-        if split == "heldout" and not packed.has_text():
+        encoder = Encoder(tokenizer, texts.format(split), 0.0 if split == HELDOUT else data.fim)
+        encoder.check()
+        packed = prepare(
+            texts.documents(split, meter), tokenizer, scratch,
+            split_name=split, beside=beside, encoder=encoder, workers=data.workers,
+        )  # fmt: skip
+        if split == HELDOUT and not packed.has_text():
             raise UserError(
                 "the held-out text has no token that stands for any bytes, so nothing can be measured on it: "
                 "give other text, or another tokenizer"
             )
 
 
-def _first(documents: Iterable[str]) -> Iterator[str]:
-    """The documents that a vocabulary is learned from."""
-    left = BPE_BYTES
-    for text in islice(documents, BPE_DOCUMENTS):
+def _learned_vocabulary(data: DataConfig, vocab: int, texts: Texts, tell: Told) -> Tokenizer:
+    """A BPE learned from the first documents of each source, as many of each as its weight says."""
+    total = sum(source.weight for source in data.sources)
+    sizes = [texts.size(split) for split in texts.splits[:-1]]
+    size = BPE_BYTES if None in sizes else min(sum(n for n in sizes if n is not None), BPE_BYTES)
+    meter = _meter(tell, "learning the vocabulary", size)
+    each = []
+    for source in data.sources:
+        share, split = source.weight / total, train_split(source)
+        first = _first(texts.documents(split, lambda done: None), share)
+        each.append(text for document in first for text in plain_text(document, source.format))
+    return train_bpe(counted(chain.from_iterable(each), meter), vocab, _markers(data))
+
+
+def _first(documents: Iterable[str], share: float) -> Iterator[str]:
+    """The documents that a vocabulary is learned from, of one source."""
+    left = BPE_BYTES * share
+    for text in islice(documents, max(1, round(BPE_DOCUMENTS * share))):
         yield text
         left -= len(text.encode())
         if left <= 0:
             return
 
 
-def _open(target: Path, vocab: int, tell: Told) -> Prepared:
+def _open(target: Path, data: DataConfig, vocab: int, tell: Told) -> Prepared:
     """What was prepared, every byte of it checked."""
     manifest = read_manifest(target)
     for name, digest in manifest["files"].items():
@@ -255,14 +200,22 @@ def _open(target: Path, vocab: int, tell: Told) -> Prepared:
             "to have them prepared again"
         )
     _check_size(tokenizer, vocab)
-    train, heldout = (_open_split(target, split, vocab, tell) for split in SPLITS)
-    return tokenizer, train, heldout
+    sources = data.sources
+    parts = [_open_split(target, train_split(source), vocab, tell) for source in sources]
+    train = Mixture([s.name for s in sources], [s.weight for s in sources], parts) if data.mix else parts[0]
+    return tokenizer, train, _open_split(target, HELDOUT, vocab, tell)
 
 
-def _open_split(target: Path, split: Split, vocab: int, tell: Told) -> Packed:
-    packed = Packed.open(target, split, _meter(tell, f"checking {split}", size_of(target / f"{split}.bin")))
+def _open_split(target: Path, split: str, vocab: int, tell: Told) -> Packed:
+    packed = Packed.open(target, split, _meter(tell, f"checking {split}", _size_of(target / f"{split}.bin")))
     packed.check_vocab(vocab)
     return packed
+
+
+def _size_of(file: Path) -> int | None:
+    """Bytes of a file; None if it is not there, which whoever opens it says."""
+    with explained(file, "read"):
+        return file.stat().st_size if file.exists() else None
 
 
 def _check_size(tokenizer: Tokenizer, vocab: int) -> None:
@@ -273,15 +226,11 @@ def _check_size(tokenizer: Tokenizer, vocab: int) -> None:
         )
 
 
-def _check_made_for(target: Path, asked: dict[str, Any], texts: Texts, made: Prepared, tell: Told) -> None:
-    """UserError if prepared data were made for other settings or from other texts."""
-    note = read_json(target / NOTE, "the note", "choose another --out")
-    was = {name: note.get(name) for name in asked}
-    if was != asked:
-        raise UserError(f"{target} was prepared for {was}, not {asked}: choose another --out")
-    if note.get("texts") == texts.identity():
-        return
-    for packed, split in zip(made[1:], SPLITS, strict=True):
+def _check_texts(texts: Texts, made: Prepared, tell: Told) -> None:
+    """UserError if prepared data were made from other texts."""
+    train = made[1].parts if isinstance(made[1], Mixture) else [made[1]]
+    for packed in (*train, made[2]):
+        split = packed.split
         packed.check_text(texts.documents(split, _meter(tell, f"reading {split}", texts.size(split))))
 
 
@@ -311,15 +260,15 @@ def _silent(what: str, done: int, total: int | None) -> None:
     pass
 
 
-def _meter(tell: Told, what: str, total: int) -> Callable[[int], None]:
+def _meter(tell: Told, what: str, total: int | None) -> Callable[[int], None]:
     """Passes on how far a piece of work is: at its start, at its end, and a few times a second between."""
     tell(what, 0, total)
     due = time.monotonic() + TOLD_EVERY
 
     def told(done: int) -> None:
         nonlocal due
-        if (now := time.monotonic()) >= due or done >= total:
+        if (now := time.monotonic()) >= due or (total is not None and done >= total):
             due = now + TOLD_EVERY
-            tell(what, min(done, total), total)
+            tell(what, done if total is None else min(done, total), total)
 
     return told

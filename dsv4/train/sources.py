@@ -1,31 +1,28 @@
 """Where training text comes from: the user's .txt, .jsonl and .parquet files, read document by document.
 
 Nothing here tokenises (packed.py does). What is held in memory has a bound that the files cannot move: a text longer
-than DOCUMENT_CHARS is cut into several documents while it is read, a .jsonl line has at most LINE_BYTES, a .parquet
-comes PARQUET_ROWS rows at a time. Every defect of a file is one sentence that names the file and the place.
+than DOCUMENT_CHARS (rows.py) is cut into several documents while it is read, a .jsonl line has at most LINE_BYTES, a
+.parquet comes PARQUET_ROWS rows at a time. Every defect of a file is one sentence that names the file and the place.
 """
 
 import gzip
 import io
-import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from dsv4.errors import UserError
 from dsv4.files import StrictDecoder, explained, parse_json, read_lines, reason_of
+from dsv4.train.rows import Rows, TextRows, cut_up, names_of, place_to_cut, say_once
 
-DOCUMENT_CHARS = 1 << 20  # a longer text becomes several documents
 LINE_BYTES = 32 << 20  # of a .jsonl line, which is held whole and a few times over while it is read
 BLOCK_BYTES = 1 << 20
 PARQUET_ROWS = 16
 HOLD_OUT_EVERY = 20
-NAMES_SHOWN = 5
 
 KINDS = ".txt, .jsonl or .parquet"
 PACKINGS = (".gz", ".zst")  # of .txt and .jsonl; a .parquet is compressed inside
@@ -46,7 +43,7 @@ def read_documents(path: str | Path, field: str = "text", on_read: Read = lambda
     UserError about what is in them comes when the reading gets there: invalid UTF-8, bad JSON, a missing
     field or column, damage. Of several files some may be empty, which is said once; all of them may not.
     """
-    return read_files(data_files(path), field, on_read)
+    return read_files(data_files(path), TextRows(field), on_read)
 
 
 def data_files(path: str | Path) -> list[Path]:
@@ -72,8 +69,11 @@ def data_files(path: str | Path) -> list[Path]:
         return [path]
 
 
-def read_files(files: Sequence[Path], field: str = "text", on_read: Read = lambda done: None) -> Iterator[str]:
-    """The documents of these files, one file after another: `read_documents` without looking for them."""
+def read_files(files: Sequence[Path], rows: Rows, on_read: Read = lambda done: None) -> Iterator[str]:
+    """The documents of these files, one file after another; rows: what is taken of a line or row.
+
+    What can be known at once is said at once, as by `read_documents`; a .txt has no rows, so it is text alone.
+    """
     sizes = [size_of(file) for file in files]
     empty = [str(file) for file, size in zip(files, sizes, strict=True) if size == 0]
     if len(empty) == len(files):
@@ -86,7 +86,7 @@ def read_files(files: Sequence[Path], field: str = "text", on_read: Read = lambd
             _pyarrow_parquet(file)
         if packing == ".zst":
             _zstd_opener(file)
-    return _documents([(file, size) for file, size in zip(files, sizes, strict=True) if size], field, on_read)
+    return _documents([(file, size) for file, size in zip(files, sizes, strict=True) if size], rows, on_read)
 
 
 def size_of(file: Path) -> int:
@@ -110,23 +110,21 @@ def without(files: Iterable[Path], others: Iterable[Path]) -> tuple[list[Path], 
     return kept, left
 
 
-def bounded(documents: Iterable[str]) -> Iterator[str]:
-    """Documents of at most DOCUMENT_CHARS characters: longer ones are cut, at a line end or space near by if any."""
-    for text in documents:
-        yield from _cut_up([text])
-
-
 def hold_out(
-    documents: Iterable[str], split: Literal["train", "heldout"], every: int = HOLD_OUT_EVERY
+    documents: Iterable[str], split: Literal["train", "heldout"], every: int = HOLD_OUT_EVERY, *, whole: bool = False
 ) -> Iterator[str]:
     """One split of documents that come without one: of every `every` in a row, the middle one is held out.
 
     Fewer documents than that are each cut instead: the last 1/every of each is held out, or up to a tenth of the
     text more where a line end or a space is near. A document of fewer than `every` characters stays whole, in
-    train. By position alone, so the two splits, read at different times, never overlap and together are everything.
+    train. With `whole`, no document is cut: of few the last is held out, a single one is trained on. By position
+    alone, so the two splits, read at different times, never overlap and together are everything.
     """
     documents = iter(documents)
     head = list(islice(documents, every))
+    if len(head) < every and whole:
+        yield from (head[:-1] or head) if split == "train" else head[1:][-1:]
+        return
     if len(head) < every:
         yield from filter(None, (_part(text, split, every) for text in head))
         return
@@ -139,37 +137,8 @@ def _part(text: str, split: str, every: int) -> str:
     """The beginning of a text, or about its last 1/every."""
     cut = len(text) - len(text) // every
     if cut < len(text):
-        cut = _place_to_cut(text, cut, cut // 10)
+        cut = place_to_cut(text, cut, cut // 10)
     return text[cut:] if split == "heldout" else text[:cut]
-
-
-def _place_to_cut(text: str, at: int, room: int) -> int:
-    """Where to cut a text that is to be cut at `at`, looking at the `room` characters before it.
-
-    After the last line end there; else before the last other white space, as a word keeps the space before it;
-    else at `at`, whatever stands there.
-    """
-    if (line_end := text.rfind("\n", at - room, at)) >= 0:
-        return line_end + 1
-    return next((i for i in range(at - 1, at - room - 1, -1) if text[i].isspace()), at)
-
-
-def _cut_up(parts: Iterable[str]) -> Iterator[str]:
-    """One text that comes in parts, as documents of at most DOCUMENT_CHARS characters; together they are the text."""
-    held: list[str] = []
-    size = 0
-    for part in parts:
-        held.append(part)
-        size += len(part)
-        if size > DOCUMENT_CHARS:
-            text, start = "".join(held), 0
-            while len(text) - start > DOCUMENT_CHARS:
-                cut = _place_to_cut(text, start + DOCUMENT_CHARS, DOCUMENT_CHARS // 10)
-                yield text[start:cut]
-                start = cut
-            held = [text[start:]]
-            size = len(held[0])
-    yield "".join(held)
 
 
 # --- a folder of files ---
@@ -207,28 +176,15 @@ def _survey(folder: Path) -> tuple[list[Path], list[str]]:
     return sorted(found), sorted(others)
 
 
-def names_of(found: Iterable[object]) -> str:
-    """A few of the names, and how many there are if not all are shown."""
-    names = [str(name) for name in found]
-    shown = ", ".join(names[:NAMES_SHOWN])
-    return shown if len(names) <= NAMES_SHOWN else f"{shown}, ... ({len(names)} in all)"
-
-
-@lru_cache(maxsize=1000)
-def say_once(sentence: str) -> None:
-    """Preparing reads the same files several times; what is to be said of them is said the first time."""
-    logging.getLogger("dsv4").warning("%s", sentence)
-
-
 # --- one file ---
 
 
-def _documents(files: Sequence[tuple[Path, int]], field: str, on_read: Read) -> Iterator[str]:
+def _documents(files: Sequence[tuple[Path, int]], rows: Rows, on_read: Read) -> Iterator[str]:
     before = 0
     barren: list[str] = []
     for file, size in files:
         found = False
-        for text, place in READERS[_kind(file)[0]](file, field):
+        for text, place in READERS[_kind(file)[0]](file, rows):
             on_read(before + place)
             if text and not text.isspace():
                 found = True
@@ -244,9 +200,11 @@ def _documents(files: Sequence[tuple[Path, int]], field: str, on_read: Read) -> 
         say_once(f"passed over, as every document in them is empty: {names_of(barren)}")
 
 
-def _read_txt(file: Path, field: str) -> Iterator[tuple[str, int]]:
+def _read_txt(file: Path, rows: Rows) -> Iterator[tuple[str, int]]:
+    if not isinstance(rows, TextRows):
+        raise UserError(f"{file} is plain text, not rows of messages: give .jsonl or .parquet, or set data.format=text")
     with _opened(file) as (contents, place):
-        for text in _cut_up(_decoded(contents, str(file))):
+        for text in cut_up(_decoded(contents, str(file))):
             yield text, place()
 
 
@@ -260,17 +218,14 @@ def _decoded(contents: BinaryIO, what: str) -> Iterator[str]:
     yield held + decoder.decode(b"", final=True)
 
 
-def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, int]]:
+def _read_jsonl(file: Path, rows: Rows) -> Iterator[tuple[str, int]]:
     with _opened(file) as (contents, place):
         for number, line in read_lines(_lines(contents, file), str(file)):
             if not line or line.isspace():
                 continue
             where = f"line {number} of {file}"
             record = parse_json(line, where, "correct the line")
-            if field not in record:
-                have = names_of(name[:40] for name in record) or "none"
-                raise UserError(f"{where} lacks the field {field!r} (it has {have}): name another field")
-            for text in _cut_up([_checked(record[field], where, field)]):
+            for text in rows.documents(record, where):
                 yield text, place()
 
 
@@ -284,18 +239,15 @@ def _lines(contents: BinaryIO, file: Path) -> Iterator[bytes]:
         yield raw
 
 
-def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, int]]:
+def _read_parquet(file: Path, rows: Rows) -> Iterator[tuple[str, int]]:
     parquet = _pyarrow_parquet(file)
     try:
         with parquet.ParquetFile(file, buffer_size=BLOCK_BYTES) as table:
-            names, size, number = table.schema_arrow.names, size_of(file), 0
-            if field not in names:
-                have = names_of(names) or "none"
-                raise UserError(f"{file} lacks the column {field!r} (it has {have}): name another column")
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            columns, size, number = rows.columns(table.schema_arrow.names, str(file)), size_of(file), 0
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
                     number += 1
-                    for text in _cut_up([_checked(value, f"row {number} of {file}", field)]):
+                    for text in rows.documents(record, f"row {number} of {file}"):
                         yield text, size * number // table.metadata.num_rows
     except UserError:
         raise
@@ -303,7 +255,7 @@ def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, int]]:
         raise UserError(f"{file} is not a readable parquet file ({reason_of(error)}): copy or write it again") from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, int]]]] = {
+READERS: dict[str, Callable[[Path, Rows], Iterator[tuple[str, int]]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -356,18 +308,6 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
         return (ZstdError,)
     except ImportError:
         return ()
-
-
-def _checked(value: Any, place: str, field: str) -> str:
-    """The value if it is text that UTF-8 can hold."""
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise UserError(f"{field!r} in {place} is a {kind}, not text: correct it or name another field")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(f"{field!r} in {place} holds half a surrogate pair: correct its \\u escape") from None
-    return value
 
 
 def _pyarrow_parquet(file: Path):

@@ -34,11 +34,12 @@ from dsv4.model import LanguageModel
 from dsv4.settings import flat
 from dsv4.text import Tokenizer
 from dsv4.train.optim import HybridOptimizer
+from dsv4.train.recipes import RunConfig
 
 log = logging.getLogger("dsv4")
 
 # Settings that a resumed run may change; what they were and are is logged. All others decide what was learned from.
-CHANGEABLE = ("optim.", "schedule.", "indexer.", "save.", "recompute", "data.micro_batches")
+CHANGEABLE = ("optim.", "schedule.", "indexer.", "save.", "recompute", "data.micro_batches", "data.workers")
 
 
 @dataclass
@@ -106,7 +107,7 @@ def load_state(
     remedy = "resume from another checkpoint"
     state = read_json(path / "state.json", "the training state", remedy)
     progress = _progress(state, path, remedy)
-    changed = changes(state["settings"], settings)
+    changed = changes(_completed(state["settings"]), settings)
     for name, (old, new) in changed.items():
         if not name.startswith(CHANGEABLE):
             raise UserError(
@@ -127,10 +128,34 @@ def load_state(
         raise UserError(f"{path / 'optimizer.safetensors'} is damaged ({reason_of(error)}): {remedy}") from None
     loaded = load(path, dtype=torch.float32)
     optimizer.load_state_dict(momenta)
-    with torch.no_grad():
-        for own, saved in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True):
-            own.copy_(saved)
+    copy_weights(loaded, model)
     return progress, changed
+
+
+def copy_weights(source: LanguageModel, target: LanguageModel) -> None:
+    """Fill a model in place with the weights and buffers of another of the same parts and sizes.
+
+    UserError if they are not of the same parts, as with an MTP block that one of them lacks.
+    """
+    own, given = target.state_dict(), source.state_dict()
+    if own.keys() != given.keys():
+        lacking = next(iter(own.keys() ^ given.keys()))
+        raise UserError(
+            f"the weights to start from and the model do not have the same parts ({lacking} is in one alone): "
+            f"set model.num_nextn_predict_layers={int(getattr(source, 'mtp', None) is not None)}"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(given[name])
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run, those that did not exist yet when it was started at their defaults."""
+    full = {name: value for name, value in RunConfig().to_dict().items() if name != "model"}
+    for name, value in settings.items():
+        default = full.get(name)
+        full[name] = {**default, **value} if isinstance(value, dict) and isinstance(default, dict) else value
+    return full
 
 
 def _progress(state: dict[str, Any], path: Path, remedy: str) -> Progress:

@@ -17,6 +17,7 @@ import torch
 
 from dsv4 import controls
 from dsv4.checkpoint import RunFolder
+from dsv4.checkpoint import load as load_model
 from dsv4.errors import UserError, shown
 from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
 from dsv4.model.segments import IndexPhase
@@ -27,12 +28,13 @@ from dsv4.train.batches import Batches, heldout_batches, split
 from dsv4.train.indexer import index_figures, is_index_parameter, thaw
 from dsv4.train.log import Log, LossWatch
 from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
+from dsv4.train.mixture import Mixture
 from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
 from dsv4.train.recipes import RunConfig
-from dsv4.train.rundata import absolute, prepare_data
+from dsv4.train.rundata import absolute, absolute_path, prepare_data
 from dsv4.train.schedule import decay_steps, index_phase, lr_scale, mtp_weight, trunk_step
-from dsv4.train.state import Progress, load_state, not_finite, save_state
+from dsv4.train.state import Progress, copy_weights, load_state, not_finite, save_state
 from dsv4.train.stop import GivenUp, Stop
 
 log = logging.getLogger("dsv4")
@@ -52,7 +54,8 @@ class NotFinite(FloatingPointError):
 class Trainer:
     """One run. `Trainer(config, folder).run(report)`; `report` gets every log record as it is written.
 
-    resume: "" (the folder must hold no run yet), "auto" (go on if it holds one) or the path of a checkpoint. Master
+    resume: "" (the folder must hold no run yet), "auto" (go on if it holds one) or the path of a checkpoint. A run that
+    is not resumed begins with the weights of config.start_from, if that is given, and with nothing else of it. Master
     weights are fp32; `dtype` is that of the computation. on_progress: told of the preparation of the data.
     """
 
@@ -68,13 +71,15 @@ class Trainer:
     ):
         self.folder = RunFolder(folder)
         checkpoint = _resume_point(self.folder, resume)
-        config = replace(config, data=absolute(config.data))
+        begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
+        config = replace(config, data=absolute(config.data), start_from=begins)
+        started = load_model(begins, config=config.model) if begins and checkpoint is None else None
         make_folder(folder)
         self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
         remove_leftovers(folder)
         remove_leftovers(self.folder.checkpoints)
         self.tokenizer: Tokenizer
-        self.train_data: Packed
+        self.train_data: Packed | Mixture
         self.heldout: Packed
         prepared = checkpoint is not None and is_prepared(self.folder.data)
         self.tokenizer, self.train_data, self.heldout = prepare_data(
@@ -83,14 +88,22 @@ class Trainer:
         self.config = config = _with_tokenizer(config, self.tokenizer)
         torch.manual_seed(config.seed)
         self.model = controls.build(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
+        if started is not None:
+            copy_weights(started, self.model)
         groups = parameter_groups(self.model.named_parameters(), config.model, weight_decay=config.optim.weight_decay)
         named = dict(self.model.named_parameters())
         self.indexers = [p for name, p in named.items() if is_index_parameter(name)]
         self.others = [p for name, p in named.items() if not is_index_parameter(name)]
         self.optimizer = HybridOptimizer(groups, config.optim.lr, momentum=config.optim.momentum, ns=config.optim.ns)
         self.batches = Batches(
-            self.train_data, config.data.tokens_per_step, seed=config.seed, seq_len=config.data.seq_len
-        )
+            self.train_data, config.data.tokens_per_step, seed=config.seed, seq_len=config.data.seq_len,
+            whole=config.data.packs_whole,
+        )  # fmt: skip
+        if cut := self.batches.num_conversations_cut:
+            log.warning(
+                "%d conversations are longer than data.seq_len=%d and are cut, their rest learned without what was "
+                "before it: raise data.seq_len to have them whole", cut, config.data.seq_len,
+            )  # fmt: skip
         self.progress, changed = Progress(), {}
         if checkpoint is not None:
             self.progress, changed = load_state(
@@ -113,8 +126,8 @@ class Trainer:
 
     @property
     def passes(self) -> float:
-        """How many times the whole run sees its training tokens."""
-        return self.config.schedule.steps * self.config.data.tokens_per_step / self.train_data.num_tokens
+        """How many times the whole run sees its training tokens; of a mixture, those that it sees most often."""
+        return max(self.batches.epochs_at(self.config.schedule.steps).values())
 
     def run(self, report: Callable[[Record], None] = lambda record: None) -> bool:
         """Train to the end of the schedule; True when it was reached, False when a signal stopped the run.
@@ -194,8 +207,9 @@ class Trainer:
         if phase != "warmup":
             update_balance_bias(self.model, loads, config.loss.bias_speed)
         seconds = time.perf_counter() - began
+        tokens = self.batches.num_tokens(step)
         self.progress.step += 1
-        self.progress.tokens += config.data.tokens_per_step
+        self.progress.tokens += tokens
         self.progress.seconds += seconds
         return {
             "step": step + 1,
@@ -207,7 +221,8 @@ class Trainer:
             "grad_norm": norm,
             **(index_figures(phase, parts, index_norm) if config.indexer.train else {}),
             "tokens": self.progress.tokens,
-            "tokens_per_second": config.data.tokens_per_step / seconds,
+            "tokens_per_second": tokens / seconds,
+            **({"epochs": self.batches.epochs_at(step + 1)} if config.data.mix else {}),
         }
 
     def phase(self, step: int) -> IndexPhase:
@@ -239,7 +254,7 @@ class Trainer:
         save, data, phase = self.config.save, self.config.data, self.phase(max(0, self.progress.step - 1))
         nats, count = 0.0, 0
         tokens = max(1, data.tokens_per_step // data.micro_batches)
-        for batch in heldout_batches(self.heldout, tokens, data.seq_len, save.eval_tokens):
+        for batch in heldout_batches(self.heldout, tokens, data.seq_len, save.eval_tokens, whole=data.packs_whole):
             nats += heldout_nll(self.model, batch.ids, batch.targets, batch.lengths, phase)
             count += batch.num_bytes
         if not math.isfinite(nats):
