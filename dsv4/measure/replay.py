@@ -67,7 +67,7 @@ def choices(model: Transformer) -> Iterator[Choices]:
     def watch(name: str) -> Callable:
         def record(module: Any, args: Any, output: Any) -> None:
             run, read = args[2], {}
-            for part, chosen in zip(run.parts, output, strict=True):
+            for part, (chosen, _) in zip(run.parts, output, strict=True):
                 visible = part.groups[module.kind.name].visible
                 starts = visible.start.tolist()
                 spans = zip(starts, visible.stop.tolist(), strict=True)

@@ -125,6 +125,13 @@ def _index_read(q: Tensor, weights: Tensor, keys: Pool, visible: Spans, k: int) 
     return _size(q) + _size(weights) + _rows_size(keys, _covered(_scored(visible, k)))
 
 
+def _index_kl(q: Tensor, weights: Tensor, keys: Tensor, attn_q: Tensor, entries: Tensor, lse: Tensor, visible: Spans,
+              chosen: Tensor | None, scale: float) -> int:  # fmt: skip
+    """Both scores of every entry that is read, and twice those of the indexer again for its gradients."""
+    read = int(_lengths(visible).sum()) if chosen is None else int((chosen >= 0).sum())
+    return 2 * read * (3 * q[0].numel() + attn_q[0].numel())
+
+
 def _expert_sizes(w13: Tensor | PackedMatrix, w2: Tensor | PackedMatrix) -> tuple[int, int]:
     """Elements of one expert, and how many experts there are."""
     inner, width = w2.shape[-1], w13.shape[-1]
@@ -144,6 +151,7 @@ def _experts_read(x: Tensor, chosen: Tensor, weights: Tensor, w13: Any, w2: Any,
 _FLOPS: dict[str, Callable[..., int]] = {
     "sparse_attention": _sparse_attention,
     "index_scores_topk": _index_scores_topk,
+    "index_kl": _index_kl,
     "experts": _experts,
     "linear": lambda x, w: 2 * (x.numel() // x.shape[-1]) * _elements(w),
     "project_in": lambda x, a, _, b, kv, *rest: 2 * len(x) * (_elements(a) + _elements(b) + _elements(kv)),
