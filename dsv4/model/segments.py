@@ -152,13 +152,9 @@ class Run:
         return list(found.values())
 
     @cached_property
-    def _host_positions(self) -> np.ndarray:
-        return ragged(np.array(self.starts), np.array(self.lengths))
-
-    @cached_property
     def positions(self) -> Tensor:
         """int64 [T], on the device."""
-        return self._to_device(self._host_positions)
+        return self._to_device(ragged(np.array(self.starts), np.array(self.lengths)))
 
     @cached_property
     def turn(self) -> dict[str, Tensor]:
