@@ -50,10 +50,13 @@ def measured_cpu() -> Accelerator:
     )  # fmt: skip
 
 
+@torch.no_grad()
 def read_rate(device: torch.device, size: int = 1 << 29) -> float:
-    """Bytes per second that are read: a sum over `size` bytes of fp32."""
+    """Bytes per second that are read, the faster of two ways: a sum over `size` bytes of fp32, and the product of one row
+    with them as rows of 2,048, which asks for several places at once."""
     source = torch.ones(size // 4, device=device)  # zeros that nobody wrote would all be one page
-    return size / timed(source.sum, device, Budget(1)).median
+    row, rows = source[:2048].clone()[None], source.view(-1, 2048)
+    return size / min(timed(way, device, Budget(1)).median for way in (source.sum, lambda: ops.linear(row, rows)))
 
 
 def _torch_product(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -8,15 +8,15 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
     typedef decltype(w.row<D>(0)) Row;
     constexpr bool plain = std::is_same<Row, PlainRow<X>>::value;
     long K = w.columns;
-    // few rows, of one tile or such as stay in the first cache: each weight is read once, straight from where it lies
+    // few rows, of one tile or such as stay in the first cache: each weight is read once, straight from where it lies, as
+    // NR streams that begin far apart, which the machine foresees better than rows side by side
     if (M <= MR || (plain && M <= 24 && M * K <= 1 << 13)) {
-        long ahead = NR * (w.row<D>(n0 + 1).bytes(0) - w.row<D>(n0).bytes(0));
-        ahead *= std::max<long>(1, (8192 + ahead - 1) / ahead);
-        for (long n = n0; n < n1; n += NR) {
+        long apart = (n1 - n0 + NR - 1) / NR;
+        for (long n = n0; n < n0 + apart; n++) {
             Row rows[NR];
-            int wanted = int(std::min<long>(NR, n1 - n));
-            for (int i = 0; i < NR; i++) rows[i] = w.row<D>(n + std::min(i, wanted - 1));
-            tiles<true>(M, x, ldx, rows, K, out + n, ldo, wanted, ahead);
+            int wanted = int((n1 - n + apart - 1) / apart);
+            for (int i = 0; i < NR; i++) rows[i] = w.row<D>(n + std::min(i, wanted - 1) * apart);
+            tiles<true>(M, x, ldx, rows, K, out + n, ldo, wanted, apart);
         }
         return;
     }
@@ -42,7 +42,7 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
                     if constexpr (plain) rows[i] = w.row<D>(at);
                     else rows[i] = {panel + (at - first) * K};
                 }
-                tiles(std::min<long>(MR, M - m), x + m * ldx, ldx, rows, K, out + m * ldo + n, ldo, wanted, 0);
+                tiles(std::min<long>(MR, M - m), x + m * ldx, ldx, rows, K, out + m * ldo + n, ldo, wanted);
             }
         }
     }

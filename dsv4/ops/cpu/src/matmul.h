@@ -45,7 +45,6 @@ template <class T> struct PlainRow {
     const T* p;
     static INLINE bool far(long) { return false; }
     template <bool = false> INLINE PlainRow open(long) const { return *this; }
-    INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k); }
     INLINE vf at(long k) const { return load(p + k); }
     INLINE vf some(long k, int count) const { return load_some(p + k, count); }
 };
@@ -61,7 +60,6 @@ INLINE float power_of_two(uint8_t code) {  // UE8M0
 struct Fp8Row {
     static constexpr long BLOCK = 128;
     const uint8_t *p, *scales;
-    INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k); }
     // LANES codes / 256. A code with its sign in the highest bit and the rest from bit 7 on is that, as an IEEE half.
     static INLINE vf halves(const uint8_t* codes) {
 #if defined(__AVX512F__)
@@ -100,7 +98,6 @@ struct Fp8Row {
 struct Fp4Row {
     static constexpr long BLOCK = 32;
     const uint8_t *p, *scales;
-    INLINE const char* bytes(long k) const { return reinterpret_cast<const char*>(p + k / 2); }
     static INLINE vf numbers(const uint8_t* packed) {
 #if defined(__AVX512F__)
         __m128i pair = _mm_cvtsi64_si128(load_as<int64_t>(packed));  // 8 bytes: 16 codes
@@ -289,26 +286,28 @@ template <int M, class X> struct Sums {
         s0 = D::add(s0, a, w0), s1 = D::add(s1, a, w1), s2 = D::add(s2, a, w2), s3 = D::add(s3, a, w3);
         below.add_last(x + ldx, ldx, k, K, w0, w1, w2, w3);
     }
-    template <class Out> INLINE void write(Out* out, long ldo, int wanted) const {
+    template <bool SPREAD, class Out> INLINE void write(Out* out, long ldo, int wanted, long step) const {
         const vf sums[] = {s0, s1, s2, s3};
         Out part[4];
         store4(part, sum4(sums));
-        if (wanted == 4) std::memcpy(out, part, sizeof part);
+        if (SPREAD)
+            for (int i = 0; i < wanted; i++) out[i * step] = part[i];
+        else if (wanted == 4) std::memcpy(out, part, sizeof part);
         else std::memcpy(out, part, wanted * sizeof(Out));
-        below.write(out + ldo, ldo, wanted);
+        below.template write<SPREAD>(out + ldo, ldo, wanted, step);
     }
 };
 template <class X> struct Sums<0, X> {
     typedef typename Dot<X>::reg reg;
     INLINE void add(const X*, long, const reg&, const reg&, const reg&, const reg&) {}
     INLINE void add_last(const X*, long, long, long, const reg&, const reg&, const reg&, const reg&) {}
-    template <class Out> INLINE void write(Out*, long, int) const {}
+    template <bool, class Out> INLINE void write(Out*, long, int, long) const {}
 };
 
-// out[m][n] for M rows of x (stride ldx) and NR rows w; the first `wanted` columns of out (stride ldo) are written. Few rows
-// of x wait for the memory that weights come from: with FETCH the row that lies `ahead` bytes after each is called, too.
-template <int M, bool FETCH, class X, class Row, class Out>
-__attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long ahead) {
+// out[m][n] for M rows of x (stride ldx) and NR rows w; the first `wanted` columns of out (stride ldo) are written, `step` of
+// them apart with SPREAD.
+template <int M, bool SPREAD, class X, class Row, class Out>
+__attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long step) {
     static_assert(NR == 4, "Sums has four columns");
     Sums<M, X> sums;
     const Row w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
@@ -319,14 +318,8 @@ __attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, 
         constexpr bool FAR = decltype(far)::value;
         const auto o0 = w0.template open<FAR>(k), o1 = w1.template open<FAR>(k), o2 = w2.template open<FAR>(k),
                    o3 = w3.template open<FAR>(k);
-        for (const long end = even - k > Row::BLOCK ? k + Row::BLOCK : even; k < end; k += STEP) {
-            if (FETCH) {
-                const char* next = w0.bytes(NR * k) + ahead;
-                for (long b = 0; b < std::max<long>(1, w0.bytes(NR * STEP) - w0.bytes(0)); b += 64)
-                    _mm_prefetch(next + b, _MM_HINT_T1);
-            }
+        for (const long end = even - k > Row::BLOCK ? k + Row::BLOCK : even; k < end; k += STEP)
             sums.add(x + k, ldx, piece<X>(w0, o0, k), piece<X>(w1, o1, k), piece<X>(w2, o2, k), piece<X>(w3, o3, k));
-        }
     };
     while (k < even)
         if (w0.far(k) || w1.far(k) || w2.far(k) || w3.far(k)) block(std::true_type());
@@ -334,7 +327,7 @@ __attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, 
     if (k < K)
         sums.add_last(x, ldx, k, K, last_piece<X>(w0, k, K), last_piece<X>(w1, k, K), last_piece<X>(w2, k, K),
                       last_piece<X>(w3, k, K));
-    sums.write(out, ldo, wanted);
+    sums.template write<SPREAD>(out, ldo, wanted, step);
 }
 
 // How many of `left` rows the next tile takes: the last ones are shared out, so that none is left alone.
@@ -344,14 +337,13 @@ INLINE long next_tile(long left) {
     return left > 6 ? 4 : left == 5 ? 3 : left;
 }
 
-// The same for any number of rows of x; with FETCH the first tile calls for what all of them will need.
-template <bool FETCH = false, class X, class Row, class Out>
-INLINE void tiles(long M, const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long ahead = 0) {
+// The same for any number of rows of x.
+template <bool SPREAD = false, class X, class Row, class Out>
+INLINE void tiles(long M, const X* x, long ldx, const Row* w, long K, Out* out, long ldo, int wanted, long step = 1) {
     for (long m = 0; m < M;) {
         auto run = [&](auto rows) {
             constexpr int R = decltype(rows)::value;
-            if (FETCH && !m) tile<R, true>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
-            else tile<R, false>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, ahead);
+            tile<R, SPREAD>(x + m * ldx, ldx, w, K, out + m * ldo, ldo, wanted, step);
             m += R;
         };
         long rows = next_tile(M - m);
