@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv4 import controls
 from dsv4.bench.inspect import SUBJECTS, Subject, contents, lines, num_bytes, write_sparse
-from dsv4.checkpoint import save, statistics
+from dsv4.checkpoint import load, save, statistics
 from dsv4.checkpoint.expected import wanted
 from dsv4.checkpoint.identify import V41_DIFFERS
 from dsv4.checkpoint.inspect import Report, inspect
@@ -351,6 +351,11 @@ def test_files_that_are_gone_damaged_or_too_many(tmp_path: Path) -> None:
     name = next(n for n, place in index["weight_map"].items() if place == shards[0].name)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {**index["weight_map"], name: shards[1].name}}))
     assert says(inspect(tmp_path), "where the index does not say so", harmless=True)
+    lost = {**index["weight_map"], "model.embed.weight": shards[0].name}  # a reader would take it for embed.weight
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": lost}))
+    assert says(inspect(tmp_path), "model.embed.weight is in no file, but the index lists it")
+    with pytest.raises(UserError, match="lacks the tensor model.embed.weight, which its index lists"):
+        load(tmp_path)
     (tmp_path / INDEX).unlink()
     assert inspect(tmp_path).whole
     shards[0].unlink()

@@ -176,6 +176,8 @@ def _read_files(folder: Path, report: Report) -> None:
         report.findings.append(_shards_without_index(names))
     for name in names:
         _read_file(report, folder, name, index)
+    lost = [tensor for tensor, file in index.items() if file in report.files and tensor not in report.places]
+    report.findings += grouped(("index", tensor, "is in no file, but the index lists it") for tensor in lost)
     report.findings = [finding for finding in report.findings if finding.says]
 
 

@@ -14,7 +14,7 @@ from dsv4 import controls, files
 from dsv4.checkpoint.drafter import check_drafter
 from dsv4.checkpoint.folder import resolve_checkpoint
 from dsv4.checkpoint.names import Layout, Place, file_names, known_names, layout_of
-from dsv4.checkpoint.shards import CONFIG, GENERATION, INDEX, weight_files
+from dsv4.checkpoint.shards import CONFIG, GENERATION, INDEX, read_index, weight_files
 from dsv4.checkpoint.source import Source, pair
 from dsv4.checkpoint.stored import Stored, open_folder
 from dsv4.checkpoint.stream import Stream, as_bytes, size_of
@@ -117,6 +117,9 @@ def open_checkpoint(
     names = weight_files(folder)
     files.check_digests(folder, lambda name: name in names or PurePosixPath(name).match("model*.safetensors"))
     found = open_folder(folder, names)
+    if (folder / INDEX).exists():
+        for name in read_index(folder).keys() - found.keys():
+            raise UserError(f"{folder} lacks the tensor {shown(name)}, which its index lists: fetch the checkpoint again")
     tensors = {name: found[given] for name, given in known_names(found).items()}
     layout = layout_of(tensors)
     if isinstance(config, ModelConfig):
