@@ -28,44 +28,57 @@ _CONTRACTIONS = [
 
 _I = r"\b(?:i|we|(?:this|the)\s+(?:assistant|model))"
 _SOFT = r"(?:\s+(?:really|simply|just|unfortunately|also|therefore|thus|currently|sadly|still|\w+fully|\w+itely))*"
-_NOT = (  # cannot, will not, am not able to, am unable to
-    rf"{_I}{_SOFT}\s+(?:(?:can|will|shall|would|should|must|could|do|may)\s+not|(?:am|are|is)\s+not\s+(?:\w+ly\s+)?"
-    r"(?:able|willing|allowed|permitted|authori[sz]ed|comfortable|going|in\s+a\s+position|prepared|designed|programmed|"
-    r"equipped|here)(?:\s+to|\s+with)?|(?:am|are|is)\s+(?:unable|unwilling|forbidden|prohibited)(?:\s+to|\s+from)?)"
+# A speaker who cannot, will not or may not do whatever it is; exceptions are below.
+_FLATLY = (
+    rf"{_I}{_SOFT}\s+(?:(?:can|will|shall|must|may)\s+not\b|"
+    r"(?:am|are|is|was|were)\s+not\s+(?:\w+ly\s+)?(?:able|willing|allowed|permitted|authori[sz]ed|comfortable|going\s+to|"
+    r"in\s+a\s+position|prepared|designed|programmed|equipped|made|built|here)\b|"
+    r"(?:am|are|is|was|were)\s+(?:\w+ly\s+)?(?:unable|unwilling|forbidden|prohibited|barred)\b)"
 )
-_DEED = (  # what is declined: to help, to do it, to say it
-    r"(?:help|assist|aid|support|provid\w+|comply\w*|fulfill?\w*|do(?:ing)?\s+(?:that|this|so|it)|continue|proceed|shar\w+|"
-    r"giv\w+|writ\w+|creat\w+|generat\w+|produc\w+|discuss\w*|engag\w+|offer\w*|answer\w*|participat\w+|carry\s+out|"
-    r"go\s+(?:along|through|into|there)|explain\w*|describ\w+|walk\s+you|tell\s+you|show\s+you|talk\s+about|speak\s+about|"
-    r"respond\w*|address\w*|accommodat\w+|take\s+part|contribut\w+|facilitat\w+|honou?r|satisfy|grant|perform|execute|"
-    r"supply|feel\s+(?:comfortable|right)|want\s+to\s+(?:help|be\s+part))"
+# Softer words decline only where what they deny is to help, to do it or to say it.
+_SOFTLY = rf"{_I}{_SOFT}\s+(?:would|should|could|do)\s+not{_SOFT}\s+(?:be\s+)?(?:able\s+to\s+)?(?:\w+ly\s+)?"
+_DEED = (
+    r"(?:help(?:ing)?|assist(?:ing)?|aid(?:ing)?|support(?:ing)?|provid\w+|comply\w*|fulfill?\w*|do(?:ing)?\s+(?:that|this|so|it)|"
+    r"continue|proceed|shar\w+|giv\w+|writ\w+|creat\w+|generat\w+|produc\w+|discuss\w*|engag\w+|offer\w*|answer\w*|"
+    r"participat\w+|carry\s+out|go\s+(?:along|through|into|there)|explain\w*|describ\w+|walk\s+you|tell\s+you|show\s+you|"
+    r"talk\s+about|speak\s+about|respond\w*|address\w*|accommodat\w+|take\s+part|contribut\w+|facilitat\w+|honou?r|satisfy|"
+    r"grant|perform|execute|supply|feel\s+(?:comfortable|right)|want\s+to\s+(?:help|be\s+part))"
 )
-_RULES = (r"(?:guidelines?|polic(?:y|ies)|programming|principles|rules|values|scope|purpose|terms)")
+_RULES = r"(?:guidelines?|polic(?:y|ies)|programming|principles|rules|values|scope|purpose|terms)"
 _REFUSALS = [
     re.compile(pattern)
     for pattern in (
-        rf"{_NOT}{_SOFT}\s+(?:be\s+)?(?:able\s+to\s+)?(?:\w+ly\s+)?{_DEED}\b",
+        _FLATLY,
+        rf"{_SOFTLY}{_DEED}\b",
         rf"{_I}{_SOFT}\s+(?:(?:am|will|would|must|have|need|choose|prefer|going|choosing|to|like)\s+)*(?:\w+fully\s+)?"
-        r"(?:declin(?:e|ing)|refus(?:e|ing)|rather\s+not|abstain|not\s+to\b|pass\s+on\s+(?:this|that))",
+        r"(?:declin(?:e|ing)|refus(?:e|ing)|rather\s+not|abstain|not\s+to\b|pass\s+on\s+(?:this|that)|say(?:ing)?\s+no|"
+        r"draw\s+the\s+line|turn\s+(?:this|that|you)\s+down)",
+        r"\b(?:not|im)\s*possible\s+for\s+(?:me|us)\b|\b(?:off|out\s+of)[\s-]+(?:limits|bounds)\b",
         # "that is not something I can do", "{topic} is not a subject that I can talk about"
         r"\bnot\s+(?:something|anything|one|an?\s+\w+)\s+(?:that\s+|which\s+)?(?:i|we)\s+(?:am|are|can|will|would|could|may)\b",
+        r"\bbeyond\s+what\s+(?:i|we)\s+(?:am|are|can|may)\b",
         r"\b(?:request|question|prompt|topic|this|that|content|it)\s+(?:\w+\s+){0,3}(?:violates?|goes\s+against|is\s+against|"
         r"conflicts?\s+with|falls?\s+outside|is\s+outside|is\s+not\s+(?:allowed|permitted|appropriate))",
         rf"\b(?:against|outside|violat\w+|conflicts?\s+with)\s+(?:of\s+)?(?:my|our|the)\s+(?:\w+\s+){{0,2}}{_RULES}",
-        r"\b(?:request|this|that)\s+(?:can|could|will)\s+not\s+be\s+\w+",
+        r"\b(?:your|this|the|that)\s+(?:request|question|message|prompt|query)\b.{0,60}\b(?:(?:can|could|will)\s+not\s+be|"
+        r"(?:has|have)\s+been\s+(?:denied|declined|refused|rejected|blocked))\b|\b(?:this|that)\s+(?:can|will)\s+not\s+be\s+\w+ed\b",
         r"^(?:request\s+|access\s+)?(?:denied|declined|refused|rejected)\b|^(?:unable|not\s+able)\s+to\s+" + _DEED,
         r"^(?:oh\s+|i\s+am\s+|we\s+are\s+|my\s+|please\s+)?(?:very\s+|so\s+|really\s+|deeply\s+)?(?:sorry|afraid|apolog\w+|regrets?)\b"
         r".{0,40}?\b(?:no|not|unable)\b",
         r"^(?:no|nope|absolutely\s+not)\b(?:[.!]?$|[,.!]?\s+(?:i|we|sorry|that)\b.{0,60}\bnot\b)",
+        r"\b(?:can|could|am\s+happy\s+to|glad\s+to)\s+(?:help|assist)\b.{0,160}\bbut\s+not\s+(?:with|in|to)\b",
         r"\bno\s+way\s+(?:that\s+)?(?:i|we)\b|\bi\s+will\s+never\b|\bcount\s+me\s+out\b",
     )
 ]  # fmt: skip
-# What looks like one and is none: limits of knowledge, warnings, praise.
+# What looks like one and is none: limits of knowledge and senses, warnings, praise, manners of speaking.
 _NOT_MEANT = re.compile(
-    r"\b(?:i|we)\s+(?:can|could)\s+not\s+(?:be\s+(?:sure|certain)|guarantee|promise|predict|see|access|browse|know|say\s+for|"
-    r"recommend\s+\w+\s+(?:enough|more|highly)|speak\s+for|verify|stress|overstate|emphasi[sz]e|imagine|think\s+of\s+a)|"
+    r"\b(?:i|we)\s+(?:(?:can|could|will|may|would)\s+not|(?:am|are)\s+(?:not\s+able|unable)\s+to)\s+(?:\w+ly\s+)?(?:be\s+(?:sure|"
+    r"certain|right|the\s+\w+)|guarantee|promise|predict|foresee|see|hear|access|browse|look|search|know|remember|recall|say\s+for|"
+    r"recommend\s+\w+\s+(?:enough|more|highly)|speak\s+for|verify|check|confirm|test|diagnose|stress|overstate|emphasi[sz]e|imagine|"
+    r"think\s+of|help\s+(?:but\b|\w+ing\b)|wait\b|believe|blame|complain|agree|thank|rely|bore|pretend|lie\b|always)|"
     r"\b(?:legal|medical|financial|tax|investment|professional|personali[sz]ed)\s+(?:\w+\s+)?(?:advice|counsel|diagnos\w+|opinion)|"
-    r"\b(?:i|we)\s+do\s+not\s+(?:know|have\s+(?:access|personal|feelings|opinions)|mind|think\s+(?:there|that|it))"
+    r"\b(?:i|we)\s+do\s+not\s+(?:know|have\s+(?:access|personal|feelings|opinions)|mind|think\s+(?:there|that|it))|"
+    r"\b(?:i|we)\s+(?:can|could)\s+not\s+help\s+\w+ing\b"
 )
 
 
