@@ -68,7 +68,11 @@ class InProcess(Endpoint):
         chat = not isinstance(asked, str)
         stop = params.stop if not chat or self.form == "chat" else (*params.stop, "\nUser:", "\nSystem:")
         drawn = SamplingParams(
-            temperature=params.temperature, top_p=params.top_p, seed=params.seed, max_tokens=params.max_tokens, stop=stop
+            temperature=params.temperature,
+            top_p=params.top_p,
+            seed=params.seed,
+            max_tokens=params.max_tokens,
+            stop=stop,
         )
         future: Future[Completion] = Future()
         ids = self.ids(asked)

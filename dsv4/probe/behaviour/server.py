@@ -73,11 +73,11 @@ class Server(Endpoint):
                 return _answer(remote.ask(*self._request(asked, params), key=self._key, timeout_s=self._timeout_s))
             except remote.Refused as no:
                 if no.status in (401, 403):
-                    raise UserError(
-                        f"{no}: put a valid key into the environment variable {self._key_from}"
-                    ) from None
+                    raise UserError(f"{no}: put a valid key into the environment variable {self._key_from}") from None
                 if no.status == 404:
-                    raise UserError(f"{no}: is {self.model!r} the model's name, and the URL the one up to /v1?") from None
+                    raise UserError(
+                        f"{no}: is {self.model!r} the model's name, and the URL the one up to /v1?"
+                    ) from None
                 if self._limit == "max_tokens" and no.status == 400 and "max_completion_tokens" in no.told:
                     self._limit, wait_s = "max_completion_tokens", 0.0
                 elif no.status not in (408, 409, 425, 429) and no.status < 500:
