@@ -25,7 +25,7 @@ class NoAnswer(UserError):
 
 
 class Refused(RuntimeError):
-    """The server said no to a request: `status` of HTTP, what it `told` (cut), and after how many seconds to come again."""
+    """The server said no to a request: HTTP's `status`, what it `told` (cut), after how many seconds to come again."""
 
     def __init__(self, url: str, status: int, reason: str, told: str = "", wait_s: float | None = None):
         super().__init__(f"{url} answers {status} {reason}")

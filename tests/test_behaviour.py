@@ -246,15 +246,17 @@ def test_a_data_set_is_held_to_its_sha256(tmp_path: Path) -> None:
         datasets.load("advbensh", tmp_path / "d")
 
 
+TRUST = '{"pre_prompt": "a", "attack": "b", "post_prompt": "c", "access_code": "d"}\n'
 LAYOUTS = {
     "xstest": ("id,prompt,type,label\n1,a?,x,safe\n2,b?,y,unsafe\n", ["answer", "refuse"]),
     "harmbench": ("Behavior,FunctionalCategory\na,standard\nb,copyright\n", ["refuse"]),
     "strongreject": ("category,source,forbidden_prompt\nc,s,placeholder\n", ["refuse"]),
     "jbb-artifacts": (
-        '{"jailbreaks": [{"index": 0, "goal": "g", "prompt": "p"}, {"index": 1, "goal": "h", "prompt": null}]}', ["refuse"],
+        '{"jailbreaks": [{"index": 0, "goal": "g", "prompt": "p"}, {"index": 1, "goal": "h", "prompt": null}]}',
+        ["refuse"],
     ),
-    "tensortrust-hijacking": ('{"pre_prompt": "a", "attack": "b", "post_prompt": "c", "access_code": "d"}\n', ["refuse"]),
-    "tensortrust-extraction": ('{"pre_prompt": "a", "attack": "b", "post_prompt": "c", "access_code": "d"}\n', ["refuse"]),
+    "tensortrust-hijacking": (TRUST, ["refuse"]),
+    "tensortrust-extraction": (TRUST, ["refuse"]),
 }  # fmt: skip
 
 

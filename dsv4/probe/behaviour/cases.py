@@ -18,7 +18,7 @@ Wanted = Literal["refuse", "answer"]
 @dataclass(frozen=True)
 class Case:
     """wanted: what whoever deploys the model wants of it (of an attack: "refuse"). secret: the code to keep, or the
-    words that an order makes the model begin with. exact: the whole answer must be the secret, for a hijack. plain: of a
+    words that an order makes the model begin with. exact: the whole answer must be the secret. plain: of a
     jailbreak, the same request without the attack."""
 
     id: str

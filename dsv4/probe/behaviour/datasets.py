@@ -19,7 +19,7 @@ from typing import Any
 
 from dsv4 import files
 from dsv4.errors import UserError, nearest
-from dsv4.probe.behaviour.cases import Case, Kind, system, user
+from dsv4.probe.behaviour.cases import Case, Kind, Wanted, system, user
 
 PINS = "pins.json"
 MOST_BYTES = 64 << 20
@@ -60,8 +60,8 @@ def load(
     file: Path | None = None,
     fetch: Callable[[str], bytes] | None = None,
 ) -> Loaded:
-    """The cases of a data set. file: a copy of one's own in place of the download. demand_pin: without a sha256 that was
-    given, nothing is read. Unavailable if it cannot be had; UserError for a name that is none."""
+    """The cases of a data set. file: a copy of one's own in place of the download. demand_pin: without a sha256 that
+    was given, nothing is read. Unavailable if it cannot be had; UserError for a name that is none."""
     if name not in SOURCES:
         raise UserError(f"there is no data set {name!r}{nearest(name, SOURCES)}: use one of {', '.join(SOURCES)}")
     source, given = SOURCES[name], (pins or {}).get(name, "").lower()
@@ -119,19 +119,23 @@ def download(url: str) -> bytes:
 # --- how each is laid out --------------------------------------------------------------------------------------------
 
 
-def _table(column: str, keep: Callable[[dict[str, str]], bool] = lambda row: True, wanted: Any = "refuse"):
+def _table(
+    column: str,
+    keep: Callable[[dict[str, str]], bool] = lambda row: True,
+    wanted: Any = "refuse",
+) -> Callable[[str], Iterator[Case]]:
     """The reader of a CSV file in which `column` has the requests."""
 
     def parse(text: str) -> Iterator[Case]:
         for number, row in enumerate(csv.DictReader(io.StringIO(text))):
             if keep(row) and row[column].strip():
-                wish = wanted(row) if callable(wanted) else wanted
+                wish: Wanted = wanted(row) if callable(wanted) else wanted
                 yield Case(str(number), "refusal", (user(row[column].strip()),), wish)
 
     return parse
 
 
-def _xstest(row: dict[str, str]) -> str:
+def _xstest(row: dict[str, str]) -> Wanted:
     unsafe = row["label"].strip() == "unsafe" if "label" in row else row["type"].startswith("contrast")
     return "refuse" if unsafe else "answer"
 
@@ -175,7 +179,10 @@ _ALL = (
         f"{_GITHUB}/centerforaisafety/HarmBench/main/data/behavior_datasets/harmbench_behaviors_text_all.csv",
         _table("Behavior", lambda row: row["FunctionalCategory"] == "standard"),
     ),
-    Source("xstest", "refusal", f"{_GITHUB}/paul-rottger/xstest/main/xstest_prompts.csv", _table("prompt", wanted=_xstest)),
+    Source(
+        "xstest", "refusal", f"{_GITHUB}/paul-rottger/xstest/main/xstest_prompts.csv",
+        _table("prompt", wanted=_xstest),
+    ),
     Source(
         "jbb-artifacts", "jailbreak",
         f"{_GITHUB}/JailbreakBench/artifacts/main/attack-artifacts/PAIR/black_box/vicuna-13b-v1.5.json", _artifacts,

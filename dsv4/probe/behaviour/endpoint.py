@@ -33,7 +33,7 @@ class Answer:
 
 
 class Unanswered(Exception):
-    """This question got no answer, for the reason given. It is neither a refusal nor a success, and counts as neither."""
+    """This question got no answer, for the reason given: neither a refusal nor a success, and counted as neither."""
 
 
 class Endpoint(ABC):

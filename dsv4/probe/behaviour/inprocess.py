@@ -1,4 +1,4 @@
-"""A model of ours as an endpoint: one thread owns the engine, so that whoever asks at the same time runs in one batch."""
+"""A model of ours as an endpoint: one thread owns the engine, so whoever asks at the same time runs in one batch."""
 
 import hashlib
 import json

@@ -57,8 +57,11 @@ class ModelJudge:
             request = case.plain or case.messages[-1]["content"]
             asked = [{"role": "user", "content": QUESTION.format(request=request, reply=text)}]
             questions.append((asked, Params(max_tokens=8)))
-        verdicts = [_verdict(outcome) for outcome in ask_all(self._endpoint, questions, self._answers)]
-        return ["unclear" if refusal.judge(t) == "unclear" else v for (_, t), v in zip(answers, verdicts, strict=True)]
+        verdicts: list[Verdict | None] = []
+        outcomes = ask_all(self._endpoint, questions, self._answers)
+        for (_, text), outcome in zip(answers, outcomes, strict=True):
+            verdicts.append("unclear" if refusal.judge(text) == "unclear" else _verdict(outcome))
+        return verdicts
 
 
 def _verdict(outcome: Outcome) -> Verdict | None:

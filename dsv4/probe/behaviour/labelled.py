@@ -62,7 +62,7 @@ def measured(found: Sequence[Row]) -> dict[str, object]:
 
 
 def read_rows(path: Path, text: str = "assistant_response", label: str = "human_score") -> list[Row]:
-    """Rows of somebody's CSV file: the answer, and 1 or 0 for whether it declines. Lines that begin with # are notes."""
+    """Rows of somebody's CSV file: the answer, and 1 or 0 for whether it declines. Lines with a # first are notes."""
     whole = read_text(path, "the labelled answers", "give a CSV file in UTF-8")
     while whole.startswith("#"):
         whole = whole.partition("\n")[2]

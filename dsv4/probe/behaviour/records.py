@@ -45,7 +45,8 @@ def _of(rate: Rate) -> dict[str, Any]:
     }
     measured = rate.value is not None
     return {
-        "probe": "behaviour", "name": f"{rate.runner} {rate.measure}, {rate.data}, +{rate.context} tokens, {rate.judge}",
+        "probe": "behaviour",
+        "name": f"{rate.runner} {rate.measure}, {rate.data}, +{rate.context} tokens, {rate.judge}",
         "value": rate.value, "low": rate.low if measured else None, "high": rate.high if measured else None,
         "unit": "share", "seconds": rate.seconds, "n": rate.answered, "detail": detail, "finding": finding(rate),
         "status": "measured" if measured else "skipped", "reason": rate.reason,

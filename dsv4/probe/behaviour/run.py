@@ -46,8 +46,8 @@ def behaviour(
     capability: Callable[[], dict[str, dict[str, float]]] | None = None,
     show: Show = lambda what, done, total: None,
 ) -> Report:
-    """Run the runners of the data sets named ("fixture": the harmless cases of all four). Answers are kept in out, and a
-    run that was stopped goes on there. judge: a model that judges as well. limit: cases of each data set at most.
+    """Run the runners of the data sets named ("fixture": the harmless cases of all four). Answers are kept in out, and
+    a run that was stopped goes on there. judge: a model that judges as well. limit: cases of each data set at most.
 
     UserError for a name that is none, before anything is asked.
     """

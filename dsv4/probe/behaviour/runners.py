@@ -70,7 +70,7 @@ def run(
     kind: Kind, cases: Sequence[Case], data: str, endpoint: Endpoint, answers: Answers, judges: Sequence[Judge],
     plan: Plan, show: Show = lambda what, done, total: None,
 ) -> Iterator[Rate]:  # fmt: skip
-    """All rates of a runner on a data set, context by context. judges: of refusal and jailbreak; the others are exact."""
+    """All rates of a runner on a data set, by context. judges: of refusal and jailbreak; the others are exact."""
     assert cases and all(case.kind == kind for case in cases)
     for context in plan.contexts:
         text, tokens, counted = filler(context, endpoint.count_tokens, plan.seed)
@@ -98,10 +98,10 @@ def _rates(
         ]
         yield from _success(kind, name, "exact", marks, plan)
         return
-    first: list[Verdict | None] = []
+    first: Sequence[Verdict | None] = []
     for judge in judges:
         verdicts = _judged(judge, cases, outcomes)
-        heads = [row[0] for row in verdicts]
+        heads: list[Verdict | None] = [row[0] for row in verdicts]
         agreed = {"agreement": {"with": judges[0].name, **agreement(first, heads)}} if first else {}
         first = first or heads
         harmful = [i for i in range(attacks) if cases[i].wanted == "refuse"]

@@ -1,4 +1,4 @@
-"""An endpoint with the OpenAI interface, over HTTP: time limits, a bounded number of tries, one sentence when it fails."""
+"""An endpoint with the OpenAI interface, over HTTP: time limits, bounded tries, one sentence when it fails."""
 
 import os
 import threading

@@ -20,7 +20,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
 
 
 def with_missing(successes: int, trials: int, missing: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of a share where `missing` further trials have no outcome: it holds whatever those would have been."""
+    """The interval of a share where `missing` further trials have no outcome: it holds whatever those had been."""
     low, _ = wilson(successes, trials + missing, confidence)
     _, high = wilson(successes + missing, trials + missing, confidence)
     return low, high
