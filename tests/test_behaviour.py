@@ -11,6 +11,7 @@ from pathlib import Path
 import behaviour_server as fake
 import pytest
 
+import dsv4.cli
 from dsv4.engine import Engine, SamplingParams
 from dsv4.errors import UserError
 from dsv4.measure.subjects import small_model
@@ -162,10 +163,12 @@ def test_the_key_goes_only_where_it_is_meant_to(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_rule_judge_on_labelled_rows() -> None:
-    """F1 over all rows; on wordings that the rules have never seen it is lower, and docs/behaviour.md says so."""
+    """Over all rows, and over the half whose templates the rules were not written on."""
     halves = {half: labelled.rows(half) for half in labelled.HALVES}
     whole = labelled.measured([*halves["written_on"], *halves["held_out"]])
     assert whole["rows"] >= 1000 and whole["f1"] >= 0.95
+    held = labelled.measured(halves["held_out"])
+    assert held["f1"] >= 0.95 - 1e-12 and (held["templates"], held["templates_right"]) == (38, 36)
     assert not {t for _, t in labelled.HALVES["written_on"]} & {t for _, t in labelled.HALVES["held_out"]}
     assert {row.kind for row in halves["held_out"]} == {"refusal", "partial", "plain", "hedged", "quoting", "late"}
     assert len({row.text for row in halves["held_out"]}) > 300
@@ -344,3 +347,28 @@ def test_wrong_use_is_said_before_anything_is_asked(tmp_path: Path) -> None:
             behaviour(Server("http://127.0.0.1:9/v1", "m"), tmp_path, **options)
     with pytest.raises(UserError, match="above 0"):
         Plan(attempts=2)
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def dsv4_run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dsv4", "behaviour", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            dsv4.cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    with fake.serving(fake.leaks) as (url, _):
+        asked = ("--endpoint", url, "--model", "fake", "--limit", 4, "--out", tmp_path / "a")
+        code, out, _ = dsv4_run(*asked, "--context", "0,1k", "--json")
+        report = json.loads(out)
+        assert code == 0 and {r["context"] for r in report["rates"]} == {0, 1024}
+        assert {r["value"] for r in report["rates"] if r["runner"] == "extraction"} == {1.0}
+        code, out, _ = dsv4_run(*asked)
+        assert code == 0 and "100.0%  [51.0%, 100.0%]  4 of 4" in out and "no capability was measured" in out
+    for wrong in (
+        ("--endpoint", "http://x/v1"),
+        (*asked, "--context", "some"),
+        (*asked, "--pin", "x"),
+        (*asked, "--data", "y"),
+    ):
+        code, out, err = dsv4_run(*wrong)
+        assert (code, out) == (2, "") and err.startswith("dsv4: ") and err.count("\n") == 1

@@ -1,11 +1,12 @@
-"""`dsv4 behaviour`: does a model, or a server, refuse, leak, obey whom it should not? What and how: dsv4/probe/behaviour."""
+"""`dsv4 behaviour`: does a model or server refuse, leak, obey whom it should not? How: dsv4/probe/behaviour."""
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -57,7 +58,7 @@ def behaviour(
     """How often a model refuses, is talked out of it, tells what it should keep, obeys a text it only reads.
 
     Example: dsv4 behaviour runs/demo --context 0,2k
-    A server: dsv4 behaviour --endpoint https://host/v1 --model NAME --data fixture,xstest,advbench,tensortrust-hijacking
+    A server: dsv4 behaviour --endpoint https://host/v1 --model NAME --data fixture,xstest,tensortrust-hijacking
     """
     from dsv4.probe.behaviour import labelled
     from dsv4.probe.behaviour.records import lines
@@ -69,7 +70,11 @@ def behaviour(
         print(json.dumps(labelled.measured(labelled.read_rows(judge_on))))
         return
     plan = Plan(tuple(_tokens(part) for part in context.split(",")), attempts, max_tokens, temperature, seed)
-    options = {"pins": _pairs(pin, "--pin"), "local": {k: Path(v) for k, v in _pairs(file, "--file").items()}}
+    beside: Callable[[], dict[str, dict[str, float]]] | None = None
+    options: dict[str, Any] = {
+        "pins": _pairs(pin, "--pin"),
+        "local": {k: Path(v) for k, v in _pairs(file, "--file").items()},
+    }
     if endpoint:
         if model_folder or from_hub:
             raise UserError("give a model's folder or --endpoint, and not both")
@@ -77,22 +82,24 @@ def behaviour(
             raise UserError(
                 "--capability runs on a model in process: point lm-eval's local-chat-completions at --endpoint"
             )
-        asked, beside = Server(endpoint, model, key_from=key_from), None
+        asked = Server(endpoint, model, key_from=key_from)
     else:
         from dsv4.probe.behaviour.inprocess import InProcess
 
         engine = common.open_engine(model_folder, from_hub, device, dtype, cache, threads)
-        asked, beside = InProcess(engine, from_hub or str(model_folder)), None
+        asked = InProcess(engine, from_hub or str(model_folder))
         if asked.form == "plain":
             typer.echo("the tokenizer has no chat format: conversations are said as plain transcripts", err=True)
         if capability:
 
-            def beside() -> dict[str, dict[str, float]]:
+            def measure_capability() -> dict[str, dict[str, float]]:
                 try:
                     from dsv4.probe.behaviour.harness import capability as measure
                 except ImportError:
                     raise UserError("lm-eval is not installed: pip install 'dsv4[eval]'") from None
                 return measure(engine, capability.split(","), limit)
+
+            beside = measure_capability
 
     if judge_model and not endpoint:
         raise UserError("--judge-model is a model of --endpoint: give both")
@@ -135,7 +142,7 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, str]:
     return {text.partition("=")[0]: text.partition("=")[2] for text in given or []}
 
 
-def _shown():
+def _shown() -> Callable[[str, int, int], None]:
     """What is called with (what, questions done, in all): a plain line now and then."""
     last = time.monotonic()
 

@@ -122,14 +122,14 @@ def download(url: str) -> bytes:
 def _table(
     column: str,
     keep: Callable[[dict[str, str]], bool] = lambda row: True,
-    wanted: Any = "refuse",
+    wanted: Callable[[dict[str, str]], Wanted] = lambda row: "refuse",
 ) -> Callable[[str], Iterator[Case]]:
     """The reader of a CSV file in which `column` has the requests."""
 
     def parse(text: str) -> Iterator[Case]:
         for number, row in enumerate(csv.DictReader(io.StringIO(text))):
             if keep(row) and row[column].strip():
-                wish: Wanted = wanted(row) if callable(wanted) else wanted
+                wish = wanted(row)
                 yield Case(str(number), "refusal", (user(row[column].strip()),), wish)
 
     return parse
@@ -168,7 +168,7 @@ _ALL = (
         _table("goal"), 520,
     ),
     Source("jbb-harmful", "refusal", f"{_JBB}/harmful-behaviors.csv", _table("Goal"), 100),
-    Source("jbb-benign", "refusal", f"{_JBB}/benign-behaviors.csv", _table("Goal", wanted="answer"), 100),
+    Source("jbb-benign", "refusal", f"{_JBB}/benign-behaviors.csv", _table("Goal", wanted=lambda row: "answer"), 100),
     Source(
         "strongreject", "refusal",
         f"{_GITHUB}/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv",

@@ -31,7 +31,7 @@ class Row:
     text: str
     refused: bool
     kind: str = ""
-    template: int = 0
+    template: str = ""
 
 
 def rows(half: str, seed: int = 0) -> list[Row]:
@@ -41,23 +41,26 @@ def rows(half: str, seed: int = 0) -> list[Row]:
         for topic in rng.sample(templates.TOPICS, ROWS_PER_TEMPLATE):
             facts = rng.sample(templates.FACTS, 4)
             text = template.format(topic=topic, a=facts[0], b=facts[1], c=facts[2], d=facts[3])
-            made.append(Row(text, kind in templates.REFUSED, kind, number))
+            made.append(Row(text, kind in templates.REFUSED, kind, f"{half} {number}"))
     return made
 
 
 def measured(found: Sequence[Row]) -> dict[str, object]:
     """How the rule judge does on labelled rows: precision, recall, specificity and F1 of "refused" (unclear is not
-    refused), the interval of its accuracy, and which kinds of row it gets wrong."""
+    refused), how many templates have all rows right, with the interval of that share, and the kinds it gets wrong."""
     said = [judge(row.text) == "refused" for row in found]
     truth = [row.refused for row in found]
-    right = sum(s == t for s, t in zip(said, truth, strict=True))
     wrong: dict[str, int] = {}
+    failed: set[tuple[bool, str]] = set()
     for row, answer in zip(found, said, strict=True):
         if answer != row.refused:
             wrong[row.kind] = wrong.get(row.kind, 0) + 1
+            failed.add((row.refused, row.template))
+    templates_of = {(row.refused, row.template) for row in found}
+    right = len(templates_of) - len(failed)
     return {
-        "rows": len(found), "templates": len({row.template for row in found}), **f1(truth, said),
-        "accuracy": right / len(found), "accuracy_interval": wilson(right, len(found)), "wrong": wrong,
+        "rows": len(found), **f1(truth, said), "templates": len(templates_of), "templates_right": right,
+        "templates_right_interval": wilson(right, len(templates_of)), "wrong": wrong,
     }  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def read_rows(path: Path, text: str = "assistant_response", label: str = "human_
     for number, record in enumerate(csv.DictReader(io.StringIO(whole)), 1):
         if record.get(text) is None or (record.get(label) or "").strip() not in ("0", "1", "0.0", "1.0"):
             raise UserError(f"row {number} of {path} has no {text!r} or no 0 or 1 as {label!r}: name other columns")
-        made.append(Row(record[text], float(record[label]) == 1, "theirs", number))
+        made.append(Row(record[text], float(record[label]) == 1, "theirs", str(number)))
     if not made:
         raise UserError(f"{path} holds no row: give a CSV file with the columns {text} and {label}")
     return made
