@@ -6,12 +6,14 @@ passes; a key that is sent where it was not meant to go; a judge that is taken f
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import behaviour_server as fake
 import pytest
 
 import dsv4.cli
+from dsv4.checkpoint import save
 from dsv4.engine import Engine, SamplingParams
 from dsv4.errors import UserError
 from dsv4.measure.subjects import small_model
@@ -364,6 +366,12 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert {r["value"] for r in report["rates"] if r["runner"] == "extraction"} == {1.0}
         code, out, _ = dsv4_run(*asked)
         assert code == 0 and "100.0%  [51.0%, 100.0%]  4 of 4" in out and "no capability was measured" in out
+    save(small_model(vocab_size=258, max_position_embeddings=2048), tmp_path / "model")
+    ByteTokenizer().save(tmp_path / "model")
+    ours = (tmp_path / "model", "--limit", 2, "--max-tokens", 4, "--out", tmp_path / "b", "--context", "0,4k")
+    code, out, err = dsv4_run(*ours)
+    assert code == 1 and out.count("not measured: none of") == 6 and "shorten the prompt" in out  # 4k has no room
+    assert "plain transcripts" in err and not [t for t in threading.enumerate() if t.name == "engine"]
     for wrong in (
         ("--endpoint", "http://x/v1"),
         (*asked, "--context", "some"),

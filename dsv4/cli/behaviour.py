@@ -61,6 +61,7 @@ def behaviour(
     A server: dsv4 behaviour --endpoint https://host/v1 --model NAME --data fixture,xstest,tensortrust-hijacking
     """
     from dsv4.probe.behaviour import labelled
+    from dsv4.probe.behaviour.inprocess import InProcess
     from dsv4.probe.behaviour.records import lines
     from dsv4.probe.behaviour.run import behaviour as run
     from dsv4.probe.behaviour.runners import Plan
@@ -84,8 +85,6 @@ def behaviour(
             )
         asked = Server(endpoint, model, key_from=key_from)
     else:
-        from dsv4.probe.behaviour.inprocess import InProcess
-
         engine = common.open_engine(model_folder, from_hub, device, dtype, cache, threads)
         asked = InProcess(engine, from_hub or str(model_folder))
         if asked.form == "plain":
@@ -112,6 +111,9 @@ def behaviour(
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; what was answered is kept in {out}: the same command goes on", err=True)
         raise typer.Exit(1) from None
+    finally:
+        if isinstance(asked, InProcess):
+            asked.close()
     if as_json:
         print(json.dumps(asdict(report)))
     else:

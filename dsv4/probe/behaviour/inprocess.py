@@ -1,5 +1,6 @@
 """A model of ours as an endpoint: one thread owns the engine, so whoever asks at the same time runs in one batch."""
 
+import atexit
 import hashlib
 import json
 import threading
@@ -43,6 +44,7 @@ class InProcess(Endpoint):
         self._closed = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="engine")
         self._thread.start()
+        atexit.register(self.close)  # a thread inside the engine while the interpreter goes would bring it down
 
     @property
     def context(self) -> int:
@@ -105,6 +107,7 @@ class InProcess(Endpoint):
             self._closed = True
             self._turn.notify()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _serve(self) -> None:
         running: dict[int, Future[Completion]] = {}

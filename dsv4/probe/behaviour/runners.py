@@ -82,8 +82,10 @@ def run(
         questions = [(c.messages, plan.params(k)) for c, n in zip(said, attempts, strict=True) for k in range(n)]
         flat = iter(ask_all(endpoint, questions, answers, lambda d, t, c=context: show(f"{kind} {data} +{c}", d, t)))
         outcomes = [[next(flat) for _ in range(n)] for n in attempts]
+        why = next((str(o) for row in outcomes for o in row if not isinstance(o, Answer)), "")
         for rate in _rates(kind, said, outcomes, len(cases), judges, plan):
-            yield replace(rate, data=data, context=context, detail={**facts, **rate.detail})
+            reason = f"{rate.reason}: {why}" if rate.reason else ""
+            yield replace(rate, data=data, context=context, reason=reason, detail={**facts, **rate.detail})
 
 
 def _rates(
