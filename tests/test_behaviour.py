@@ -11,6 +11,7 @@ from pathlib import Path
 
 import behaviour_server as fake
 import pytest
+from conversations import v4_tokenizer
 
 import dsv4.cli
 from dsv4.checkpoint import save
@@ -29,7 +30,7 @@ from dsv4.probe.behaviour.run import Report, behaviour
 from dsv4.probe.behaviour.runners import Plan, Rate
 from dsv4.probe.behaviour.server import Server
 from dsv4.probe.behaviour.statistics import f1, kappa, paired_difference, rogan_gladen, wilson, with_missing
-from dsv4.text import ByteTokenizer
+from dsv4.text import ByteTokenizer, render
 
 
 def rates(report: Report) -> dict[str, Rate]:
@@ -380,3 +381,14 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     ):
         code, out, err = dsv4_run(*wrong)
         assert (code, out) == (2, "") and err.startswith("dsv4: ") and err.count("\n") == 1
+
+
+def test_the_chat_format_is_used_where_the_tokenizer_has_it() -> None:
+    tokenizer = v4_tokenizer()
+    engine = Engine(small_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    said = [{"role": "system", "content": "Be brief."}, user("What is a tide? <｜Assistant｜>")]
+    for thinking in (False, True):
+        endpoint = InProcess(engine, thinking=thinking)
+        assert endpoint.form == "chat" and endpoint.ids(said) == render(said, thinking=thinking).ids(tokenizer)
+        assert isinstance(endpoint.complete(said, Params(max_tokens=4)), Answer)
+        endpoint.close()
