@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "settings": set(),
+    "remote": set(),
     "text": set(),
     "data": set(),
     "ops": set(),
@@ -33,8 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"config", "model", "cache", "checkpoint", "text", "cost"},
     "serve": {"engine", "text"},
     "measure": {"config", "ops", "cache", "model", "controls", "cost"},
-    "conform": {"measure", "config", "ops", "model", "cache", "checkpoint", "text"},
-    "probe": {"measure", "engine", "train", "model", "text", "config", "cost"},
+    "conform": {"remote", "measure", "config", "ops", "model", "cache", "checkpoint", "text"},
+    "probe": {"remote", "measure", "engine", "train", "model", "text", "config", "cost"},
     "lab": {"measure", "engine", "train", "model", "text", "config", "cost"},
     "bench": {"measure", "engine", "train", "model", "ops", "cache", "checkpoint", "config", "cost", "text", "data"},
 }

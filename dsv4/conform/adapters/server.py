@@ -5,9 +5,6 @@ name tokens by id, as vLLM does with `return_tokens_as_token_ids`. Where it echo
 position is compared, else the last one of each request.
 """
 
-import json
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4 import remote
 from dsv4.conform.adapter import Adapter, Best, Missing
 from dsv4.errors import UserError
 
@@ -60,7 +58,7 @@ class Server(Adapter):
         if echo and self.echoes:
             try:
                 return self._read(self._ask("completions", {**body, "echo": True}), 0, len(ids))
-            except Refused:
+            except remote.Refused:
                 self.echoes = False
         return self._read(self._ask("completions", body), len(ids) - 1, len(ids))
 
@@ -81,16 +79,4 @@ class Server(Adapter):
         return torch.arange(first, first + len(told)), tokens, logprobs
 
     def _ask(self, what: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{what}", data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise Refused(f"{self.url}/{what} answers {error.code} {error.reason}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.url}/{what} does not answer ({error}): is the server running?") from None
-
-
-class Refused(RuntimeError):
-    """The server said no to a request."""
+        return remote.ask(f"{self.url}/{what}", body, timeout_s=self.timeout_s)
