@@ -354,7 +354,7 @@ def test_files_that_are_gone_damaged_or_too_many(tmp_path: Path) -> None:
     lost = {**index["weight_map"], "model.embed.weight": shards[0].name}  # a reader would take it for embed.weight
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": lost}))
     assert says(inspect(tmp_path), "model.embed.weight is in no file, but the index lists it")
-    with pytest.raises(UserError, match="lacks the tensor model.embed.weight, which its index lists"):
+    with pytest.raises(UserError, match="lacks the tensor 'model.embed.weight', which its index lists"):
         load(tmp_path)
     (tmp_path / INDEX).unlink()
     assert inspect(tmp_path).whole

@@ -119,7 +119,7 @@ def open_checkpoint(
     found = open_folder(folder, names)
     if (folder / INDEX).exists():
         for name in read_index(folder).keys() - found.keys():
-            raise UserError(f"{folder} lacks the tensor {shown(name)}, which its index lists: fetch the checkpoint again")
+            raise UserError(f"{folder} lacks the tensor {shown(name)}, which its index lists: fetch it again")
     tensors = {name: found[given] for name, given in known_names(found).items()}
     layout = layout_of(tensors)
     if isinstance(config, ModelConfig):

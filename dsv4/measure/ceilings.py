@@ -52,8 +52,8 @@ def measured_cpu() -> Accelerator:
 
 @torch.no_grad()
 def read_rate(device: torch.device, size: int = 1 << 29) -> float:
-    """Bytes per second that are read, the faster of two ways: a sum over `size` bytes of fp32, and the product of one row
-    with them as rows of 2,048, which asks for several places at once."""
+    """Bytes per second that are read, the faster of two ways: a sum over `size` bytes of fp32, and the product of one
+    row with them as rows of 2,048, which asks for several places at once."""
     source = torch.ones(size // 4, device=device)  # zeros that nobody wrote would all be one page
     row, rows = source[:2048].clone()[None], source.view(-1, 2048)
     return size / min(timed(way, device, Budget(1)).median for way in (source.sum, lambda: ops.linear(row, rows)))
