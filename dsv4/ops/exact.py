@@ -1,8 +1,8 @@
 """Products whose bits do not depend on where a row lies: sums of whole numbers, which are exact in any order.
 
 A matrix product of a library adds up the rows at the edge of its tiles in another order than those inside (MKL on AVX2
-at odd sizes), so two equal keys get scores that differ in the last bit and a tie is none. Numbers in FP64 that are whole
-and small enough never round when they are multiplied and added, whatever the order, tiles, threads and device.
+at odd sizes), so two equal keys get scores that differ in the last bit and a tie is none. Numbers in FP64 that are
+whole and small enough never round when they are multiplied and added, whatever the order, tiles, threads and device.
 """
 
 import torch
