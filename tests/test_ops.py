@@ -1,7 +1,7 @@
 """Failures caught here: a fast op that is not the reference (values, gradients, awkward sizes, low precision), a tie
 that falls differently or hangs on where equal keys lie, a mask off by one row, a gradient that overflows, memory that
-grows with the square of the length; a call that goes to a form which does not serve it, or in silence to a slower one; a
-packed weight that reads as other numbers.
+grows with the square of the length; a call that goes to a form which does not serve it, or in silence to a slower one;
+a packed weight that reads as other numbers.
 
 Truth is ops/reference.py under autograd, in fp32. Tolerances are for fp32 sums of at most a few thousand terms of
 order one. The reference itself is held to independent arithmetic here where that is short, and by test_quirks.py.
