@@ -142,6 +142,14 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.M
             outside.find(name, sys.executable, 1)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_vllm_is_not_started_where_it_has_no_kernels(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.32.0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bf16)
+    assert ("AVX-512 with BF16" in vllm_peer.missing()) != bf16
+
+
 def test_the_judge_allows_roundings_and_nothing_else() -> None:
     """In fp32 a window that is one token short is another function; in bf16 what the rounding does passes."""
     model = small_model((0, 4, 128))

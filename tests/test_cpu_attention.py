@@ -437,6 +437,17 @@ def test_index_ties_at_the_border_and_zeros_of_either_sign(isa):
     choice_agrees(-torch.ones(90, 2, 4), weights, torch.ones(22, 4), grouped([90], 4)[0], 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, width", [(1, 8), (5, 12), (8, 33), (64, 128)])
+def test_equal_keys_tie_wherever_they_lie(isa, heads, width, dtype):
+    """Random numbers, so that a sum in another order at the edge of a tile would prefer a later one of equal keys."""
+    three = normal(3, width, seed=2).to(dtype)
+    for rows in (1, 2, 5, 7, 9, 15, 17, 31, 33, 63, 65, 127, 129, 255, 257):
+        q, weights = normal(3, heads, width, seed=rows).to(dtype), normal(3, heads, seed=rows + 1)
+        keys = three[torch.arange(rows) % 3]
+        choice_agrees(q, weights, keys, spans([(0, rows)] * 3), (rows + 1) // 2)
+
+
 def test_index_reads_what_it_sees_and_nothing_else(isa):
     """A NaN key would be the best of all: here every key that is not seen is one."""
     keys = torch.full((400, 16), NAN)

@@ -109,6 +109,28 @@ def test_what_is_not_whole_or_says_two_things(tmp_path: Path, header, data: int,
     refused(write(tmp_path / "x.safetensors", header, bytes(data)), says)
 
 
+ONE = '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+
+
+@pytest.mark.parametrize("header", [
+    f"{{{ONE}, {ONE}}}",
+    f'{{{ONE}, {ONE.replace("a", chr(92) + "u0061", 1)}}}',
+    f'{{{ONE.replace("}", ", ")}"shape": [2]}}}}',
+    f'{{{ONE}, "a": {{"dtype": 5, "shape": []}}}}',
+    f'{{"__metadata__": {{"a": "x", "a": "y"}}, {ONE}}}',
+    f'{{"__metadata__": {{"b": "x"}}, "__metadata__": {{}}, {ONE}}}',
+    f'{{"__metadata__": null, "__metadata__": {{"a": "x", "b": "y"}}, {ONE}}}',
+])  # fmt: skip
+def test_no_name_is_there_twice(tmp_path: Path, header: str) -> None:
+    """Of a tensor, also in another spelling, of what is said of one, or of metadata."""
+    refused(write(tmp_path / "x.safetensors", header, bytes(8)), "is there twice")
+
+
+def test_names_and_metadata_may_hold_quotes(tmp_path: Path) -> None:
+    header = {"__metadata__": {'"': '"a"'}, 'a"b': entry()}
+    assert set(read_header(write(tmp_path / "x.safetensors", header, bytes(8))).tensors) == {'a"b'}
+
+
 @pytest.mark.parametrize(("content", "says"), [
     (b"", "ends after 0 bytes"), (b"\0" * 7, "ends after 7 bytes"), (b"\0" * 8, "header has 0 bytes"),
     ((100).to_bytes(8, "little") + b"{}", "longer than the file"), (b"\xff" * 8 + b"{}", "at most"),

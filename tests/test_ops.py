@@ -1,7 +1,7 @@
 """Failures caught here: a fast op that is not the reference (values, gradients, awkward sizes, low precision), a tie
-that falls differently, a mask off by one row, a gradient that overflows, memory that grows with the square of the
-length; a call that goes to a form which does not serve it, or in silence to a slower one; a packed weight that reads as
-other numbers.
+that falls differently or hangs on where equal keys lie, a mask off by one row, a gradient that overflows, memory that
+grows with the square of the length; a call that goes to a form which does not serve it, or in silence to a slower one;
+a packed weight that reads as other numbers.
 
 Truth is ops/reference.py under autograd, in fp32. Tolerances are for fp32 sums of at most a few thousand terms of
 order one. The reference itself is held to independent arithmetic here where that is short, and by test_quirks.py.
@@ -31,6 +31,7 @@ from dsv4.measure.subjects import KINDS, small_model, tokens
 from dsv4.model import Segment
 from dsv4.model.layers import Linear
 from dsv4.ops import PackedMatrix, Spans, blocked, reference, table
+from dsv4.ops.exact import whole_numbers
 from dsv4.ops.formats import v4_rows
 from dsv4.ops.weights import pack_matrix
 
@@ -471,6 +472,43 @@ def test_index_ties_across_key_chunks(monkeypatch):
     want = sorted(by_rule(keys[:, 0].tolist(), k))
     assert all(row == want for row in blocked.index_scores_topk(*args).tolist())
     assert all(row == want for row in reference.index_scores_topk(*args).tolist())
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("numbers", [1 << 23, 1 << 9])
+@pytest.mark.parametrize("heads, width", [(1, 8), (5, 12), (8, 33), (64, 128)])
+def test_equal_keys_tie_wherever_they_lie(backend, numbers, heads, width, monkeypatch):
+    """Random numbers, whose scores a library adds up in another order at the edge of a tile: of each of three keys,
+    which come again and again, the first ones must be chosen. One sequence, then some that lie far apart."""
+    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers * heads)
+    three = normal(3, width, seed=2)
+    for rows in (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 31, 33, 36, 63, 65, 100, 127, 129):
+        for n, apart in ((1, 0), (3, 0), (3, 2000)):
+            q, weights = normal(n, heads, width, seed=rows), normal(n, heads, seed=rows + 1)
+            start = torch.arange(n) * (rows + apart)
+            scores = torch.einsum("nh,nhe->ne", weights, torch.einsum("nhd,ed->nhe", q, three).relu())
+            keys = three[torch.arange(int(start[-1]) + rows) % 3]
+            k = (rows + 1) // 2
+            choose = ops.TABLE["index_scores_topk"][backend]
+            for i, row in enumerate(choose(q, weights, keys, Spans(start, start + rows), k).tolist()):
+                seen = range(int(start[i]), int(start[i]) + rows)
+                assert row == sorted(sorted(seen, key=lambda e: (-scores[i, e % 3].item(), e))[:k]), (rows, n, apart)
+
+
+@given(st.integers(1, 300), st.integers(0, 2**32 - 1))
+def test_sums_of_whole_numbers_are_exact(width, seed):
+    """In any order, so in any library; and what is lost is less than half a unit of a row's largest number."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, width, generator=generator) * torch.logspace(-20, 20, 4)[:, None]
+    x[1, 1:], x[2] = 0, 0
+    whole, unit = whole_numbers(x)
+    assert torch.equal(whole, whole.round()) and ((whole * unit - x.double()).abs() <= unit / 2).all()
+    bits = (53 - math.ceil(math.log2(width))) // 2
+    assert bits >= 22 and (unit <= x.double().abs().amax(1, keepdim=True) * 2.0 ** (1 - bits))[[0, 1, 3]].all()
+    whole = torch.full_like(whole, 2.0**bits)  # the largest sum there may be
+    assert (whole[:1] @ whole[1:2].T).item() == width * 4**bits <= 2**53
+    exact = [int(n) for n in whole[0].tolist()]
+    assert sum(n * n for n in exact) == width * 4**bits
 
 
 def test_index_without_entries():

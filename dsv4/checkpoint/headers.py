@@ -138,8 +138,17 @@ def _name_stranger(start: bytes) -> None:
 
 
 def _entries(raw: bytes) -> dict[str, Any]:
+    """The header's object, in which no name is there twice.
+
+    A hook for every object takes as long as all else, so it looks only where a name may be: five strings are read of
+    each tensor and two of each line of metadata, and a text with so many quotes has not held any more.
+    """
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=files.unique)
+        found = json.loads(raw.decode("utf-8"))
+        lines = found.get("__metadata__") if isinstance(found, dict) else None
+        strings = 5 * len(found) + (2 * len(lines) - 4 if isinstance(lines, dict) else 0)
+        if raw.count(b'"') != 2 * strings or b"\\" in raw:
+            found = json.loads(raw.decode("utf-8"), object_pairs_hook=files.unique)
     except UnicodeDecodeError:
         raise _Bad("its header is not UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -160,18 +169,17 @@ def _strings(metadata: Any) -> dict[str, str]:
 def _checked(entries: dict[str, Any], metadata: dict[str, str], start: int, size: int) -> Header:
     """The tensors, if each is well said and all together cover the bytes from `start` to `size` once."""
     tensors: dict[str, TensorInfo] = {}
-    known: dict[
-        str, tuple[str, tuple[int, ...], int]
-    ] = {}  # dtypes and shapes with their bytes: there are few in a file
+    known: dict[str, tuple[str, tuple[int, ...], int]] = {}  # what is said of them, with the bytes: few in a file
     for name, entry in entries.items():
         if not name.isprintable() or len(name) > LONGEST_NAME:
             raise _Bad(f"a tensor is named {shown(name)}, which is too long or has characters that cannot be printed")
         if type(entry) is not dict or entry.keys() != _KEYS:
             raise _Bad(f"tensor {shown(name)} has not just dtype, shape and data_offsets")
-        said = f"{entry['dtype']!r} {entry['shape']!r}"
-        dtype, shape, length = known.get(said) or _judged(name, entry["dtype"], entry["shape"])
-        known[said] = dtype, shape, length
-        offsets = entry["data_offsets"]
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        said = f"{dtype}{shape!r}"  # not the shape itself: 1.0 and true are equal to 1
+        if said not in known:
+            known[said] = _judged(name, dtype, shape)
+        dtype, shape, length = known[said]
         if type(offsets) is not list or len(offsets) != 2 or type(offsets[0]) is not int or type(offsets[1]) is not int:
             raise _Bad(f"tensor {shown(name)} has the offsets {shown(offsets)}")
         begin, end = offsets
@@ -201,12 +209,12 @@ def _judged(name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...], in
 def _aligned(tensors: dict[str, TensorInfo], start: int, size: int) -> bool:
     """Whether every tensor begins at a multiple of its elements' size; the bytes must be covered once, and wholly."""
     aligned, at = True, start
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if info.begin != at:
-            how = "overlaps the tensor before it" if info.begin < at else "leaves a gap before it"
-            raise _Bad(f"tensor {shown(name)} {how}: it begins at byte {info.begin - start:,}, not {at - start:,}")
-        aligned = aligned and at * 8 % BITS[info.dtype] == 0
-        at = info.end
+    for begin, end, dtype, name in sorted((i.begin, i.end, i.dtype, name) for name, i in tensors.items()):
+        if begin != at:
+            how = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
+            raise _Bad(f"tensor {shown(name)} {how}: it begins at byte {begin - start:,}, not {at - start:,}")
+        aligned = aligned and at * 8 % BITS[dtype] == 0
+        at = end
     if at != size:
         how = "is truncated" if at > size else "has bytes that belong to no tensor"
         raise _Bad(f"it {how}: its tensors end at byte {at:,}, the file at {size:,}")

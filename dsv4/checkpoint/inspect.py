@@ -7,12 +7,13 @@ import gc
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsv4 import files
-from dsv4.checkpoint.diagnose import Finding, compare, grouped, pattern_of
+from dsv4.checkpoint.diagnose import Finding, compare, grouped
 from dsv4.checkpoint.expected import Want, wanted
 from dsv4.checkpoint.folder import resolve_checkpoint
 from dsv4.checkpoint.headers import BITS, TensorInfo, read_header
@@ -120,10 +121,10 @@ def _inspect(path: Path) -> Report:
     want = _wanted(config, report)
     if want:
         _judge(report, want)
-    _add_up(report)
+    alike = Counter((_whose(name), info.dtype, info.shape) for name, (info, _) in report.places.items())
+    _add_up(report, alike)
     fp8_experts = any(
-        info.dtype == "F8_E4M3" and ".ffn.experts." in name and name.startswith("layers.")
-        for name, (info, _) in report.places.items()
+        dtype == "F8_E4M3" and ".ffn.experts." in name and name.startswith("layers.") for name, dtype, _ in alike
     )
     identity = identify(data, config, report.places, fp8_experts)
     report.what, report.reads, report.differs = identity.what, identity.reads, identity.differs
@@ -258,10 +259,18 @@ def _judge(report: Report, want: dict[str, Want]) -> None:
     report.findings += compare(config, want, found)
 
 
-def _add_up(report: Report) -> None:
-    """Tensors, bytes and parameters by dtype and by part; the layers by kind; what one token uses."""
+def _whose(name: str) -> str:
+    """A name for the tensors of all experts of a layer together, as most of 150,000 are theirs; else the name."""
+    layer, found, tensor = name.partition(".experts.")
+    return f"{layer}.experts.{tensor.rpartition('.')[2]}" if found else name
+
+
+def _add_up(report: Report, alike: Mapping[tuple[str, str, tuple[int, ...]], int]) -> None:
+    """Tensors, bytes and parameters by dtype and by part; the layers by kind; what one token uses.
+
+    alike: how many tensors there are of a name (`_whose`), dtype and shape.
+    """
     config = report.config
-    alike = Counter((pattern_of(name), info.dtype, info.shape) for name, (info, _) in report.places.items())
     experts = biases = 0  # the router's biases are no parameters, but a token reads them
     for (name, dtype, shape), times in alike.items():
         plain = name.removeprefix("model.")

@@ -51,7 +51,7 @@ def known_names(names: Iterable[str]) -> dict[str, str]:
     Some re-uploads put the published names under `model.`; transformers' own have another embedding there. The head is
     `lm_head.weight` to some writers of either. UserError if two tensors have one name then.
     """
-    given = [n for n in names if not _DERIVED.search(n)]
+    given = [n for n in names if "freq" not in n or not _DERIVED.search(n)]
     prefixed = "model.embed.weight" in given
     out: dict[str, str] = {}
     for name in given:

@@ -164,7 +164,7 @@ PARTS: dict[str, Part] = {
         {"scores": "[T, E] (left out where there is no such tensor)", "chosen": "[T, E]: 1 where chosen, else 0"},
         "sum_h weight_h relu(q_h . key); the index_topk best of those visible", _indexer),
     "indexer ties": Part(
-        {"x": _X, "latent": "[T, L]", "positions": _T, "keys": "[E, Di], some of them equal"},
+        {"x": _X, "latent": "[T, L]", "positions": _T, "keys": "[E, Di], many of them zero"},
         {"chosen": "[T, E]: 1 where chosen, else 0"}, "of equal scores the lowest entry first", _ties),
     "attention": Part(
         {"q": "[T, H, D]", "rows": "[P, D], window rows", "start": "int64 [T]: a query reads rows start..stop-1",

@@ -76,6 +76,8 @@ class Executed(TorchDispatchMode):
             raise AssertionError(f"{packet} is a product that torch's counter has no formula for")
         elif packet in (torch.ops.aten.addcmul_, torch.ops.aten.addcmul) and self.op == "hyper_write":
             self._add((), 2 * out.numel())  # the output's part in the new streams is a product too
+        elif packet is torch.ops.aten.mul_ and self.op == "index_scores_topk":  # weights times products, then added up
+            self.counts[self.place, "indexer head sum", "sum"] += 2 * out.numel()
         return out
 
     def _add(self, args: Any, flops: int) -> None:
@@ -87,10 +89,7 @@ class Executed(TorchDispatchMode):
     def _of_activations(self, tensors: list[Tensor]) -> tuple[str, str]:
         """Products without a parameter: attention, scores, and the mixing of streams."""
         if self.op == "index_scores_topk":
-            contracted = tensors[0].shape[-1]
-            if contracted == self.config.index_n_heads:  # type: ignore[union-attr]
-                return "indexer head sum", "sum"
-            assert contracted == self.config.index_head_dim  # type: ignore[union-attr]
+            assert tensors[0].shape[-1] == self.config.index_head_dim  # type: ignore[union-attr]
             return "indexer scores", "idx4" if isinstance(self.config, ModelConfig) else "idx8"
         if isinstance(self.config, ModelConfig):
             return (f"core: {self.place}", "core") if self.op == "sparse_attention" else ("hyper-connections", "mhc")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsv4.ops.exact import whole_numbers
 from dsv4.ops.formats import PackedRows
 from dsv4.ops.limits import Limits
 from dsv4.ops.reference import gate_scores, gate_weights, hyper_logits, hyper_read, rms_norm, unpacked_experts
@@ -43,7 +44,10 @@ def topk_lowest(scores: Tensor, k: int) -> Tensor:
 
 @torch.no_grad()
 def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, visible: Spans, k: int) -> Tensor:
-    """Streaming form: blocks of queries x blocks of keys, merging the best k so far."""
+    """Streaming form: blocks of queries x blocks of keys, merging the best k so far.
+
+    Equal keys have equal scores wherever they lie: products are exact (ops/exact.py), heads are added one by one.
+    """
     n, heads, _ = q.shape
     chosen = torch.full((n, k), -1, dtype=torch.int64, device=q.device)
     rows = max(1, min(128, BLOCK_NUMBERS // (heads * 512)))
@@ -54,24 +58,39 @@ def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, vis
         apart = _apart(visible, i, j)
         if apart:  # every query has keys of its own
             lo, hi = 0, visible.longest_of(i, j)
-        queries, w = q[i:j].float(), weights[i:j].float()[:, None]
-        width = max(k, BLOCK_NUMBERS // ((heads + (keys.shape[1] if apart else 0)) * (j - i)))
+        queries, unit = whole_numbers(q[i:j])
+        w = weights[i:j, :, None].double() * unit
+        width = max(k, BLOCK_NUMBERS // (2 * (heads + (keys.shape[1] if apart else 0)) * (j - i)))  # 2: in fp64
         best: Tensor | None = None
         for a in range(lo, hi, width):
             b = min(a + width, hi)
             if apart:
                 index, hidden = _rows_of(visible, i, j, a, b, q.device)
-                scores = torch.relu(torch.bmm(queries, keys[index].float().transpose(1, 2)))
+                block, unit = whole_numbers(keys[index])
+                scores = torch.bmm(queries, block.transpose(1, 2))
             else:
                 index, hidden = torch.arange(a, b, device=q.device), visible.hidden(i, j, a, b, q.device)
-                scores = torch.relu(queries.flatten(0, 1) @ keys[a:b].float().T).view(j - i, heads, b - a)
-            order = order_keys(torch.bmm(w, scores)[:, 0], index).masked_fill_(hidden, _INT64_MIN)
+                block, unit = whole_numbers(keys[a:b])
+                scores = (queries.flatten(0, 1) @ block.T).view(j - i, heads, b - a)
+            score = _folded(scores.relu_().mul_(w)) * unit[..., 0]
+            order = order_keys(score, index).masked_fill_(hidden, _INT64_MIN)
             order = order if best is None else torch.cat([best, order], dim=1)
             best = torch.topk(order, min(k, order.shape[1]), dim=1).values
         assert best is not None
         row = (_LOW32 - (best & _LOW32)).masked_fill_(best == _INT64_MIN, -1)
         chosen[i:j, k - row.shape[1] :] = row.sort(dim=1).values
     return chosen
+
+
+def _folded(x: Tensor) -> Tensor:
+    """The sum [n, K] over the middle of x [n, heads, K], which is used up: halves upon halves, so that each column is
+    added up in the same order (a reduction adds its last columns otherwise)."""
+    heads = x.shape[1]
+    while heads > 1:
+        half = (heads + 1) // 2
+        x[:, : heads - half] += x[:, half:heads]
+        heads = half
+    return x[:, 0]
 
 
 @torch.no_grad()

@@ -30,9 +30,18 @@ def topk_lowest(scores: Tensor, k: int) -> Tensor:
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """Indexer scores [n, E] = sum_h weights_h relu(q_h . key), fp32 (paper eq. 16). q [n, Hi, Di], keys [E, Di]."""
-    scores = torch.relu(torch.einsum("nhd,ed->nhe", q.float(), keys.float()))
-    return torch.einsum("nh,nhe->ne", weights.float(), scores)
+    """Indexer scores [n, E] = sum_h weights_h relu(q_h . key), fp32 (paper eq. 16). q [n, Hi, Di], keys [E, Di].
+
+    Added up one by one: a matrix product's order of summation depends on where a key lies, and equal keys must tie.
+    """
+    q, weights, keys = q.float(), weights.float(), keys.float()
+    dots = q.new_zeros(*q.shape[:2], len(keys))
+    for channel in range(q.shape[2]):
+        dots = dots + q[:, :, channel, None] * keys[:, channel]
+    scores = q.new_zeros(len(q), len(keys))
+    for head in range(q.shape[1]):
+        scores = scores + weights[:, head, None] * dots[:, head].relu()
+    return scores
 
 
 def index_scores_topk(q: Tensor, weights: Tensor, keys: Tensor | PackedRows, visible: Spans, k: int) -> Tensor:
