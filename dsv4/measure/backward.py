@@ -52,8 +52,8 @@ def spent() -> Iterator[dict[str, Spent]]:
 
 def _watch(args: Any, results: tuple[Any, ...], total: Spent) -> None:
     """Let the nodes between a call's arguments and its results add their time when the backward pass runs them."""
-    seen = {a.grad_fn for a in args if isinstance(a, Tensor)} | {None}
-    waiting = [r.grad_fn for r in results if isinstance(r, Tensor)]
+    seen: set[Any] = {a.grad_fn for a in args if isinstance(a, Tensor)} | {None}
+    waiting: list[Any] = [r.grad_fn for r in results if isinstance(r, Tensor)]
     while waiting:
         node = waiting.pop()
         if node in seen or "AccumulateGrad" in node.name():
