@@ -1,6 +1,6 @@
-"""Failures caught here, in the C++ forms of experts and mlp under autograd: a value or gradient that is not the
-reference's (sizes that fill no vector, experts without tokens, clamped numbers, bf16 over fp32 weights), numbers read
-that nobody wrote, a call served without its gradient. Attention's are in test_cpu_attention.py.
+"""Failures caught here, in the C++ forms of experts, mlp and the projections under autograd: a value or gradient that
+is not the reference's (sizes that fill no vector, experts without tokens, clamped numbers, bf16 over fp32 weights),
+numbers read that nobody wrote, a call served without its gradient. Attention's are in test_cpu_attention.py.
 
 Truth is ops/reference.py under autograd, in fp32. Tolerances are relative to the largest number, for fp32 sums of a few
 hundred terms.
@@ -28,12 +28,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(form: Callable[..., Tensor], args: tuple) -> list[Tensor]:
+def gradients(form: Callable, args: tuple) -> list[Tensor]:
     """What comes out, and the gradient of every tensor of numbers."""
     mine = [a.detach().clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     out = form(*mine)
-    (out.float() * normal(*out.shape, seed=9)).sum().backward()
-    return [out.detach(), *(m.grad for m in mine if torch.is_tensor(m) and m.is_floating_point())]
+    outs = out if isinstance(out, tuple) else (out,)
+    sum((o.float() * normal(*o.shape, seed=9 + i)).sum() for i, o in enumerate(outs)).backward()
+    return [*(o.detach() for o in outs), *(m.grad for m in mine if torch.is_tensor(m) and m.is_floating_point())]
 
 
 def agree(name: str, args: tuple, tolerance: float) -> None:
@@ -66,6 +67,29 @@ def test_experts(isa: str, sizes: tuple[int, ...]) -> None:
 def test_mlp(isa: str, n: int, width: int, inner: int, count: int, k: int) -> None:
     w1, w3, w2 = normal(inner, width, seed=1), normal(inner, width, seed=2), normal(width, inner, seed=3)
     agree("mlp", (normal(n, width), w1, w3, w2, 1.5), 3e-6)
+
+
+def projections(n: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+    """Three heads of 10 numbers, four of them rotated; rotation keeps nothing of what it rotates."""
+    turn = torch.polar(torch.ones(n, 2), normal(n, 2, seed=7))
+    x, wq_a, wq_b, wkv = normal(n, 13), normal(7, 13, seed=1), normal(30, 7, seed=2), normal(10, 13, seed=3)
+    gains, o = (1 + 0.1 * normal(7, seed=4), 1 + 0.1 * normal(10, seed=5)), normal(n, 3, 10, seed=6)
+    into = (x.to(dtype), wq_a, gains[0], wq_b, wkv, gains[1], 3, 1e-6, turn)
+    return {
+        "project_in": into,
+        "project_out": (o.to(dtype), turn, normal(3 * 5, 10, seed=8), 3, normal(13, 15, seed=10)),
+    }
+
+
+@pytest.mark.parametrize("n", [1, 5, 130])
+@pytest.mark.parametrize("name", ["project_in", "project_out"])
+def test_projections(isa: str, name: str, n: int) -> None:
+    agree(name, projections(n)[name], 5e-6)
+
+
+@pytest.mark.parametrize("name", ["project_in", "project_out"])
+def test_projections_in_bf16_over_fp32_weights(isa: str, name: str) -> None:
+    agree(name, projections(37, torch.bfloat16)[name], 2.0**-6)
 
 
 def test_in_bf16_over_fp32_weights(isa: str) -> None:
