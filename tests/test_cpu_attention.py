@@ -1,7 +1,8 @@
-"""Failures caught here, in the C++ forms of sparse_attention, index_scores_topk, best_rows and topk_lowest: a value or
-choice that is not the reference's (sizes that fill no vector, tails, empty intervals, no entries, ties, -1 rows); a row
-read that nobody sees; packed or paged rows read as other numbers than the format says; bits that change with the batch,
-the cut into chunks, the threads, or the way in which the same rows are named; a call served that should be refused.
+"""Failures caught here, in the C++ forms of sparse_attention, index_scores_topk, best_rows and topk_lowest: a value,
+gradient or choice that is not the reference's (sizes that fill no vector, tails, empty intervals, no entries, ties, -1
+rows); a row read that nobody sees; packed or paged rows read as other numbers than the format says; bits that change
+with the batch, the cut into chunks, the threads, or the way in which the same rows are named; a call served that should
+be refused.
 
 Truth is ops/reference.py in fp32. Tolerances are relative to the largest number, for fp32 sums of a few thousand terms;
 choices are compared exactly, on small integers, whose scores are exact and tie often.
@@ -112,6 +113,85 @@ def attention_agrees(*args) -> tuple[Tensor, Tensor]:
     close(lse, want_lse)
     assert out.dtype == q.dtype
     return out, lse
+
+
+# --- attention: gradients ---------------------------------------------------------------------------
+
+
+def gradients(form, args: tuple) -> list[Tensor]:
+    """Of queries, rows, entries (if there are any) and sinks, for a direction that is the same for every form."""
+    places = [i for i in (0, 1, 3, 6) if args[i] is not None]
+    mine = list(args)
+    for i in places:
+        mine[i] = args[i].detach().clone().requires_grad_()
+    out, lse = form(*mine)
+    assert not lse.requires_grad
+    (out.float() * normal(*out.shape, seed=9)).sum().backward()
+    return [mine[i].grad for i in places]
+
+
+def gradient_case(
+    lengths: list[int], heads: int, width: int, k: int | None, dtype: torch.dtype = torch.float32
+) -> tuple:
+    """Documents with a window of 20 and entries of 4 tokens each: all of them (None), k chosen ones, or none (0)."""
+    n, visible, count = sum(lengths), *grouped(lengths, 4)
+    q, kv, entries = normal(n, heads, width), normal(n, width, seed=1), normal(count, width, seed=2)
+    chosen = picked(visible, k) if k else None
+    read = (None, None, None) if k == 0 else (entries.to(dtype), visible, chosen)
+    return q.to(dtype), kv.to(dtype), sliding(lengths, 20), *read, normal(heads, seed=3), width**-0.5
+
+
+@pytest.mark.parametrize("k", [None, 5, 0])
+@pytest.mark.parametrize(("lengths", "heads", "width"), [
+    ([1], 1, 2), ([2, 5], 3, 10), ([37], 8, 128), ([130, 1, 3], 9, 48), ([65], 20, 17), ([129], 4, 64), ([40], 64, 512),
+])  # fmt: skip
+def test_gradients(isa: str, lengths: list[int], heads: int, width: int, k: int | None) -> None:
+    """Of every head and channel count; lengths of every residue of groups, over several blocks of queries."""
+    args = gradient_case(lengths, heads, width, k)
+    for got, want in zip(
+        gradients(cpu.sparse_attention, args), gradients(reference.sparse_attention, args), strict=True
+    ):
+        close(got, want)
+
+
+@pytest.mark.parametrize("k", [None, 6])
+def test_gradients_in_bf16(isa: str, k: int | None) -> None:
+    args = gradient_case([70], 8, 64, k, torch.bfloat16)
+    for got, want in zip(
+        gradients(cpu.sparse_attention, args), gradients(reference.sparse_attention, args), strict=True
+    ):
+        assert got.dtype == want.dtype
+        close(got.float(), want.float(), 2.0**-7)  # probabilities of scores that were rounded, then one rounding each
+
+
+def test_gradients_do_not_depend_on_threads_or_on_what_is_beside(isa: str) -> None:
+    """By no bit: not on the threads, nor, of a document's queries, on another document in the run."""
+    args = gradient_case([90, 40], 8, 48, 6)
+    alone = gradients(cpu.sparse_attention, args)
+    with on_threads(3):
+        for one, three in zip(alone, gradients(cpu.sparse_attention, args), strict=True):
+            assert torch.equal(one, three)
+    q, kv, window, entries, visible, chosen, sink, scale = args
+    part = q[:90], kv[:90], window.of(torch.arange(90)), entries[:22], visible.of(torch.arange(90)), chosen[:90]
+    direction = normal(130, 8, 48, seed=9)[:90]
+    mine = [t.clone().requires_grad_() for t in (part[0], part[1], part[3])]
+    out, _ = cpu.sparse_attention(mine[0], mine[1], part[2], mine[2], part[4], part[5], sink, scale)
+    (out * direction).sum().backward()
+    for whole, one in zip(alone, mine, strict=False):
+        assert torch.equal(whole[: len(one)], one.grad)
+
+
+def test_the_gradient_of_a_row_that_nobody_sees_is_zero(isa: str) -> None:
+    """Rows full of NaN between those that are read, and entries of which none is chosen."""
+    q, kv, window, entries, visible, _, sink, scale = gradient_case([30], 4, 16, 3)
+    window = spans([(0, 5) if i < 15 else (9, 14) for i in range(30)])
+    chosen = torch.full((30, 3), -1)
+    chosen[20:, 2] = 2
+    kv[5:9], kv[14:], entries[:2], entries[3:] = NAN, NAN, NAN, NAN
+    found = gradients(cpu.sparse_attention, (q, kv, window, entries, visible, chosen, sink, scale))
+    assert all(not g.isnan().any() for g in found)
+    assert not found[1][5:9].any() and not found[1][14:].any() and found[1][:5].any() and found[1][9:14].all()
+    assert not found[2][:2].any() and not found[2][3:].any() and found[2][2].any()
 
 
 # --- attention: values ------------------------------------------------------------------------------
@@ -538,7 +618,7 @@ def test_what_is_refused():
     assert refuses() == ""
     assert refuses(q=q.double()) == "dtype float64"
     assert refuses(q=q.half(), kv=kv.half()) == "dtype float16"
-    assert refuses(q=q.clone().requires_grad_()) == "a gradient is needed"
+    assert refuses(q=q.clone().requires_grad_()) == ""
     assert refuses(kv=normal(4, 128)[:, ::2]) == "a pool whose rows are not contiguous"
     assert refuses(kv=normal(4, 32)) == "rows of 32 numbers for queries of 64"
     chosen = torch.zeros(4, 2, dtype=torch.int32)

@@ -4,6 +4,7 @@ schedule of phases that cannot be; figures of three short phases that a refactor
 """
 
 import importlib.util
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4 import ModelConfig, UserError
+from dsv4 import ModelConfig, UserError, ops
 from dsv4.cli.progress import training_progress
 from dsv4.config import preset_of
 from dsv4.settings import merge
@@ -240,7 +241,7 @@ def test_the_recipe_and_its_settings(tmp_path: Path) -> None:
 
 # --- golden figures -------------------------------------------------------------------------------
 
-# figure -> (allowed on the processor family that the numbers were born on, allowed elsewhere)
+# figure -> (allowed on the processor family and with the ops that the numbers were born on, allowed elsewhere)
 ALLOWED = {
     "loss": (1e-5, 1e-3), "mtp_loss": (1e-5, 1e-3), "balance": (1e-5, 1e-3), "grad_norm": (1e-4, 1e-2),
     "index_kl": (1e-4, 1e-2), "index_recall": (1e-3, 5e-2), "index_mass": (1e-4, 2e-2),
@@ -248,9 +249,18 @@ ALLOWED = {
 }  # fmt: skip
 
 
-def test_three_short_phases_are_what_they_were() -> None:
-    kept, now = golden.kept(), golden.everything()
-    elsewhere = golden.machine()["cpu"] != kept["birth"]["cpu"]
+@pytest.mark.parametrize("form", ["blocked", "auto"])
+def test_three_short_phases_are_what_they_were(form: str) -> None:
+    """They were born with the gradients of `blocked`. Other forms sum in another order, as another processor does: the
+    first 14 updates agree to 3e-7, then single choices of the sparse phase that hang on a rounding fall otherwise.
+    """
+    kept, here = golden.kept(), golden.machine()["cpu"]
+    with ops.using(form):
+        now, alike = golden.everything(), ops.active("sparse_attention") == "blocked"
+    born = here == kept["birth"]["cpu"]
+    elsewhere = not (born and alike)
+    early = (abs(a["loss"] / b["loss"] - 1) for a, b in zip(now, kept["steps"], strict=True))
+    assert not born or max(itertools.islice(early, 14)) < 3e-7
     found = golden.differences(now, kept["steps"])
     wrong = {name: found[name] for name, allowed in ALLOWED.items() if not found[name] <= allowed[elsewhere]}
     assert found.keys() == ALLOWED.keys() and not wrong, f"{wrong}; all: {found}"

@@ -304,6 +304,55 @@ def speed(
 
 
 @bench.command()
+def train(
+    preset: Preset = "bench",
+    context: Annotated[str, typer.Option(help="Tokens of a document, such as 1k,4k,16k (k = 1024).")] = "1k,4k",
+    batch: Annotated[int, typer.Option(min=1, help="Documents in a step.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="Of the computation: float32 or bfloat16; weights are float32.")
+    ] = "float32",
+    against: Annotated[str, typer.Option(help="A peer on the same weights and tokens: transformers.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Figures are medians; the first of several is left out.")] = 4,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute blocks again in the backward pass: slower, less memory.")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also where the time goes, op by op.")] = False,
+    threads: Threads = 0,
+    out: Annotated[Path, typer.Option(help="The rows, as JSON.")] = Path("reports/train.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Training steps over the length of a document, as a share of what this processor can do at best; memory; Muon.
+
+    Example: dsv4 bench train --context 1k,4k,16k --against transformers
+    """
+    import torch
+
+    from dsv4.bench.train import lines, measure, plan
+    from dsv4.cli.cost import parse_contexts
+    from dsv4.errors import UserError
+    from dsv4.files import make_folder, write_json
+
+    if not context.strip():
+        raise UserError("--context is empty: give numbers of tokens, such as 1k,4k")
+    if threads:
+        torch.set_num_threads(threads)
+    names = list(dict.fromkeys(name.strip() for name in against.split(",") if name.strip()))
+    planned = plan(
+        preset, dtype, sorted(parse_contexts(context)), names, batch=batch, steps=steps, recompute=recompute,
+        profile=profile,
+    )  # fmt: skip
+    make_folder(out.parent)
+    rows = []
+    report = {"model": planned.name, "config": planned.config.to_json(), "rows": rows}
+    for row in measure(planned, _note):
+        rows.append(row)
+        write_json(out, report)  # what is there when somebody stops it is kept
+    print(json.dumps(report) if as_json else "\n".join(lines(rows)))
+    if any("skipped" in row for row in rows):
+        raise typer.Exit(1)
+
+
+@bench.command()
 def peers(
     preset: Preset = "",
     device: Device = "auto",

@@ -125,7 +125,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     groups: what `parameter_groups` returns. lr: peak or current rate; `set_lr` changes it. momentum: mu.
     ns: `hybrid10` (V4), `jordan5` (the usual Muon) or `svd` (exact), for ablations. ns_dtype: its arithmetic,
     fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many numbers
-    at a time (the step needs a handful of such buffers), or one matrix where a single one is larger.
+    at a time (the step needs a handful of such buffers), or one matrix where a single one is larger; default: what
+    stays in a processor's cache, or fills a GPU. It changes no bit.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         eps: float = 1e-20,
         ns: str = "hybrid10",
         ns_dtype: torch.dtype = torch.float32,
-        chunk_elements: int = 1 << 25,
+        chunk_elements: int | None = None,
     ) -> None:
         if ns not in ORTHOGONALISERS:
             raise UserError(f"unknown orthogonalisation {ns!r}: choose one of {', '.join(ORTHOGONALISERS)}")
@@ -184,8 +185,9 @@ class HybridOptimizer(torch.optim.Optimizer):
             views = (logical_view(t, stacks) for t in (parameter, momentum, parameter.grad))
             for weight, m, grad in zip(*views, strict=True):
                 piles.setdefault((weight.device, *weight.shape[1:]), []).append((weight, m, grad))
-        for (_, a, b), pile in piles.items():
-            for chunk in _chunks(pile, max(1, self._chunk_elements // (a * b))):
+        for (device, a, b), pile in piles.items():
+            numbers = self._chunk_elements or (1 << 19 if device.type == "cpu" else 1 << 25)
+            for chunk in _chunks(pile, max(1, numbers // (a * b))):
                 ahead = torch.cat([torch.add(grad, m, alpha=mu) for _, m, grad in chunk])  # Nesterov
                 updates = self._orthogonalise(ahead).split([len(weight) for weight, _, _ in chunk])
                 for (weight, _, _), update in zip(chunk, updates, strict=True):

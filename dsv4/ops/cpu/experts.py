@@ -1,9 +1,11 @@
-"""Experts: the routed ones, sorted by expert, and the shared one."""
+"""Experts: the routed ones, sorted by expert, and the shared one. Where a gradient is needed: expert_gradients.py."""
 
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import DTYPES, Kernel, address, values_only
+from dsv4.ops.cpu.expert_gradients import OneExpert, RoutedExperts
+from dsv4.ops.cpu.library import DTYPES, PLAIN, Kernel, address, needs_gradient
+from dsv4.ops.limits import Limits
 from dsv4.ops.weights import PackedMatrix
 
 _experts = Kernel("experts", "pilllppllppppppilllfp")
@@ -38,6 +40,8 @@ def laid_mlp(w1: Weight, w3: Weight, w2: Weight) -> Laid:
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float) -> Tensor:
+    if needs_gradient(x, weights, w13, w2):
+        return RoutedExperts.apply(x, chosen, weights, w13, w2, limit)  # type: ignore[return-value]
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     n, width = x.shape
     inner, out = w2.shape[-1], x.new_empty(n, width, dtype=torch.float32)
@@ -51,6 +55,8 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight,
 
 
 def mlp(x: Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float) -> Tensor:
+    if needs_gradient(x, w1, w3, w2):
+        return OneExpert.apply(x.flatten(0, -2), w1, w3, w2, limit).view(x.shape)  # type: ignore[union-attr]
     x = x.contiguous()
     inner, width = w1.shape
     n = x.numel() // width
@@ -77,12 +83,14 @@ def _zeros(n: int) -> Tensor:
 
 def _experts_shape(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float) -> str:
     if isinstance(w13, PackedMatrix):
+        if needs_gradient(x, weights):
+            return "a gradient through packed weights"
         alike = isinstance(w2, PackedMatrix) and w2.code == w13.code
         aligned = w13.code == "fp4" or (w2.shape[1] % 128 == 0 and w13.shape[1] % 128 == 0)
         return "" if alike and aligned else "packed experts of two formats, or that share a scale"
     if not isinstance(w2, Tensor) or w2.dtype != w13.dtype:
         return "experts of two formats"
-    if x.dtype == torch.bfloat16 != w13.dtype:
+    if x.dtype == torch.bfloat16 != w13.dtype and not needs_gradient(x, weights, w13, w2):
         return "a weight in more precision than what it multiplies"
     _, _, inner, width = w13.shape
     laid = w13.stride()[1:] == (inner * width, width, 1) and w2.stride()[1:] == (inner, 1)
@@ -95,14 +103,14 @@ def _mlp_shape(x: Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float) -> s
     if len(kinds) > 1:
         return "weights of two formats"
     if isinstance(w1, PackedMatrix):
-        return ""
-    if x.dtype == torch.bfloat16 != w1.dtype:
+        return "a gradient through packed weights" if needs_gradient(x) else ""
+    if x.dtype == torch.bfloat16 != w1.dtype and not needs_gradient(x, w1, w3, w2):
         return "a weight in more precision than what it multiplies"
     whole = all(isinstance(w, Tensor) and w.is_contiguous() for w in (w1, w3, w2))
     return "" if whole else "weights that are not contiguous"
 
 
 LIMITS = {
-    "experts": values_only(_experts_shape),
-    "mlp": values_only(_mlp_shape),
+    "experts": Limits(devices=("cpu",), dtypes=PLAIN, also=_experts_shape),
+    "mlp": Limits(devices=("cpu",), dtypes=PLAIN, also=_mlp_shape),
 }

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch  # first: it loads the OpenMP library whose threads the kernels run on
 from torch import Tensor
@@ -113,6 +114,11 @@ PLAIN = (torch.float32, torch.bfloat16)
 def values_only(also: Callable[..., str], dtypes: tuple[torch.dtype, ...] | None = PLAIN) -> Limits:
     """The limits of a form that gives values only, of FP32 and BF16 tensors on the CPU that `also` accepts."""
     return Limits(devices=("cpu",), dtypes=dtypes, gradient=False, also=also)
+
+
+def needs_gradient(*args: Any) -> bool:
+    """Whether a gradient will be asked for with respect to one of these."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def address(x: Tensor | None) -> int | None:

@@ -97,26 +97,6 @@ template <class X> struct Score {
     }
 };
 
-#if defined(__AVX512F__)
-constexpr int MIX_HEADS = 8, MIX_WIDE = 2;
-#else
-constexpr int MIX_HEADS = 4, MIX_WIDE = 2;
-#endif
-
-// mix[h][d] = sum over keys of p[key][h] row[key][d], for MIX_HEADS heads and N vectors of the rows.
-template <int N>
-INLINE void mix_tile(const float* p, long heads, const float* const* rows, long count, long d, float* mix, long width) {
-    vf acc[MIX_HEADS][N] = {};
-    for (long k = 0; k < count; k++) {
-        vf row[N];
-        for (int n = 0; n < N; n++) row[n] = load(rows[k] + d + n * LANES);
-        for (int h = 0; h < MIX_HEADS; h++)
-            for (int n = 0; n < N; n++) acc[h][n] = fused(splat(p[k * heads + h]), row[n], acc[h][n]);
-    }
-    for (int h = 0; h < MIX_HEADS; h++)
-        for (int n = 0; n < N; n++) store(mix + h * width + d + n * LANES, acc[h][n]);
-}
-
 // What a thread works in. X: what scores are multiplied as.
 template <class X> struct Work {
     const X* keys[CHUNK + KEYS];

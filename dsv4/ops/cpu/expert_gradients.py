@@ -1,0 +1,138 @@
+"""Experts under autograd: products by torch, of all tokens of an expert at once, and between them one pass over rows.
+
+Of a call are kept its arguments and the products before the activation, which is computed again in the backward pass.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsv4.ops.cpu.library import Kernel, address
+
+_swiglu = Kernel("swiglu", "pipllfp")
+_swiglu_backward = Kernel("swiglu_backward", "pippllfppp")
+
+
+def _activated(hidden: Tensor, weights: Tensor | None, limit: float) -> Tensor:
+    """weight * clamped SwiGLU of hidden [n, 2 * I] -> [n, I]."""
+    n, wide = hidden.shape
+    act = hidden.new_empty(n, wide // 2)
+    _swiglu(
+        hidden.data_ptr(), hidden.dtype == torch.bfloat16, address(weights), n, wide // 2, limit, act.data_ptr()
+    )  # fmt: skip
+    return act
+
+
+def _activated_backward(
+    hidden: Tensor, weights: Tensor | None, d_act: Tensor, limit: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The activations again, the gradients of hidden and of the weights."""
+    act, d_hidden = torch.empty_like(d_act), torch.empty_like(hidden)
+    d_weights = None if weights is None else torch.empty_like(weights)
+    _swiglu_backward(
+        hidden.data_ptr(), hidden.dtype == torch.bfloat16, address(weights), d_act.data_ptr(), *d_act.shape, limit,
+        act.data_ptr(), d_hidden.data_ptr(), address(d_weights),
+    )  # fmt: skip
+    return act, d_hidden, d_weights
+
+
+class RoutedExperts(torch.autograd.Function):
+    """As ops.experts, of plain weights. Pairs of tokens and experts are sorted by expert; a token's experts are added
+    in the order in which it chose them."""
+
+    @staticmethod
+    def forward(ctx: Any, x, chosen, weights, w13, w2, limit: float):
+        k, dtype = chosen.shape[1], x.dtype
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(w13)).tolist()
+        xs, ws = x[order // k], weights.flatten()[order]
+        hidden = xs.new_empty(len(order), 2 * w13.shape[2])
+        for e, rows in _of_experts(counts):
+            torch.mm(xs[rows], w13[e].flatten(0, 1).to(dtype).T, out=hidden[rows])
+        act, ys = _activated(hidden, ws, limit), xs  # what was multiplied is not needed any more
+        for e, rows in _of_experts(counts):
+            torch.mm(act[rows], w2[e].to(dtype).T, out=ys[rows])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        ctx.save_for_backward(x, ws, w13, w2, hidden, order, back)
+        ctx.counts, ctx.limit, ctx.k = counts, limit, k
+        return _added(ys, back, k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any):
+        x, ws, w13, w2, hidden, order, back = ctx.saved_tensors
+        k, dtype, token = ctx.k, x.dtype, order // ctx.k
+        dy = grads[0].to(dtype)[token]
+        d_act = hidden.new_empty(len(order), w2.shape[2])
+        for e, rows in _of_experts(ctx.counts):
+            torch.mm(dy[rows], w2[e].to(dtype), out=d_act[rows])
+        act, d_hidden, d_ws = _activated_backward(hidden, ws, d_act, ctx.limit)
+        xs, d_w13, d_w2 = x[token], torch.empty_like(w13), torch.empty_like(w2)
+        for e, count in enumerate(ctx.counts):
+            if not count:  # no token came: nothing flows
+                d_w13[e].zero_()
+                d_w2[e].zero_()
+        for e, rows in _of_experts(ctx.counts):
+            _product(dy[rows].T, act[rows], d_w2[e])
+            _product(d_hidden[rows].T, xs[rows], d_w13[e].view(-1, x.shape[1]))
+        d_xs = dy  # its place: it is not needed any more
+        for e, rows in _of_experts(ctx.counts):
+            torch.mm(d_hidden[rows], w13[e].flatten(0, 1).to(dtype), out=d_xs[rows])
+        assert d_ws is not None
+        return _added(d_xs, back, k).to(dtype), None, d_ws[back].view(len(x), k), d_w13, d_w2, None
+
+
+def _added(rows: Tensor, back: Tensor, k: int) -> Tensor:
+    """The sums of each token's k rows, fp32 [n, M]; back: where the rows of a token lie."""
+    places = back.view(-1, k)
+    total = rows[places[:, 0]].float()
+    for slot in range(1, k):
+        total += rows[places[:, slot]]
+    return total
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a b into a gradient of fp32, or of the dtype of both."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has any."""
+    first = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(first, first + count)
+        first += count
+
+
+class OneExpert(torch.autograd.Function):
+    """As ops.mlp, of plain weights and rows x [n, M]."""
+
+    @staticmethod
+    def forward(ctx: Any, x, w1, w3, w2, limit: float):
+        hidden, inner = x.new_empty(len(x), 2 * len(w1)), len(w1)
+        for at, w in ((slice(0, inner), w1), (slice(inner, None), w3)):
+            torch.mm(x, w.to(x.dtype).T, out=hidden[:, at])
+        ctx.save_for_backward(x, w1, w3, w2, hidden)
+        ctx.limit = limit
+        return _activated(hidden, None, limit) @ w2.to(x.dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any):
+        x, w1, w3, w2, hidden = ctx.saved_tensors
+        dy, inner = grads[0], len(w1)
+        act, d_hidden, _ = _activated_backward(hidden, None, dy @ w2.to(dy.dtype), ctx.limit)
+        d_w1, d_w3, d_w2 = (torch.empty_like(w) for w in (w1, w3, w2))
+        _product(dy.T, act, d_w2)
+        d_gate, d_up = d_hidden[:, :inner], d_hidden[:, inner:]
+        _product(d_gate.T, x, d_w1)
+        _product(d_up.T, x, d_w3)
+        return torch.addmm(d_gate @ w1.to(x.dtype), d_up, w3.to(x.dtype)), d_w1, d_w3, d_w2, None

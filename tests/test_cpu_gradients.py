@@ -1,0 +1,116 @@
+"""Failures caught here, in the C++ forms of experts, mlp and the projections under autograd: a value or gradient that
+is not the reference's (sizes that fill no vector, experts without tokens, clamped numbers, bf16 over fp32 weights),
+numbers read that nobody wrote, a call served without its gradient. Attention's are in test_cpu_attention.py.
+
+Truth is ops/reference.py under autograd, in fp32. Tolerances are relative to the largest number, for fp32 sums of a few
+hundred terms.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.ops import reference
+
+cpu = pytest.importorskip("dsv4.ops.cpu")
+library = pytest.importorskip("dsv4.ops.cpu.library")
+
+
+@pytest.fixture(params=library.AVAILABLE)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with library.using_isa(request.param):
+        yield request.param
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(form: Callable, args: tuple) -> list[Tensor]:
+    """What comes out, and the gradient of every tensor of numbers."""
+    mine = [a.detach().clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    out = form(*mine)
+    outs = out if isinstance(out, tuple) else (out,)
+    sum((o.float() * normal(*o.shape, seed=9 + i)).sum() for i, o in enumerate(outs)).backward()
+    return [*(o.detach() for o in outs), *(m.grad for m in mine if torch.is_tensor(m) and m.is_floating_point())]
+
+
+def agree(name: str, args: tuple, tolerance: float) -> None:
+    asked = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    assert cpu.LIMITS[name].refuses(*asked) == ""
+    got, want = gradients(getattr(cpu, name), args), gradients(getattr(reference, name), args)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        away = (a.float() - b.float()).abs().max().item()
+        assert away <= tolerance * max(b.abs().max().item(), 1e-6), f"{name}, number {i}"
+
+
+def experts_case(n: int, width: int, inner: int, count: int, k: int, dtype: torch.dtype = torch.float32) -> tuple:
+    """The last expert gets no token, so its gradient is zero."""
+    chosen = torch.rand(n, count - 1, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :k]
+    weights = normal(n, k, seed=2).abs()
+    w13, w2 = normal(count, 2, inner, width, seed=3), normal(count, width, inner, seed=4)
+    return normal(n, width).to(dtype), chosen, weights, w13, w2, 1.5  # a limit that many numbers are beyond
+
+
+SIZES = [(1, 3, 2, 2, 1), (5, 17, 7, 4, 2), (37, 48, 24, 6, 2), (130, 64, 33, 9, 4)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_experts(isa: str, sizes: tuple[int, ...]) -> None:
+    agree("experts", experts_case(*sizes), 3e-6)
+
+
+@pytest.mark.parametrize(("n", "width", "inner", "count", "k"), SIZES)
+def test_mlp(isa: str, n: int, width: int, inner: int, count: int, k: int) -> None:
+    w1, w3, w2 = normal(inner, width, seed=1), normal(inner, width, seed=2), normal(width, inner, seed=3)
+    agree("mlp", (normal(n, width), w1, w3, w2, 1.5), 3e-6)
+
+
+def projections(n: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
+    """Three heads of 10 numbers, four of them rotated; rotation keeps nothing of what it rotates."""
+    turn = torch.polar(torch.ones(n, 2), normal(n, 2, seed=7))
+    x, wq_a, wq_b, wkv = normal(n, 13), normal(7, 13, seed=1), normal(30, 7, seed=2), normal(10, 13, seed=3)
+    gains, o = (1 + 0.1 * normal(7, seed=4), 1 + 0.1 * normal(10, seed=5)), normal(n, 3, 10, seed=6)
+    into = (x.to(dtype), wq_a, gains[0], wq_b, wkv, gains[1], 3, 1e-6, turn)
+    return {
+        "project_in": into,
+        "project_out": (o.to(dtype), turn, normal(3 * 5, 10, seed=8), 3, normal(13, 15, seed=10)),
+    }
+
+
+@pytest.mark.parametrize("n", [1, 5, 130])
+@pytest.mark.parametrize("name", ["project_in", "project_out"])
+def test_projections(isa: str, name: str, n: int) -> None:
+    agree(name, projections(n)[name], 5e-6)
+
+
+@pytest.mark.parametrize("name", ["project_in", "project_out"])
+def test_projections_in_bf16_over_fp32_weights(isa: str, name: str) -> None:
+    agree(name, projections(37, torch.bfloat16)[name], 2.0**-6)
+
+
+def test_in_bf16_over_fp32_weights(isa: str) -> None:
+    """As training does; a few roundings to 8 bits, of which sums of a few dozen are taken."""
+    agree("experts", experts_case(37, 48, 24, 6, 2, torch.bfloat16), 2.0**-6)
+    args = normal(37, 48).bfloat16(), normal(24, 48, seed=1), normal(24, 48, seed=2), normal(48, 24, seed=3), 1.5
+    agree("mlp", args, 2.0**-6)
+
+
+def test_numbers_on_the_bound_and_numbers_that_are_none(isa: str) -> None:
+    """A clamped number carries no gradient, one on the bound does; a NaN stays in its own row."""
+    x = torch.tensor([[1.0], [2.0], [3.0], [-2.0], [-3.0], [float("nan")]])
+    one = torch.ones(1, 1)
+    got, want = (gradients(form.mlp, (x, one, one, one, 2.0)) for form in (cpu, reference))
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a[:5], b[:5], rtol=1e-5, atol=1e-6)
+    assert got[1][2] == 0 and got[1][1] != 0 and got[0][:5].isfinite().all() and got[0][5].isnan() and got[1][5].isnan()
+
+
+def test_only_those_weights_that_learn_have_a_gradient(isa: str) -> None:
+    x, chosen, weights, w13, w2, limit = experts_case(9, 17, 7, 4, 2)
+    w2.requires_grad_()
+    cpu.experts(x, chosen, weights, w13, w2, limit).sum().backward()
+    assert w2.grad is not None and w2.grad[:3].any() and not w2.grad[3].any() and w13.grad is None
