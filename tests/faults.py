@@ -39,7 +39,7 @@ from dsv4.checkpoint import RunFolder, load
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.settings import merge
-from dsv4.train.log import read_log
+from dsv4.train.log import read_log, reproducible
 from dsv4.train.recipes import RECIPES, RunConfig, resolve
 from dsv4.train.trainer import Trainer
 
@@ -117,7 +117,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     """What a finished run has come to, without its clock."""
     newest = RunFolder(folder).latest()
     assert newest is not None
-    records = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(RunFolder(folder).log)]
+    records = [reproducible(r) for r in read_log(RunFolder(folder).log)]
     digests = {
         n: hashlib.sha256((newest / n).read_bytes()).hexdigest() for n in ("model.safetensors", "optimizer.safetensors")
     }

@@ -19,7 +19,7 @@ from dsv4.cli.progress import training_progress
 from dsv4.config import preset_of
 from dsv4.settings import merge
 from dsv4.train.indexer import is_index_parameter
-from dsv4.train.log import read_log
+from dsv4.train.log import read_log, reproducible
 from dsv4.train.recipes import RECIPES, IndexerConfig, RunConfig, resolve
 from dsv4.train.schedule import index_phase, trunk_step
 from dsv4.train.trainer import Trainer
@@ -67,7 +67,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(folder / "log.jsonl")]
+    return [reproducible(r) for r in read_log(folder / "log.jsonl")]
 
 
 def test_phases_and_the_course_of_the_trunk() -> None:
