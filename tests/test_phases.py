@@ -159,7 +159,7 @@ def test_resume_in_any_phase_is_no_interruption(text: Path, tmp_path: Path, at: 
     for _ in range(at):
         record = parts.step()
         if parts.progress.step % 3 == 0:
-            record["heldout_bpb"] = parts.evaluate()
+            record |= {"heldout_bpb": parts.evaluate()} | parts.look_inside()
         parts.log.write(record)
     parts.save()
     parts.close()

@@ -10,24 +10,31 @@ from typing import Any
 
 from dsv4.checkpoint import read_config, resolve_checkpoint
 from dsv4.config import AnyConfig, ModelConfig, kind_of, preset_of
-from dsv4.errors import UserError, nearest
+from dsv4.errors import UserError, nearest, shown
 from dsv4.settings import merge, read_overrides, read_yaml
 from dsv4.train.dataconfig import DataConfig
 from dsv4.train.optim import ORTHOGONALISERS
 from dsv4.train.schedule import check_schedule, decay_steps
 
+DTYPES = ("float32", "bfloat16")  # of Newton-Schulz
 LARGEST = 10**12  # of whatever is counted: more would be a slip of the keyboard
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Muon and AdamW share one learning rate (paper section 2.4); weight decay as in the paper."""
+    """Muon and AdamW share one learning rate (paper section 2.4); weight decay as in the paper.
+
+    newton_schulz: how Muon orthogonalises, a key of optim.ORTHOGONALISERS (ops/newton_schulz.py has the coefficients and
+    their sources); newton_schulz_dtype: of its arithmetic. heads_apart: each head of the queries' projection is a matrix.
+    """
 
     lr: float = 2.7e-4
     weight_decay: float = 0.1
     momentum: float = 0.95
     clip: float = 1.0
-    ns: str = "hybrid10"
+    newton_schulz: str = "hybrid10"
+    newton_schulz_dtype: str = "float32"
+    heads_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,10 +167,10 @@ def _check_optim(o: OptimConfig) -> None:
         raise UserError(f"optim.momentum={o.momentum} must be at least 0 and below 1")
     if not o.clip > 0:
         raise UserError(f"optim.clip={o.clip} must be a positive norm, or inf for no clipping")
-    if o.ns not in ORTHOGONALISERS:
-        raise UserError(
-            f"optim.ns={o.ns!r} must be one of {', '.join(ORTHOGONALISERS)}{nearest(o.ns, ORTHOGONALISERS)}"
-        )
+    for name, known in (("newton_schulz", ORTHOGONALISERS), ("newton_schulz_dtype", DTYPES)):
+        value = getattr(o, name)
+        if value not in known:
+            raise UserError(f"optim.{name}={shown(value)} must be one of {', '.join(known)}{nearest(value, known)}")
 
 
 def _check_indexer(i: IndexerConfig, model: AnyConfig, steps: int) -> None:
@@ -293,7 +300,7 @@ def resolve(
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}{nearest(recipe, RECIPES)}")
     config = _started(RECIPES[recipe](), start_from) if start_from else RECIPES[recipe]()
-    settings = {} if yaml_file is None else read_yaml(yaml_file)
+    settings = {} if yaml_file is None else renamed(read_yaml(yaml_file))
     given, rest = _named(overrides or [])
     chosen = {**_named_in(settings), **given}
     if chosen.get("kind", "v4") != "v4":
@@ -307,6 +314,14 @@ def resolve(
             raise UserError("data.path is given twice, as an override and as --data: give it once")
         changes.setdefault("data", {})["path"] = data
     return _merge(config, changes)
+
+
+def renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with names that have changed since it was started as they are now."""
+    optim = settings.get("optim")
+    if isinstance(optim, dict) and "ns" in optim and "newton_schulz" not in optim:
+        settings = {**settings, "optim": {"newton_schulz" if k == "ns" else k: v for k, v in optim.items()}}
+    return settings
 
 
 def _started(config: RunConfig, start_from: str) -> RunConfig:

@@ -93,11 +93,15 @@ class Trainer:
         self.model = controls.build(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
         if started is not None:
             copy_weights(started, self.model)
-        groups = parameter_groups(self.model.named_parameters(), config.model, weight_decay=config.optim.weight_decay)
+        o = config.optim
+        groups = parameter_groups(
+            self.model.named_parameters(), config.model, weight_decay=o.weight_decay, heads_apart=o.heads_apart
+        )
         named = dict(self.model.named_parameters())
         self.indexers = [p for name, p in named.items() if is_index_parameter(name)]
         self.others = [p for name, p in named.items() if not is_index_parameter(name)]
-        self.optimizer = HybridOptimizer(groups, config.optim.lr, momentum=config.optim.momentum, ns=config.optim.ns)
+        ns_dtype = torch.bfloat16 if o.newton_schulz_dtype == "bfloat16" else torch.float32
+        self.optimizer = HybridOptimizer(groups, o.lr, momentum=o.momentum, ns=o.newton_schulz, ns_dtype=ns_dtype)
         self.batches = Batches(
             self.train_data, config.data.tokens_per_step, seed=config.seed, seq_len=config.data.seq_len,
             whole=config.data.packs_whole,
