@@ -14,6 +14,7 @@ from dsv4.cli.progress import preparation_progress, shown_as_long_as_read, train
 from dsv4.measure.ceilings import multiply_rate
 from dsv4.train.log import plot_loss
 from dsv4.train.memory import keep_freed_memory
+from dsv4.train.plan import lines, plan
 from dsv4.train.recipes import RunConfig, resolve
 from dsv4.train.trackers import check_tracker, tracking
 from dsv4.train.trainer import NotFinite, Trainer
@@ -25,7 +26,9 @@ MANY_PASSES = 4.0  # over the same text: from about here a model learns it by he
 
 def train(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=3e-4.")] = None,
-    recipe: Annotated[str, typer.Option(help="tiny, phases, demo, small, base or sft.")] = "small",
+    recipe: Annotated[
+        str, typer.Option(help="tiny_cpu, phases, demo, small_cpu, base_1gpu, sft, flash_shape or pro_shape.")
+    ] = "small",
     config: Annotated[Path | None, typer.Option(help="YAML with settings, such as a run's config.yaml.")] = None,
     data: Annotated[str, typer.Option(help="Text to learn from: a file, a folder or hf:NAME; default: embedded.")] = "",
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/train"),
@@ -36,6 +39,10 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the computation; master weights are float32.")] = "float32",
     tracker: Annotated[str, typer.Option("--log", help="trackio, wandb or tensorboard, beside log.jsonl.")] = "",
+    planned: Annotated[bool, typer.Option("--plan", help="Print what the run takes, and do nothing.")] = False,
+    ranks: Annotated[int, typer.Option(help="With --plan: accelerators that share the run.")] = 1,
+    mfu: Annotated[float, typer.Option(help="With --plan: the share of their bf16 rate that is reached.")] = 0.4,
+    hardware: Annotated[str, typer.Option(help="With --plan: the accelerator, such as h200, b200 or mi355x.")] = "h200",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per step instead of progress.")] = False,
 ) -> None:
     """Train a model.
@@ -46,9 +53,14 @@ def train(
     indexer and save settings.
 
     Example: dsv4 train --recipe small --data my_texts/ --out runs/mine optim.lr=1e-3 schedule.steps=2000
+    What V4-Pro would take: dsv4 train --recipe pro_shape --plan --ranks 2048 --mfu 0.35
     Fine-tuning: dsv4 train --recipe sft --from runs/mine --data chats.jsonl --out runs/chat
     """
     run = resolve(recipe, config, settings, data=data, start_from=start_from)
+    if planned:
+        found = plan(run, ranks=ranks, mfu=mfu, hardware=hardware)
+        print(json.dumps(found) if as_json else "\n".join(lines(found)))
+        return
     trainer = run_training(run, out, resume=resume, device=device, dtype=dtype, as_json=as_json, tracker=tracker)
     print(f"{'finished' if trainer.finished else 'stopped'}: {out}", file=sys.stderr)
     if not trainer.finished:

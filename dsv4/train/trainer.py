@@ -32,6 +32,7 @@ from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
 from dsv4.train.mixture import Mixture
 from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
+from dsv4.train.plan import check_memory
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, absolute_path, prepare_data
 from dsv4.train.schedule import decay_steps, index_phase, lr_scale, mtp_weight, trunk_step
@@ -77,6 +78,7 @@ class Trainer:
         begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
         config = replace(config, data=absolute(config.data), start_from=begins)
         started = load_model(begins, config=config.model) if begins and checkpoint is None else None
+        check_memory(config, torch.device(device))
         make_folder(folder)
         self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
         remove_leftovers(folder)
