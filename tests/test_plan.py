@@ -1,6 +1,6 @@
-"""Failures caught here: a plan that leaves a parameter out, sends it elsewhere than the optimiser does, or counts other bytes
-than a run allocates; a cluster's recipe that cannot be planned on a laptop, or is begun on one and dies half way; a run
-that would fit refused; numbers in a plan that do not belong together.
+"""Failures caught here: a plan that leaves a parameter out, sends it elsewhere than the optimiser does, or counts other
+bytes than a run allocates; a cluster's recipe that cannot be planned on a laptop, or is begun on one and dies half
+way; a run that would fit refused; numbers in a plan that do not belong together.
 """
 
 import json

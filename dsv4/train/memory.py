@@ -1,5 +1,5 @@
-"""The machine's memory: how much there is, and keeping freed blocks in the process, since training on a CPU allocates and
-frees the same large ones in every step.
+"""The machine's memory: how much there is, and keeping freed blocks in the process, since training on a CPU allocates
+and frees the same large ones in every step.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 
 def machine_bytes(device: torch.device) -> int:
-    """All the memory that there is for a process: of its GPU, or of the machine, less where a container is given less."""
+    """All the memory that there is for a process: of its GPU, or of the machine, or of the container it is in."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

@@ -136,9 +136,9 @@ class HybridOptimizer(torch.optim.Optimizer):
     parameters are. A step is deterministic: same state and gradients, same bits.
 
     groups: what `parameter_groups` returns. lr: peak or current rate; `set_lr` changes it. momentum: mu.
-    ns: `hybrid10` (V4), `jordan5` (the usual Muon), `polar_express` or `svd` (exact), for ablations. ns_dtype: its arithmetic,
-    fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many numbers
-    at a time (the step needs a handful of such buffers), or one matrix where a single one is larger.
+    ns: `hybrid10` (V4), `jordan5` (the usual Muon), `polar_express` or `svd` (exact), for ablations. ns_dtype: its
+    arithmetic, fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many
+    numbers at a time (the step needs a handful of such buffers), or one matrix where a single one is larger.
     """
 
     def __init__(

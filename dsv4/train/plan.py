@@ -1,8 +1,8 @@
 """What a run would take, before it takes it: which parameter goes to which optimiser and why, memory, FLOPs, time.
 
-The model is built on the meta device, where it has shapes and no numbers, so that V4-Pro is planned on a laptop. Weights,
-gradients and momenta are counted exactly: fp32, spread evenly over the ranks. Activations are what any backward pass has
-to keep, not what one of ours keeps, so they are a lower bound.
+The model is built on the meta device, where it has shapes and no numbers, so that V4-Pro is planned on a laptop.
+Weights, gradients and momenta are counted exactly: fp32, spread evenly over the ranks. Activations are an estimate from
+below: what enters the products with weights, not all that our backward pass keeps.
 """
 
 import math

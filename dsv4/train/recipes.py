@@ -24,8 +24,8 @@ LARGEST = 10**12  # of whatever is counted: more would be a slip of the keyboard
 class OptimConfig:
     """Muon and AdamW share one learning rate (paper section 2.4); weight decay as in the paper.
 
-    newton_schulz: how Muon orthogonalises, a key of optim.ORTHOGONALISERS (ops/newton_schulz.py has the coefficients and
-    their sources); newton_schulz_dtype: of its arithmetic. heads_apart: each head of the queries' projection is a matrix.
+    newton_schulz: how Muon orthogonalises, a key of optim.ORTHOGONALISERS (ops/newton_schulz.py has the coefficients
+    and their sources); newton_schulz_dtype: of its arithmetic. heads_apart: each head of wq_b is a matrix of its own.
     """
 
     lr: float = 2.7e-4
@@ -281,8 +281,8 @@ def sft() -> RunConfig:
 
 
 def flash_shape() -> RunConfig:
-    """V4-Flash as the paper trains it at 64K, for a cluster: 32T tokens in steps of 75.5M. `dsv4 train --plan` says what
-    it takes. The paper's other lengths are data.seq_len=4096, 16384 and 1048576 (section 4.2.2)."""
+    """V4-Flash as the paper trains it at 64K, for a cluster: 32T tokens in steps of 75.5M. `dsv4 train --plan` says
+    what it takes. The paper's other lengths are data.seq_len=4096, 16384 and 1048576 (section 4.2.2)."""
     return _shape("flash", tokens=75_497_472, steps=424_000, lr=2.7e-4)
 
 
@@ -292,8 +292,8 @@ def pro_shape() -> RunConfig:
 
 
 def _shape(preset: str, *, tokens: int, steps: int, lr: float) -> RunConfig:
-    """What the paper states of both: 2000 steps of warm-up, a final rate of a tenth, MTP 0.3 and then 0.1, balance 1e-4,
-    bias 1e-3, Muon's values (section 4.2.2). Where the decay begins it does not say: here at 70%."""
+    """What the paper states of both: 2000 steps of warm-up, a final rate of a tenth, MTP 0.3 and then 0.1, balance
+    1e-4, bias 1e-3, Muon's values (section 4.2.2). Where the decay begins it does not say: here at 70%."""
     return RunConfig(
         model=ModelConfig.preset(preset),
         data=DataConfig(seq_len=65536, tokens_per_step=tokens),
