@@ -607,7 +607,7 @@ def test_state_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ns": "hybrid"}, "hybrid10, jordan5, svd"),
+        ({"ns": "hybrid"}, "hybrid10, jordan5, polar_express, svd"),
         ({"lr": -1.0}, "-1.0"),
         ({"lr": float("nan")}, "nan"),
         ({"momentum": 1.0}, "momentum is 1.0"),
