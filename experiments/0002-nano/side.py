@@ -47,11 +47,22 @@ def stream(job: dict[str, Any]) -> torch.Tensor:
 
 
 def watched(model: Any) -> dict[Any, torch.Tensor]:
-    """Learned routers and what they chose last, kept up to date; its own recipe leaves their biases at 0."""
+    """Layers with a learned router and what it chose last, kept up to date; its own recipe leaves the biases at 0."""
     last: dict[Any, torch.Tensor] = {}
+
+    def watch(layer: Any) -> None:
+        route = layer.route
+
+        def noted(*given: Any) -> Any:
+            found = route(*given)
+            last[layer] = found[0].detach()
+            return found
+
+        layer.route = noted
+
     for module in model.modules():
-        if hasattr(module, "update_balance_bias"):
-            module.register_forward_hook(lambda router, given, out: last.__setitem__(router, out[0].detach()))
+        if getattr(module, "layer_type", "") == "moe" and hasattr(module, "update_balance_bias"):
+            watch(module)
     return last
 
 
