@@ -39,12 +39,13 @@ from dsv4.checkpoint import RunFolder, load
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.settings import merge
-from dsv4.train.log import read_log
+from dsv4.train.log import read_log, reproducible
 from dsv4.train.recipes import RECIPES, RunConfig, resolve
 from dsv4.train.trainer import Trainer
 
 LIMIT_S = 60.0  # a training of this size takes about a second: longer is a hang
 MEMORY_BYTES = 600 << 20  # above what a forked process begins with; the pages of libraries come in on top of that
+SAVING = ", while a checkpoint was written"
 CRASHED, REFUSED, BROKE = 137, 3, 5  # exit codes of the forked process
 KINDS = ("checkpoint", "state", "data", "config", "published")  # of files that are mutated
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from".split()
@@ -83,8 +84,21 @@ class Bench:
         assert code == 0, said
         self.expected = fingerprint(self.whole)
 
-    def train(self, folder: Path, config: RunConfig | None = None) -> None:
-        Trainer(config or self.config, folder, resume="auto").run()
+    def train(self, folder: Path, config: RunConfig | None = None, *, samples: Path | None = None) -> None:
+        """samples: gets a line with the digest of what each update learned from, before anything of it is kept."""
+        run = Trainer(config or self.config, folder, resume="auto")
+        gradient = run._gradient
+
+        def noted(step: int, mtp: float) -> Any:
+            batch = run.batches.batch(step)
+            digest = hashlib.sha256(batch.ids.numpy().tobytes() + batch.targets.numpy().tobytes()).hexdigest()
+            with samples.open("a") as file:  # type: ignore[union-attr]
+                file.write(f"{step} {digest}\n")
+            return gradient(step, mtp)
+
+        if samples is not None:
+            run._gradient = noted  # type: ignore[method-assign]
+        run.run()
 
     def folder(self) -> Path:
         self._number += 1
@@ -95,11 +109,11 @@ class Bench:
         shutil.copytree(self.whole, target)
         return target
 
-    def resumed(self, folder: Path, first: Outcome) -> Outcome:
+    def resumed(self, folder: Path, first: Outcome, train: Callable[[], None] | None = None) -> Outcome:
         """What a fault of the machine comes to: the outcome of going on after it."""
         if first.kind == "wrong":
             return first
-        outcome = judged(lambda: self.train(folder), lambda: self.difference(folder))
+        outcome = judged(train or (lambda: self.train(folder)), lambda: self.difference(folder))
         if outcome.kind != "right":
             return Outcome("wrong", f"after {first.detail!r} resuming gave: {outcome.detail}")
         shutil.rmtree(folder)
@@ -117,11 +131,18 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     """What a finished run has come to, without its clock."""
     newest = RunFolder(folder).latest()
     assert newest is not None
-    records = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(RunFolder(folder).log)]
+    records = [reproducible(r) for r in read_log(RunFolder(folder).log)]
     digests = {
         n: hashlib.sha256((newest / n).read_bytes()).hexdigest() for n in ("model.safetensors", "optimizer.safetensors")
     }
-    return {**digests, "log": records, "checkpoints": [p.name for p in RunFolder(folder).numbered().values()]}
+    state = json.loads((newest / "state.json").read_text())
+    del state["seconds"]
+    return {
+        **digests,
+        "state": state,
+        "log": records,
+        "checkpoints": [p.name for p in RunFolder(folder).numbered().values()],
+    }
 
 
 # --- one process, one fault ------------------------------------------------------------------------------------------
@@ -297,27 +318,36 @@ def full_disks(bench: Bench, every: int = 1, offset: int = 0) -> Iterator[Outcom
 
 
 def kills(bench: Bench, count: int, seed: int = 0) -> Iterator[Outcome]:
-    """kill -9 at random moments of a run."""
+    """kill -9 at random moments of a run. Right is: weights, router biases, momenta, progress and log are those of the
+    undisturbed run, and every update, also one that was done twice, learned from the same samples."""
     rng = random.Random(seed)
     began = time.monotonic()
-    folder = bench.folder()
-    forked(lambda: bench.train(folder))
+    folder, samples = bench.folder(), bench.root / "samples"
+    forked(lambda: bench.train(folder, samples=samples))
     shutil.rmtree(folder)
-    whole = time.monotonic() - began
+    whole, expected = time.monotonic() - began, samples.read_text().splitlines()
+    assert [line.split()[0] for line in expected] == [str(n) for n in range(bench.config.schedule.steps)]
     for _ in range(count):
         folder, moment = bench.folder(), rng.random() * whole
+        samples.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1), os.dup2(null, 2)
             try:
-                bench.train(folder)
+                bench.train(folder, samples=samples)  # noqa: B023
             finally:
                 os._exit(0)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        yield bench.resumed(folder, Outcome("right", f"killed after {moment:.2f} s"))
+        saving = any((folder / "checkpoints").glob(".*.tmp")) if folder.exists() else False
+        first = Outcome("right", f"killed after {moment:.2f} s{SAVING if saving else ''}")
+        outcome = bench.resumed(folder, first, lambda: bench.train(folder, samples=samples))  # noqa: B023
+        seen = samples.read_text().splitlines() if samples.exists() else []
+        if outcome.kind != "wrong" and sorted(set(seen)) != sorted(expected):
+            outcome = Outcome("wrong", f"{first.detail}: other samples were learned from: {seen}")
+        yield outcome
 
 
 def races(bench: Bench, count: int) -> Iterator[Outcome]:
@@ -461,23 +491,27 @@ def _means_what_it_says(file: Path) -> None:
 # --- the whole of it -------------------------------------------------------------------------------------------------
 
 
-def everything(bench: Bench, part: int, parts: int) -> Iterator[tuple[str, Outcome]]:
-    """(kind, outcome) of every fault, or of this part of them."""
+def everything(
+    bench: Bench, part: int, parts: int, kills_in_all: int = 200, only: str = ""
+) -> Iterator[tuple[str, Outcome]]:
+    """(kind, outcome) of every fault, or of this part of them; only: those of one kind."""
     kinds: dict[str, Iterator[Outcome]] = {
         "crash": crashes(bench, parts, part),
         "disk full": full_disks(bench, parts, part),
         **{f"mutated {k}": mutations(bench, k, 300 // parts, part) for k in KINDS},
-        "kill -9": kills(bench, 60 // parts, part),
+        "kill -9": kills(bench, -(-kills_in_all // parts), part),
         "race": races(bench, 6 // parts),
     }
     for kind, outcomes in kinds.items():
-        for outcome in outcomes:
-            yield kind, outcome
+        for outcome in outcomes if only in ("", kind) else ():
+            yield kind + (SAVING if SAVING in outcome.detail else ""), outcome
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2, help="how many work side by side")
+    parser.add_argument("--kills", type=int, default=200, help="moments of a run at which it is killed")
+    parser.add_argument("--only", default="", help='one kind alone, such as "kill -9"')
     parser.add_argument("--verbose", action="store_true", help="print every outcome")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -489,7 +523,8 @@ def main() -> int:
             child = os.fork()
             if child == 0:
                 with (root / f"outcomes-{part}").open("w") as out:
-                    for kind, outcome in everything(Bench(root / str(part)), part, options.processes):
+                    bench = Bench(root / str(part))
+                    for kind, outcome in everything(bench, part, options.processes, options.kills, options.only):
                         out.write(json.dumps([kind, outcome.kind]) + "\n")
                         if options.verbose or outcome.kind == "wrong":
                             print(f"{outcome.kind:9s} {kind}: {outcome.detail}", flush=True)
@@ -502,9 +537,9 @@ def main() -> int:
             for line in (root / f"outcomes-{part}").read_text().splitlines():
                 kind, outcome = json.loads(line)
                 table.setdefault(kind, Counter())[outcome] += 1
-    print(f"{'':20s}{'right':>9s}{'sentence':>10s}{'wrong':>7s}")
+    print(f"{'':40s}{'right':>9s}{'sentence':>10s}{'wrong':>7s}")
     for kind, counts in table.items():
-        print(f"{kind:20s}{counts['right']:9d}{counts['sentence']:10d}{counts['wrong']:7d}")
+        print(f"{kind:40s}{counts['right']:9d}{counts['sentence']:10d}{counts['wrong']:7d}")
     print(f"{sum(map(Counter.total, table.values()))} faults in {time.monotonic() - began:.0f} s")
     return 1 if any(counts["wrong"] for counts in table.values()) else 0
 

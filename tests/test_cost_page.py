@@ -4,15 +4,13 @@ command line, or a page that cannot be written, without a one-sentence answer be
 """
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from browser import chromium, drawn, holds_everything_itself
 from typer.testing import CliRunner
 
 from dsv4.cli import application
@@ -22,36 +20,7 @@ from dsv4.cost.flops import KINDS, SCHEMES
 from dsv4.cost.tables import bytes_, flops, tokens
 from dsv4.errors import FileError, UserError
 
-# Measures what was drawn: each figure's place, its visible shapes and its words; and what was fetched.
-PROBE = """<script>
-const figures = [...document.querySelectorAll('figure')].map(f => {
-  const box = f.querySelector('svg').getBoundingClientRect();
-  const seen = e => { const b = e.getBoundingClientRect(); return b.width * b.height > 0; };
-  return {id: f.id, x: box.x, y: box.y + scrollY, width: box.width, height: box.height,
-          shapes: [...f.querySelectorAll('path, use')].filter(seen).length,
-          words: [...f.querySelectorAll('text')].filter(seen).map(t => t.textContent)};
-});
-document.body.dataset.found = JSON.stringify(
-  {figures, fetched: performance.getEntriesByType('resource').map(r => r.name), height: document.body.scrollHeight});
-</script></body>"""
 BLUE, ORANGE = (47, 95, 208), (208, 117, 47)  # Pro and Flash
-
-
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        assert not os.environ.get("CI"), "CI has to open the page in a browser: install chromium"
-        pytest.skip("no Chromium on this machine; on Debian: apt install chromium")
-    return found
-
-
-def chromium(*arguments: str, folder: Path) -> str:
-    """A headless run without network (no name resolves), in a profile of its own."""
-    command = [
-        browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +32,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_holds_everything_itself(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    assert "<script" not in text and "@import" not in text and "<link" not in text
-    named = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]*)', text)
-    assert named and all(place.startswith("#") for place in named)
-    ids = re.findall(r'\bid="([^"]*)"', text)
-    assert len(ids) == len(set(ids)), "figures share a page, so their ids must differ"
+    holds_everything_itself(page)
 
 
 def test_the_plots_are_drawn_in_a_browser(page: Path) -> None:
-    probed = page.with_name("probed.html")
-    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
-    dom = chromium("--dump-dom", "--window-size=1100,900", f"file://{probed}", folder=page.parent)
-    attribute = re.search(r'data-found="([^"]*)"', dom)
-    assert attribute, "the page did not load"
-    found = json.loads(attribute[1].replace("&quot;", '"'))
+    found = drawn(page)
     assert found["fetched"] == []
     figures = {f["id"]: f for f in found["figures"]}
     assert list(figures) == ["against-context", "components", "causes", "fits-0", "fits-1"]
@@ -97,8 +56,8 @@ def test_the_plots_are_drawn_in_a_browser(page: Path) -> None:
         f = figures[name]
         part = pixels[int(f["y"]) : int(f["y"] + f["height"]), int(f["x"]) : int(f["x"] + f["width"])]
         for colour in colours:
-            drawn = (np.abs(part - np.array(colour)).max(axis=-1) < 12).sum()
-            assert drawn > 300, f"{name}: {drawn} pixels of {colour}"
+            pixels_of_it = (np.abs(part - np.array(colour)).max(axis=-1) < 12).sum()
+            assert pixels_of_it > 300, f"{name}: {pixels_of_it} pixels of {colour}"
 
 
 def cost(*arguments: str) -> str:

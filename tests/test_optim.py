@@ -16,7 +16,7 @@ from dsv4 import controls
 from dsv4.config import ModelConfig, V32Config, preset_of
 from dsv4.errors import UserError
 from dsv4.model.transformer import Transformer
-from dsv4.ops.newton_schulz import HYBRID, JORDAN, newton_schulz, polar
+from dsv4.ops.newton_schulz import HYBRID, JORDAN, POLAR_EXPRESS, newton_schulz, polar
 from dsv4.train.optim import (
     HybridOptimizer,
     clip_gradients,
@@ -102,6 +102,52 @@ def test_five_steps_are_worse() -> None:
     """The usual Muon leaves the values far from one: the ablation switch really switches."""
     values = singular_values(newton_schulz(gaussian(256, 1024), JORDAN))
     assert values.min() < 0.75 and values.max() > 1.1
+
+
+def test_each_step_of_polar_express_is_the_nearest_quintic() -> None:
+    """Of all odd quintics the nearest to 1 over an interval leaves its error with alternating sign at four points, the
+    ends among them (Chebyshev). The interval of a step is what the one before has left."""
+    low, high = 1e-3, 1.0
+    for step in POLAR_EXPRESS:
+        values = torch.linspace(low, high, 400_001, dtype=torch.float64)
+        error = 1 - through(values, [step])
+        most = error.abs().max().item()
+        turns = ((error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) <= 0).nonzero()[:, 0] + 1
+        extremes = torch.stack([error[0], *error[turns], error[-1]])
+        if most > 1e-4:  # beyond that the six digits of a coefficient are seen
+            assert len(extremes) == 4
+            torch.testing.assert_close(extremes, most * torch.tensor([1.0, -1, 1, -1]).double(), rtol=1e-3, atol=1e-5)
+        low, high = 1 - most, 1 + most
+    assert low > 1 - 1e-6 and high < 1 + 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("shape", [(256, 1024), (1024, 256), (24, 512), (53, 37)])
+def test_singular_values_of_polar_express(shape: tuple[int, int], dtype: torch.dtype, near: float) -> None:
+    m = gaussian(*shape)
+    assert singular_values(m).min() > 1e-3 * m.double().norm()
+    values = singular_values(newton_schulz(m, POLAR_EXPRESS, dtype=dtype))
+    assert (values - 1).abs().max() < near
+
+
+def test_heads_apart() -> None:
+    """Each head's block of the queries' projections is orthogonalised as if it were a parameter of its own."""
+    c = CONFIG
+    named = dict(Transformer(c).named_parameters())
+    indexer = next(name for name in named if name.endswith(".indexer.wq_b.weight"))
+    shapes = {
+        "layers.2.attn.wq_b.weight": (c.num_attention_heads, c.head_dim, c.q_lora_rank),
+        indexer: (c.index_n_heads, c.index_head_dim, c.q_lora_rank),
+    }
+    for name, (heads, width, columns) in shapes.items():
+        shape = named[name].shape
+        assert logical_matrices(name, shape, c) == [(1, heads * width, columns)]
+        assert logical_matrices(name, shape, c, heads_apart=True) == [(heads, width, columns)]
+    groups = parameter_groups(named.items(), c, heads_apart=True)
+    apart = dict(zip(groups[0]["names"], groups[0]["matrices"], strict=True))
+    plain = parameter_groups(named.items(), c)[0]
+    differ = {n for n, stacks in zip(plain["names"], plain["matrices"], strict=True) if apart[n] != stacks}
+    assert differ == {n for n in named if n.endswith(".wq_b.weight")}
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (24, 512), (53, 37)])
@@ -561,7 +607,7 @@ def test_state_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ns": "hybrid"}, "hybrid10, jordan5, svd"),
+        ({"ns": "hybrid"}, "hybrid10, jordan5, polar_express, svd"),
         ({"lr": -1.0}, "-1.0"),
         ({"lr": float("nan")}, "nan"),
         ({"momentum": 1.0}, "momentum is 1.0"),

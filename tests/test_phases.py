@@ -20,7 +20,7 @@ from dsv4.cli.progress import training_progress
 from dsv4.config import preset_of
 from dsv4.settings import merge
 from dsv4.train.indexer import is_index_parameter
-from dsv4.train.log import read_log
+from dsv4.train.log import read_log, reproducible
 from dsv4.train.recipes import RECIPES, IndexerConfig, RunConfig, resolve
 from dsv4.train.schedule import index_phase, trunk_step
 from dsv4.train.trainer import Trainer
@@ -68,7 +68,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(folder / "log.jsonl")]
+    return [reproducible(r) for r in read_log(folder / "log.jsonl")]
 
 
 def test_phases_and_the_course_of_the_trunk() -> None:
@@ -160,7 +160,7 @@ def test_resume_in_any_phase_is_no_interruption(text: Path, tmp_path: Path, at: 
     for _ in range(at):
         record = parts.step()
         if parts.progress.step % 3 == 0:
-            record["heldout_bpb"] = parts.evaluate()
+            record |= {"heldout_bpb": parts.evaluate()} | parts.look_inside()
         parts.log.write(record)
     parts.save()
     parts.close()

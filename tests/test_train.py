@@ -30,7 +30,7 @@ from dsv4.text import ByteTokenizer
 from dsv4.train import state as train_state
 from dsv4.train.balance import learned_gates, update_balance_bias
 from dsv4.train.batches import split
-from dsv4.train.log import FAR, WINDOW, LossWatch, plot_loss, read_log, smoothed
+from dsv4.train.log import FAR, WINDOW, LossWatch, plot_loss, read_log, reproducible, smoothed
 from dsv4.train.loss import (
     balance_loss,
     count_totals,
@@ -78,7 +78,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def figures(folder: Path) -> list[dict]:
     """The log without its clock."""
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(folder / "log.jsonl")]
+    return [reproducible(r) for r in read_log(folder / "log.jsonl")]
 
 
 # --- losses ---

@@ -1,7 +1,8 @@
 """The layout of a run folder, and which checkpoint a path means.
 
 config.yaml              all settings
-log.jsonl, loss.png      the run's own record, and the picture of it
+log.jsonl, loss.png      the run's own record, and the picture of it; report.html, the page that dsv4 report draws
+tracker.json             the id under which a tracker knows the run, where one was asked for
 data/                    the prepared text
 checkpoints/
   step-000123/           weights in the published layout, config.json, tokenizer.json, optimiser, state, digests

@@ -21,6 +21,7 @@ from dsv4.files import reason_of
 VERBS = {
     "demo": "Train a small DeepSeek-V4 in about five minutes on two cores.",
     "train": "Train a model.",
+    "report": "Draw the record of a run as a page with plots.",
     "generate": "Continue one prompt or many.",
     "chat": "Write a text together with a model, turn by turn.",
     "convert": "Write a checkpoint in another layout or format.",

@@ -50,16 +50,21 @@ def page_of(
         *(_what_fits(models, machines) if models else []),
         _claims(found),
         "<h2>Against the context</h2>",
-        _figure("against-context", lambda: _against_context(scheme), "Per decoded token, and per sequence held."),
+        figure("against-context", lambda: _against_context(scheme), "Per decoded token, and per sequence held."),
         "<h2>What it consists of, at 1M tokens</h2>",
-        _figure("components", lambda: _components(found), "Parts of a token's FLOPs and of a sequence's bytes."),
+        figure("components", lambda: _components(found), "Parts of a token's FLOPs and of a sequence's bytes."),
         "<h2>What causes the savings</h2>",
-        _figure("causes", lambda: _causes(found), "Multiplicative Shapley values: the factors multiply to the whole."),
+        figure("causes", lambda: _causes(found), "Multiplicative Shapley values: the factors multiply to the whole."),
         *([] if models else _what_fits(compare.targets(), machines)),
     ]
-    body = "\n".join(parts)
+    return document("What a million tokens cost", parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page of these parts, which needs nothing beside it."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>What a million tokens cost</title><style>{STYLE}</style>"
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
@@ -67,7 +72,7 @@ def _what_fits(models: Mapping[str, AnyConfig], machines: Sequence[hardware.Mach
     parts = ["<h2>What fits</h2>"]
     for number, (name, config) in enumerate(models.items()):
         caption = f"Sequences beside the weights of {name}, 90% of the memory usable; empty: the weights do not fit."
-        parts.append(_figure(f"fits-{number}", lambda c=config: _fits(c, machines), caption))
+        parts.append(figure(f"fits-{number}", lambda c=config: _fits(c, machines), caption))
     return parts
 
 
@@ -118,7 +123,7 @@ def svg(name: str, draw: Callable[[], Any]) -> str:
     return drawn
 
 
-def _figure(name: str, draw: Callable[[], Any], caption: str) -> str:
+def figure(name: str, draw: Callable[[], Any], caption: str) -> str:
     return f'<figure id="{name}">{svg(name, draw)}<figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
@@ -131,7 +136,7 @@ def panels(columns: int, height: float = 3.4, rows: int = 1) -> tuple[Any, Any]:
 
 
 def _against_context(scheme: report.Scheme) -> Any:
-    figure, ((left, right),) = panels(2)
+    drawn, ((left, right),) = panels(2)
     contexts = [max(1, n * 8 * 1024) for n in range(129)]
     for name in ("v3.2", "pro", "flash"):
         config, colour = report.KNOWN[name], COLOURS[name]
@@ -142,18 +147,18 @@ def _against_context(scheme: report.Scheme) -> Any:
         axes.set(title=title, xlabel="context, K tokens", xlim=(0, 1024), ylim=(0, None))
         axes.legend()
         axes.grid(alpha=0.3)
-    return figure
+    return drawn
 
 
 def _components(found: dict[str, Any]) -> Any:
-    figure, ((left, right),) = panels(2, 4.2)
+    drawn, ((left, right),) = panels(2, 4.2)
     for axes, what, unit, title in (
         (left, "components", 1e9, "GFLOP per decoded token"),
         (right, "cache_parts", 1e9, "cache, GB"),
     ):
         _stacked(axes, {n: found[what][n] for n in ("v3.2", "pro", "flash")}, unit)
         axes.set(title=title)
-    return figure
+    return drawn
 
 
 def _stacked(axes: Any, models: dict[str, dict[str, float]], unit: float) -> None:
@@ -170,7 +175,7 @@ def _stacked(axes: Any, models: dict[str, dict[str, float]], unit: float) -> Non
 
 
 def _causes(found: dict[str, Any]) -> Any:
-    figure, ((left, right),) = panels(2, 3.6)
+    drawn, ((left, right),) = panels(2, 3.6)
     for axes, what, title in ((left, "flops_causes", "FLOPs"), (right, "cache_causes", "cache")):
         causes = list(found[what]["pro"])
         for shift, name in ((-0.2, "pro"), (0.2, "flash")):
@@ -184,7 +189,7 @@ def _causes(found: dict[str, Any]) -> Any:
         axes.set_yticklabels([_wrapped(found[what]["pro"][c]["what"]) for c in causes], fontsize=8)
         axes.invert_yaxis()
         axes.legend(loc="lower right")
-    return figure
+    return drawn
 
 
 def _wrapped(text: str) -> str:
@@ -199,7 +204,7 @@ def _fits(config: AnyConfig, machines: Sequence[hardware.Machine]) -> Any:
     rows.sort(key=lambda m: m.usable_bytes)
     contexts = [c for c in MAP_CONTEXTS if c <= config.max_position_embeddings] or [config.max_position_embeddings]
     fits = report.what_fits(config, rows, contexts)
-    figure, ((axes,),) = panels(1, 0.38 * len(rows) + 1.2)
+    drawn, ((axes,),) = panels(1, 0.38 * len(rows) + 1.2)
     shades = [[float("nan") if n < 0 else min(4.0, len(str(n)) - (n == 0)) for n in row] for row in fits]
     axes.pcolormesh(shades, cmap="Blues", vmin=0, vmax=6, edgecolors="white")
     for i, row in enumerate(fits):
@@ -210,4 +215,4 @@ def _fits(config: AnyConfig, machines: Sequence[hardware.Machine]) -> Any:
     axes.invert_yaxis()
     axes.set_xticklabels([f"{c // 1024}" for c in contexts])
     axes.set_yticklabels([f"{m.name} ({m.count * m.device.memory:,.0f} GB)" for m in rows])
-    return figure
+    return drawn

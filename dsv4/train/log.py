@@ -19,6 +19,7 @@ log = logging.getLogger("dsv4")
 
 WINDOW = 10  # losses whose mean is compared with the lowest such mean so far
 FAR = 0.5  # nats above it, and a tenth of it on top: no noise of batches reaches that far
+MACHINE = ("tokens_per_second", "optimizer_share", "memory_bytes", "mfu")  # of the machine that ran, not of the run
 SMOOTHED = 0.9  # weight of the past in the picture's smoothed line
 
 
@@ -77,6 +78,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if damaged:
         log.warning("%s has %d damaged lines, which are left out", path, damaged)
     return records
+
+
+def reproducible(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says that the same run says again anywhere and at any time."""
+    return {name: value for name, value in record.items() if name not in MACHINE}
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

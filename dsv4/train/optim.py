@@ -11,7 +11,7 @@ because a gain pulled to zero mutes its channel, and a sink or a bias pulled to 
 What Muon orthogonalises are the matrices of the paper's equations, one by one, however they are stored: each
 expert's gate, up and down; the g groups of `wo_a`; W_pre, W_post and W_res inside an mHC `fn`; the two series
 a and b inside a CSA compressor's `wkv` and `wgate`; W^DKV and W^KR inside V3.2's `wkv_a`. All heads of `wq_b` are one
-matrix there, W^UQ.
+matrix there, W^UQ; with `heads_apart` each is one of its own.
 
 The learning-rate course belongs to `schedule.py`, losses and loops to `trainer.py`. Hyper-parameters belong
 to the run's configuration: the state is tensors only, by parameter name, so that safetensors can hold it.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dsv4.config import AnyConfig, ModelConfig, V32Config
 from dsv4.errors import UserError
-from dsv4.ops.newton_schulz import JORDAN, newton_schulz, polar
+from dsv4.ops.newton_schulz import JORDAN, POLAR_EXPRESS, newton_schulz, polar
 
 Kind = Literal["muon", "adamw_decay", "adamw_plain"]
 Stack = tuple[int, int, int]  # count, a, b: that many matrices [a, b], stored one after the other
@@ -36,6 +36,7 @@ UPDATE_RMS = 0.18  # gamma of the paper: RMS of Muon's update per unit of learni
 ORTHOGONALISERS: dict[str, Callable[..., Tensor]] = {
     "hybrid10": newton_schulz,
     "jordan5": partial(newton_schulz, steps=JORDAN),
+    "polar_express": partial(newton_schulz, steps=POLAR_EXPRESS),
     "svd": polar,
 }
 
@@ -49,19 +50,22 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     return "adamw_plain" if plain else "muon"
 
 
-def logical_matrices(name: str, shape: torch.Size, config: AnyConfig) -> list[Stack]:
-    """The paper's matrices inside one stored parameter of at least two dims, as stacks in storage order."""
+def logical_matrices(name: str, shape: torch.Size, config: AnyConfig, *, heads_apart: bool = False) -> list[Stack]:
+    """The paper's matrices inside one stored parameter of at least two dims, as stacks in storage order.
+
+    heads_apart: every head of V4's query projection `wq_b`, the indexer's too, is a matrix of its own.
+    """
     *lead, rows, columns = shape
     if lead:  # experts: w13 [E, 2, I, D], w2 [E, D, I]
         return [(math.prod(lead), rows, columns)]
-    heights = _heights(name, rows, config)
+    heights = _heights(name, rows, config, heads_apart)
     assert sum(heights) == rows, f"{name}: {rows} rows do not divide into {heights}"
     if len(set(heights)) == 1:
         return [(len(heights), heights[0], columns)]
     return [(1, height, columns) for height in heights]
 
 
-def _heights(name: str, rows: int, config: AnyConfig) -> list[int]:
+def _heights(name: str, rows: int, config: AnyConfig, heads_apart: bool) -> list[int]:
     """The heights of the matrices that stand above each other in a stored one of `rows` rows."""
     if isinstance(config, V32Config) and name.endswith(".wkv_a.weight"):
         return [config.kv_lora_rank, config.qk_rope_head_dim]  # W^DKV and W^KR
@@ -70,6 +74,9 @@ def _heights(name: str, rows: int, config: AnyConfig) -> list[int]:
     if name.endswith((".hc_attn_fn", ".hc_ffn_fn")):
         n = config.hc_mult
         return [n, n, n * n]  # pre, post, comb
+    if heads_apart and name.endswith(".wq_b.weight"):
+        width = config.index_head_dim if ".indexer." in name else config.head_dim
+        return [width] * (rows // width)
     if name.endswith(".wo_a.weight"):
         return [rows // config.o_groups] * config.o_groups
     if name.endswith((".compressor.wkv.weight", ".compressor.wgate.weight")):
@@ -85,7 +92,11 @@ def logical_view(tensor: Tensor, stacks: list[Stack]) -> list[Tensor]:
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], config: AnyConfig, *, weight_decay: float = 0.1
+    named_parameters: Iterable[tuple[str, Tensor]],
+    config: AnyConfig,
+    *,
+    weight_decay: float = 0.1,
+    heads_apart: bool = False,
 ) -> list[dict[str, Any]]:
     """The three groups `HybridOptimizer` wants, each trainable parameter in exactly one of them.
 
@@ -105,7 +116,9 @@ def parameter_groups(
         }
         for kind, pairs in members.items()
     ]
-    groups[0]["matrices"] = [logical_matrices(name, p.shape, config) for name, p in members["muon"]]
+    groups[0]["matrices"] = [
+        logical_matrices(name, p.shape, config, heads_apart=heads_apart) for name, p in members["muon"]
+    ]
     return groups
 
 
@@ -123,8 +136,8 @@ class HybridOptimizer(torch.optim.Optimizer):
     parameters are. A step is deterministic: same state and gradients, same bits.
 
     groups: what `parameter_groups` returns. lr: peak or current rate; `set_lr` changes it. momentum: mu.
-    ns: `hybrid10` (V4), `jordan5` (the usual Muon) or `svd` (exact), for ablations. ns_dtype: its arithmetic,
-    fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many numbers
+    ns: `hybrid10` (V4), `jordan5` (the usual Muon), `polar_express` or `svd` (exact), for ablations. ns_dtype: its
+    arithmetic, fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many numbers
     at a time (the step needs a handful of such buffers), or one matrix where a single one is larger; default: what
     stays in a processor's cache, or fills a GPU. It changes no bit.
     """

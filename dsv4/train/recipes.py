@@ -10,24 +10,31 @@ from typing import Any
 
 from dsv4.checkpoint import read_config, resolve_checkpoint
 from dsv4.config import AnyConfig, ModelConfig, kind_of, preset_of
-from dsv4.errors import UserError, nearest
+from dsv4.errors import UserError, nearest, shown
 from dsv4.settings import merge, read_overrides, read_yaml
 from dsv4.train.dataconfig import DataConfig
 from dsv4.train.optim import ORTHOGONALISERS
 from dsv4.train.schedule import check_schedule, decay_steps
 
+DTYPES = ("float32", "bfloat16")  # of Newton-Schulz
 LARGEST = 10**12  # of whatever is counted: more would be a slip of the keyboard
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Muon and AdamW share one learning rate (paper section 2.4); weight decay as in the paper."""
+    """Muon and AdamW share one learning rate (paper section 2.4); weight decay as in the paper.
+
+    newton_schulz: how Muon orthogonalises, a key of optim.ORTHOGONALISERS (ops/newton_schulz.py has the coefficients
+    and their sources); newton_schulz_dtype: of its arithmetic. heads_apart: each head of wq_b is a matrix of its own.
+    """
 
     lr: float = 2.7e-4
     weight_decay: float = 0.1
     momentum: float = 0.95
     clip: float = 1.0
-    ns: str = "hybrid10"
+    newton_schulz: str = "hybrid10"
+    newton_schulz_dtype: str = "float32"
+    heads_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,10 +167,10 @@ def _check_optim(o: OptimConfig) -> None:
         raise UserError(f"optim.momentum={o.momentum} must be at least 0 and below 1")
     if not o.clip > 0:
         raise UserError(f"optim.clip={o.clip} must be a positive norm, or inf for no clipping")
-    if o.ns not in ORTHOGONALISERS:
-        raise UserError(
-            f"optim.ns={o.ns!r} must be one of {', '.join(ORTHOGONALISERS)}{nearest(o.ns, ORTHOGONALISERS)}"
-        )
+    for name, known in (("newton_schulz", ORTHOGONALISERS), ("newton_schulz_dtype", DTYPES)):
+        value = getattr(o, name)
+        if value not in known:
+            raise UserError(f"optim.{name}={shown(value)} must be one of {', '.join(known)}{nearest(value, known)}")
 
 
 def _check_indexer(i: IndexerConfig, model: AnyConfig, steps: int) -> None:
@@ -273,7 +280,35 @@ def sft() -> RunConfig:
     )
 
 
-RECIPES = {"demo": demo, "tiny": tiny, "phases": phases, "small": small, "base": base, "sft": sft}
+def flash_shape() -> RunConfig:
+    """V4-Flash as the paper trains it at 64K, for a cluster: 32T tokens in steps of 75.5M. `dsv4 train --plan` says
+    what it takes. The paper's other lengths are data.seq_len=4096, 16384 and 1048576 (section 4.2.2)."""
+    return _shape("flash", tokens=75_497_472, steps=424_000, lr=2.7e-4)
+
+
+def pro_shape() -> RunConfig:
+    """V4-Pro likewise: 33T tokens in steps of 94.4M."""
+    return _shape("pro", tokens=94_371_840, steps=350_000, lr=2.0e-4)
+
+
+def _shape(preset: str, *, tokens: int, steps: int, lr: float) -> RunConfig:
+    """What the paper states of both: 2000 steps of warm-up, a final rate of a tenth, MTP 0.3 and then 0.1, balance
+    1e-4, bias 1e-3, Muon's values (section 4.2.2). Where the decay begins it does not say: here at 70%."""
+    return RunConfig(
+        model=ModelConfig.preset(preset),
+        data=DataConfig(seq_len=65536, tokens_per_step=tokens),
+        optim=OptimConfig(lr=lr),
+        schedule=ScheduleConfig(steps=steps, warmup=2000, decay_fraction=0.3),
+        save=SaveConfig(every=500, keep=2, eval_every=1000, eval_tokens=16_777_216),
+        recompute=True,
+    )
+
+
+RECIPES = {
+    "demo": demo, "tiny": tiny, "phases": phases, "small": small, "base": base, "sft": sft,
+    "tiny_cpu": tiny, "small_cpu": small, "base_1gpu": base,  # the same, named by what they run on
+    "flash_shape": flash_shape, "pro_shape": pro_shape,
+}  # fmt: skip
 
 
 def resolve(
@@ -293,7 +328,7 @@ def resolve(
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}{nearest(recipe, RECIPES)}")
     config = _started(RECIPES[recipe](), start_from) if start_from else RECIPES[recipe]()
-    settings = {} if yaml_file is None else read_yaml(yaml_file)
+    settings = {} if yaml_file is None else renamed(read_yaml(yaml_file))
     given, rest = _named(overrides or [])
     chosen = {**_named_in(settings), **given}
     if chosen.get("kind", "v4") != "v4":
@@ -307,6 +342,14 @@ def resolve(
             raise UserError("data.path is given twice, as an override and as --data: give it once")
         changes.setdefault("data", {})["path"] = data
     return _merge(config, changes)
+
+
+def renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with names that have changed since it was started as they are now."""
+    optim = settings.get("optim")
+    if isinstance(optim, dict) and "ns" in optim and "newton_schulz" not in optim:
+        settings = {**settings, "optim": {"newton_schulz" if k == "ns" else k: v for k, v in optim.items()}}
+    return settings
 
 
 def _started(config: RunConfig, start_from: str) -> RunConfig:

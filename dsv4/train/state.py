@@ -34,7 +34,7 @@ from dsv4.model import LanguageModel
 from dsv4.settings import flat
 from dsv4.text import Tokenizer
 from dsv4.train.optim import HybridOptimizer
-from dsv4.train.recipes import RunConfig
+from dsv4.train.recipes import RunConfig, renamed
 
 log = logging.getLogger("dsv4")
 
@@ -152,7 +152,7 @@ def copy_weights(source: LanguageModel, target: LanguageModel) -> None:
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run, those that did not exist yet when it was started at their defaults."""
     full = {name: value for name, value in RunConfig().to_dict().items() if name != "model"}
-    for name, value in settings.items():
+    for name, value in renamed(settings).items():
         default = full.get(name)
         full[name] = {**default, **value} if isinstance(value, dict) and isinstance(default, dict) else value
     return full

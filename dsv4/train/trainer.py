@@ -25,12 +25,14 @@ from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
 from dsv4.train.balance import update_balance_bias
 from dsv4.train.batches import Batches, heldout_batches, split
+from dsv4.train.figures import LOOKED_AT, look_inside, update_figures
 from dsv4.train.indexer import index_figures, is_index_parameter, thaw
 from dsv4.train.log import Log, LossWatch
 from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
 from dsv4.train.mixture import Mixture
 from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
+from dsv4.train.plan import check_memory
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, absolute_path, prepare_data
 from dsv4.train.schedule import decay_steps, index_phase, lr_scale, mtp_weight, trunk_step
@@ -56,7 +58,8 @@ class Trainer:
 
     resume: "" (the folder must hold no run yet), "auto" (go on if it holds one) or the path of a checkpoint. A run that
     is not resumed begins with the weights of config.start_from, if that is given, and with nothing else of it. Master
-    weights are fp32; `dtype` is that of the computation. on_progress: told of the preparation of the data.
+    weights are fp32; `dtype` is that of the computation. on_progress: told of the preparation of the data. peak: FLOP/s
+    that the device could do, for the log's MFU.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class Trainer:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         on_progress: Callable[[str, int, int | None], None] | None = None,
+        peak: float | None = None,
     ):
-        self.folder = RunFolder(folder)
+        self.folder, self.peak = RunFolder(folder), peak
         checkpoint = _resume_point(self.folder, resume)
         begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
         config = replace(config, data=absolute(config.data), start_from=begins)
         started = load_model(begins, config=config.model) if begins and checkpoint is None else None
+        check_memory(config, torch.device(device))
         make_folder(folder)
         self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
         remove_leftovers(folder)
@@ -90,11 +95,15 @@ class Trainer:
         self.model = controls.build(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
         if started is not None:
             copy_weights(started, self.model)
-        groups = parameter_groups(self.model.named_parameters(), config.model, weight_decay=config.optim.weight_decay)
+        o = config.optim
+        groups = parameter_groups(
+            self.model.named_parameters(), config.model, weight_decay=o.weight_decay, heads_apart=o.heads_apart
+        )
         named = dict(self.model.named_parameters())
         self.indexers = [p for name, p in named.items() if is_index_parameter(name)]
         self.others = [p for name, p in named.items() if not is_index_parameter(name)]
-        self.optimizer = HybridOptimizer(groups, config.optim.lr, momentum=config.optim.momentum, ns=config.optim.ns)
+        ns_dtype = torch.bfloat16 if o.newton_schulz_dtype == "bfloat16" else torch.float32
+        self.optimizer = HybridOptimizer(groups, o.lr, momentum=o.momentum, ns=o.newton_schulz, ns_dtype=ns_dtype)
         self.batches = Batches(
             self.train_data, config.data.tokens_per_step, seed=config.seed, seq_len=config.data.seq_len,
             whole=config.data.packs_whole,
@@ -164,6 +173,7 @@ class Trainer:
                 try:
                     with self.stop.may_give_up():
                         record["heldout_bpb"] = self.evaluate()
+                        record |= self.look_inside()
                 except GivenUp:
                     pass
             self._watch(record)
@@ -187,7 +197,7 @@ class Trainer:
 
     def step(self) -> Record:
         """One update; returns its log record. NotFinite, and nothing changed, if a number is not finite."""
-        config, step, began = self.config, self.progress.step, time.perf_counter()
+        config, step, began = self.config, self.progress.step, self._clock()
         s, i, phase, total = config.schedule, config.indexer, self.phase(step), config.trunk_steps
         course = (trunk_step(step, i.dense, i.warmup), total, s.warmup, decay_steps(total, s.decay_fraction))
         self.optimizer.set_lr(i.lr if phase == "warmup" else config.optim.lr * lr_scale(*course, s.final))
@@ -200,13 +210,16 @@ class Trainer:
         loss = sum(p.next_token for p in parts)
         if not (math.isfinite(norm) and math.isfinite(index_norm) and math.isfinite(loss)):
             raise self._not_finite(f"step {step + 1} has loss {loss} and gradient norms {norm} and {index_norm}")
+        before = self._clock()
         self.optimizer.step()
+        optimizer_seconds = self._clock() - before
         loads: dict[int, torch.Tensor] = {}
         for layer, load in (item for part in parts for item in part.loads.items()):
             loads[layer] = loads.get(layer, 0) + load
         if phase != "warmup":
             update_balance_bias(self.model, loads, config.loss.bias_speed)
-        seconds = time.perf_counter() - began
+        seconds = self._clock() - began
+        batch, device = self.batches.batch(step), self.model.device
         tokens = self.batches.num_tokens(step)
         self.progress.step += 1
         self.progress.tokens += tokens
@@ -216,7 +229,7 @@ class Trainer:
             "loss": loss,
             "mtp_loss": sum(p.mtp for p in parts),
             "balance": sum(p.balance for p in parts) / max(1, len(loads)),
-            "load_max": max((float(load.max() / load.mean()) for load in loads.values()), default=1.0),
+            **update_figures(config.model, batch, loss, loads, seconds, optimizer_seconds, device, self.peak, phase),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
             **(index_figures(phase, parts, index_norm) if config.indexer.train else {}),
@@ -262,6 +275,19 @@ class Trainer:
         if not count:
             raise UserError(f"save.eval_tokens={save.eval_tokens} takes only targets that stand for no bytes: raise it")
         return nats / math.log(2) / count
+
+    def look_inside(self) -> Record:
+        """Figures of the model that take a pass of their own, on a little of the held-out text."""
+        data, phase = self.config.data, self.phase(max(0, self.progress.step - 1))
+        some = min(LOOKED_AT, self.config.save.eval_tokens)
+        held = heldout_batches(self.heldout, some, data.seq_len, some, whole=data.packs_whole)
+        return look_inside(self.model, next(held), phase)
+
+    def _clock(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the last update; never one with a number that is not finite."""
