@@ -1,6 +1,7 @@
 """`dsv4 train`: a run from a recipe, settings and data, into a folder that can be stopped and resumed."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from dsv4.cli.hints import command
 from dsv4.cli.progress import preparation_progress, shown_as_long_as_read, training_progress
 from dsv4.train.log import plot_loss
 from dsv4.train.memory import keep_freed_memory
+from dsv4.train.parallel.processes import Processes, processes
 from dsv4.train.recipes import RunConfig, resolve
 from dsv4.train.trainer import NotFinite, Trainer
 
@@ -40,10 +42,16 @@ def train(
     indexer and save settings.
 
     Example: dsv4 train --recipe small --data my_texts/ --out runs/mine optim.lr=1e-3 schedule.steps=2000
+    Several processes: torchrun --nproc-per-node 4 -m dsv4 train --out runs/mine parallel.ep=2 (docs/scale.md)
     Fine-tuning: dsv4 train --recipe sft --from runs/mine --data chats.jsonl --out runs/chat
     """
     run = resolve(recipe, config, settings, data=data, start_from=start_from)
-    trainer = run_training(run, out, resume=resume, device=device, dtype=dtype, as_json=as_json)
+    with processes(run.parallel, str(resolve_device(device))) as shared:
+        trainer = run_training(
+            run, out, resume=resume, device=device, dtype=dtype, as_json=as_json, shared=shared
+        )  # fmt: skip
+    if not shared.is_first:
+        raise typer.Exit(int(not trainer.finished))
     print(f"{'finished' if trainer.finished else 'stopped'}: {out}", file=sys.stderr)
     if not trainer.finished:
         print(f"go on with: {resume_command(out)}", file=sys.stderr)
@@ -51,13 +59,30 @@ def train(
 
 
 def run_training(
-    run: RunConfig, out: Path, *, resume: str = "", device: str = "auto", dtype: str = "float32", as_json: bool = False
+    run: RunConfig,
+    out: Path,
+    *,
+    resume: str = "",
+    device: str = "auto",
+    dtype: str = "float32",
+    as_json: bool = False,
+    shared: Processes | None = None,
 ) -> Trainer:
-    """Train with progress on stderr and draw the loss plot; the trainer says whether it came to the schedule's end."""
+    """Train with progress on stderr and draw the loss plot; the trainer says whether it came to the schedule's end.
+
+    shared: the processes that train together, of which the first one says and draws all that.
+    """
     place, numbers = str(resolve_device(device)), resolve_dtype(dtype)
     keep_freed_memory()
+    if shared is not None and not shared.is_first:
+        logging.getLogger("dsv4").setLevel(logging.ERROR)
+        trainer = Trainer(run, out, resume=resume, device=place, dtype=numbers, processes=shared)
+        trainer.run()
+        return trainer
     with preparation_progress() as preparing:
-        trainer = Trainer(run, out, resume=resume, device=place, dtype=numbers, on_progress=preparing)
+        trainer = Trainer(
+            run, out, resume=resume, device=place, dtype=numbers, on_progress=preparing, processes=shared
+        )  # fmt: skip
     passes = trainer.passes
     if passes > MANY_PASSES:
         tokens, each = trainer.train_data.num_tokens, "those of one source" if run.data.mix else "each"

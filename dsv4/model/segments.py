@@ -10,7 +10,7 @@ All of this is planned once per call, on the host in numpy, and shared by all la
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from dsv4.config import AnyConfig, LayerKind, ModelConfig
 from dsv4.errors import UserError
 from dsv4.model.rope import TABLES, frequencies, turns
 from dsv4.ops import Spans
+
+if TYPE_CHECKING:
+    from dsv4.model.shards import Shared
 
 ToDevice = Callable[[np.ndarray], Tensor]
 
@@ -103,7 +106,8 @@ class Part:
 
     tokens: their rows of the run, int64 on the device; None if they are all of it. window: what each token sees of the
     part's window rows, which are those of `ring` before its own, and its own. table, pages: the numbers of the pages
-    that the part's sequences have, on the device and on the host. every: for layers that keep a row of every token.
+    that the part's sequences have, on the device and on the host. every: for layers that keep a row of every token. shared: what
+    the rows are joined with that other processes have, where they read other parts of the same row (shards.py).
     """
 
     pool: Pages | None
@@ -115,6 +119,7 @@ class Part:
     pages: np.ndarray
     groups: dict[str, Groups]
     every: TokenRows | None
+    shared: "Shared | None" = None
 
     def of(self, rows: Tensor) -> Tensor:
         """The part's rows of what has one for each token of the run."""
@@ -131,6 +136,7 @@ class Run:
     """
 
     is_causal = True
+    is_shared = False  # with other processes: shards.py
 
     def __init__(
         self, config: ModelConfig, segments: Sequence[Segment], device: torch.device, phase: IndexPhase = "off"
