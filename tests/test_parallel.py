@@ -112,19 +112,23 @@ def test_four_processes_train_as_one(one: dict[str, Any], four: dict[str, Any]) 
 
 
 def test_two_processes_train_as_one(text: Path, one: dict[str, Any], four: dict[str, Any], tmp_path: Path) -> None:
-    """Each kind of parallelism by itself; and a checkpoint of four processes, or of one, goes on in two."""
+    """Each kind of parallelism by itself; a checkpoint of four processes, or of one, goes on in two; and where one of
+    them is asked to stop, as by a signal, all stop after the same step, which is saved."""
     point = "checkpoints/step-000002"
     kinds = ["parallel.dp=2", "parallel.ep=2", "parallel.cp=2"]
     jobs = [job(text, tmp_path / kind, kind, "data.micro_batches=2") for kind in kinds]
     jobs.append(job(text, tmp_path / "of-four", "parallel.cp=2", resume=str(four["out"] / point)))
     jobs.append(job(text, tmp_path / "of-one", "parallel.ep=2", resume=str(one["out"] / point)))
-    found = run(2, jobs, tmp_path)[0]
+    jobs.append(job(text, tmp_path / "stopped", "data.tokens_per_step=640", stop_after=1))
+    found, other = run(2, jobs, tmp_path)
     for kind in kinds:
         compare(one["records"], found[kind]["records"])
     assert found["of-four"]["digests"]["2"] == four["digests"]["2"]
     assert found["of-one"]["digests"]["2"] == one["digests"][2]
     compare(one["records"][2:], found["of-four"]["records"])
     compare(one["records"][2:], found["of-one"]["records"])
+    assert len(found["stopped"]["records"]) == len(other["stopped"]["records"]) == 1
+    assert [path.name for path in (tmp_path / "stopped/checkpoints").glob("step-*")] == ["step-000001"]
 
 
 def test_a_checkpoint_of_four_processes_goes_on_in_one(
@@ -176,13 +180,6 @@ def test_thirty_steps_are_those_of_one_process(text: Path, tmp_path: Path, world
         print(f"{world} processes, {kind}: losses differ by {compare(expected, found[kind]['records']):.1e} at most")
 
 
-def test_all_processes_stop_after_the_same_step(text: Path, tmp_path: Path) -> None:
-    """One of them is asked to, as by a signal; what it saves is where all stand."""
-    found = run(2, [job(text, tmp_path / "run", "data.tokens_per_step=640", stop_after=1)], tmp_path)
-    assert [len(each["run"]["records"]) for each in found] == [1, 1]
-    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-000001"]
-
-
 # --- who reads what --------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +190,9 @@ def test_shares_are_the_batch_each_token_once(rows: int, parts: int) -> None:
     ids, targets = torch.arange(1, 23), torch.arange(2, 24)
     targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE
     batch = Batch(ids, targets, lengths, 0, (0,) * len(lengths))
-    every = [share_of(batch, row, rows, place, parts, lambda borders: None) for row in range(rows) for place in range(parts)]
+    every = [
+        share_of(batch, row, rows, place, parts, lambda borders: None) for row in range(rows) for place in range(parts)
+    ]
     told = [share.ids[share.segments.documents < share.segments.counted] for share in every]
     assert torch.equal(torch.cat(told), ids)
     for share in every:
@@ -291,5 +290,8 @@ def test_a_run_goes_on_when_a_worker_is_killed(text: Path, tmp_path: Path) -> No
         if shared.poll() is None:
             shared.terminate()
             shared.wait()
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
     compare(*logs, limit=1e-5)

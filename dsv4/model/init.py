@@ -34,10 +34,11 @@ def materialise(model: nn.Module, config: ModelConfig, device: torch.device | st
     """Give a model that was made on the meta device its memory, on `device`, and the numbers of one that was made on
     the CPU at once with the same seed, bit for bit; torch's generator is left where that leaves it.
 
-    Of a sharded parameter (a DTensor cut along its first dimension, as `fully_shard` does, into equal parts or not, also
-    in what another cut has left) a process gets its own rows, wherever they lie. Buffers are whole in every process: `fully_shard` does not cut them,
-    any token id may come to any process, and a hash table of the published size is 6 MB. A model that is not sharded
-    has these numbers on the CPU; on another device its parameters come from that device's generator.
+    Of a sharded parameter (a DTensor cut along its first dimension, as `fully_shard` does, into equal parts or not, and
+    before that perhaps by another cut) a process gets its own rows, wherever they lie. Buffers are whole in every
+    process: `fully_shard` does not cut them, any token id may come to any process, and a hash table of the published
+    size is 6 MB. A model that is not sharded has these numbers on the CPU; on another device its parameters come from
+    that device's generator.
     """
     model.to_empty(device=device)
     embedding = model.get_parameter("embed.weight")

@@ -217,8 +217,9 @@ class LanguageModel(nn.Module):
         """Logits fp32 [..., T, vocab] for ids int64 [T] or [B, T] (B segments of T tokens).
 
         cache: one memory per row, which the call continues. segments (ids must be flat): the general form, a length, a
-        (length, memory or None) or a Segment each; or a Shard, one process's part of a row (shards.py). rows: logits of these rows of the flat run only, int64 [n] -> [n,
-        vocab], or "last", each segment's last token, [segments, vocab]. Raises UserError, before anything is written,
+        (length, memory or None) or a Segment each; or a Shard, one process's part of a row (shards.py). rows: logits of
+        these rows of the flat run only, int64 [n] -> [n, vocab], or "last", each segment's last token, [segments,
+        vocab]. Raises UserError, before anything is written,
         for ids outside the vocabulary, lengths that do not add up, and positions beyond max_position_embeddings.
 
         With targets (of ids' shape, -100 where there is none; no memories) it returns Losses, whose logits exist block

@@ -3,8 +3,8 @@
 A part may begin and end anywhere: in the middle of a document, of a window, of a group that is being compressed. So a
 layer asks its neighbours for two things, with gradients flowing back: what comes `before` its own rows (window rows,
 and the rows of a group that is still open where the part begins), and the entries of `everyone`, which each process
-makes of the groups that close in its part (paper section 3.4.3: s/m entries of s tokens are few). What a token may see
-of either is planned on the host from the lengths of all documents, as in segments.py; nothing is padded.
+makes of the groups that close in its part (of s tokens they are few: s/4 or s/128). What a token may see of either is
+planned on the host from the lengths of all documents, as in segments.py; nothing is padded.
 
 How rows travel is left to the `Neighbours` that a shard is given (train/parallel/context.py).
 """
@@ -75,7 +75,13 @@ class Shard(list[Segment]):
     """
 
     def __init__(
-        self, row: Row, place: int, following: Tensor, targets_after: Tensor, neighbours: Neighbours | None, counted: int
+        self,
+        row: Row,
+        place: int,
+        following: Tensor,
+        targets_after: Tensor,
+        neighbours: Neighbours | None,
+        counted: int,
     ):
         self.row, self.place, self.neighbours, self.counted = row, place, neighbours, counted
         self.following, self.targets_after = following, targets_after
@@ -104,23 +110,20 @@ class Shard(list[Segment]):
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What a part of a shared row has from others: `Part.shared`. counts: by kind, the entries of each process."""
+class Joined:
+    """`Part.shared` of a part of a row. reach: window rows before a token; counts: by kind, the entries of each process."""
 
     neighbours: Neighbours
     reach: int
     counts: dict[str, list[int]]
 
     def window(self, own: Tensor) -> Tensor:
-        """The window rows that the part's tokens may see: those before it, and its own."""
         return self._joined(own, self.reach)
 
     def rows(self, own: Tensor, kind: LayerKind) -> Tensor:
-        """The rows that the groups are made of which close in the part."""
         return self._joined(own, _open_rows(kind))
 
     def entries(self, own: Tensor, kind: LayerKind) -> Tensor:
-        """The entries of the whole row."""
         return self.neighbours.everyone(own, self.counts[kind.name])
 
     def _joined(self, own: Tensor, count: int) -> Tensor:
@@ -150,7 +153,7 @@ class ShardRun(Run):
         groups, counts = {}, {}
         for kind in config.compressed_kinds:
             groups[kind.name], counts[kind.name] = self._groups(kind)
-        shared = Shared(shard.neighbours, reach, counts)
+        shared = Joined(shard.neighbours, reach, counts)
         nothing = np.zeros(0, dtype=np.int64)
         return [Part(None, None, [], window, None, None, nothing, groups, None, shared)]
 

@@ -44,7 +44,16 @@ log = logging.getLogger("dsv4")
 SHARDED = "sharded"  # the folder of a checkpoint that several processes have written together
 
 # Settings that a resumed run may change; what they were and are is logged. All others decide what was learned from.
-CHANGEABLE = ("optim.", "schedule.", "indexer.", "save.", "parallel.", "recompute", "data.micro_batches", "data.workers")
+CHANGEABLE = (
+    "optim.",
+    "schedule.",
+    "indexer.",
+    "save.",
+    "parallel.",
+    "recompute",
+    "data.micro_batches",
+    "data.workers",
+)
 
 
 @dataclass
@@ -145,7 +154,14 @@ def _temporary(folder: RunFolder, progress: Progress) -> Path:
 
 
 def _put(
-    folder: RunFolder, temporary: Path, progress: Progress, before: Path | None, *, safe: str, keep: int, diverging: bool
+    folder: RunFolder,
+    temporary: Path,
+    progress: Progress,
+    before: Path | None,
+    *,
+    safe: str,
+    keep: int,
+    diverging: bool,
 ) -> Path:
     """Give a finished checkpoint its name and let it be the newest."""
     target = folder.put(temporary, progress.step, safe=safe)

@@ -281,7 +281,9 @@ class Trainer:
         """Write a checkpoint of the state after the last update; never one with a number that is not finite."""
         bad = not_finite(self.model, self.optimizer)
         if self.processes.agree(bool(bad)):
-            raise self._not_finite(f"{bad or 'what another process has'} holds a number that is not finite after step {self.progress.step}")
+            raise self._not_finite(
+                f"{bad or 'what another process has'} holds a number that is not finite after step {self.progress.step}"
+            )
         self.log.synchronise()
         path = save_state(
             self.folder, self.model, self.optimizer, self.tokenizer, self.progress, self.config.to_dict(),

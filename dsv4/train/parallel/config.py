@@ -31,9 +31,10 @@ class ParallelConfig:
             if not isinstance(model, ModelConfig):
                 raise UserError(f"parallel.ep={self.ep}: only V4's experts can be shared: leave parallel.ep at 1")
             if model.n_routed_experts % self.ep:
+                num = model.n_routed_experts
                 raise UserError(
-                    f"parallel.ep={self.ep} must divide model.n_routed_experts={model.n_routed_experts}: choose one of "
-                    f"{', '.join(str(n) for n in range(1, model.n_routed_experts + 1) if not model.n_routed_experts % n)}"
+                    f"parallel.ep={self.ep} must divide model.n_routed_experts={num}: choose one of "
+                    f"{', '.join(str(n) for n in range(1, num + 1) if num % n == 0)}"
                 )
 
     def sizes(self, world: int) -> tuple[int, int, int]:

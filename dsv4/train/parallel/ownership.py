@@ -3,7 +3,7 @@
 Newton-Schulz wants whole matrices, and fully_shard leaves rows of them everywhere. So every matrix of the paper
 (optim.logical_matrices) has an owner; the others send it their rows, and get the rows of the update back: every number
 travels twice, and no process does another's work again. Owners are chosen so that the arithmetic comes out even, the
-most expensive matrix first, each to whoever has least (section 3.4.1 of the paper has a knapsack for it). Experts stay
+most expensive matrix first, each to whoever has least (the paper packs them by a knapsack heuristic). Experts stay
 with the processes that hold the same ones.
 """
 

@@ -136,7 +136,9 @@ class Joined(Processes):
         gates = {layer: gate.bias for layer, gate in learned_gates(model).items()}
         kl = sorted(parts[0].index_kl)
         figures = [
-            torch.tensor([part.next_token, part.mtp, part.balance, *(part.index_kl[n] for n in kl)], dtype=torch.float64)
+            torch.tensor(
+                [part.next_token, part.mtp, part.balance, *(part.index_kl[n] for n in kl)], dtype=torch.float64
+            )
             for part in parts
         ]
         loads = [

@@ -17,7 +17,7 @@ from dsv4.train.batches import Batch, split
 
 
 class Share(NamedTuple):
-    """What a process computes of a batch: ids, targets int64 [n], and the documents or pieces of these that they are."""
+    """What a process computes of a batch: ids, targets int64 [n], and the documents or pieces that they are."""
 
     ids: Tensor
     targets: Tensor

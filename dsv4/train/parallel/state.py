@@ -6,6 +6,7 @@ Every process writes its parts into a file of its own, and any number of process
 need the same file system.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ def save_sharded(folder: Path, model: LanguageModel, optimizer: HybridOptimizer,
 
     FileError in all of them, with `safe` in it, if the machine does not let one of them write.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     rank = dist.get_rank()
     make_folder(folder)
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(_state(model, optimizer), storage_writer=writer)
+        save(_state(model, optimizer), storage_writer=writer)
     except CheckpointException as error:
         failed = next(iter(error.failures.values()))[0]
         raise FileError(f"cannot write {folder}: {reason_of(failed)}; {safe}") from None
@@ -47,14 +49,15 @@ def save_sharded(folder: Path, model: LanguageModel, optimizer: HybridOptimizer,
 def load_sharded(folder: Path, model: LanguageModel, optimizer: HybridOptimizer) -> None:
     """Fill model and optimiser in place from what any number of processes has written; one process alone, or all of
     those that share the model. UserError, and nothing filled, if a file is damaged or of another model."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     remedy = "resume from another checkpoint"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     numbers = {path.name: i for i, path in enumerate(sorted(folder.glob("*.safetensors")))}
     check_digests(folder, lambda name: numbers.get(name, 0) % world == rank)  # each process looks at its share of them
     state = _state(model, optimizer)
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     try:
         there = reader.read_metadata().state_dict_metadata
     except Exception as error:  # safetensors has no class of its own for every damage
@@ -66,7 +69,9 @@ def load_sharded(folder: Path, model: LanguageModel, optimizer: HybridOptimizer)
             raise UserError(
                 f"{name} is {list(about.size)} in {folder}, but {list(state[name].shape)} in this model: {remedy}"  # type: ignore[union-attr]
             )
-    dcp.load(state, storage_reader=reader, no_dist=world == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant, of one process
+        load(state, storage_reader=reader, no_dist=world == 1)
 
 
 def whole_weights(model: LanguageModel) -> dict[str, Tensor]:
