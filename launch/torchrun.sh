@@ -9,6 +9,8 @@
 # newest checkpoint. PYTHON: the interpreter that has dsv4. DEVICE: cuda, or cpu to try it.
 set -euo pipefail
 
+# a new store at every start: torchrun's own, where the addresses of dead processes lie, is shared by all of them otherwise
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 : "${HEAD:?host:port of the first machine}" "${RUN:?a folder that all machines see}"
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "${GPUS:-8}" \

@@ -98,7 +98,7 @@ class TokenRows:
 
 
 class Shared(Protocol):
-    """What the rows of a part are joined with that other processes have, where they read other parts of the same row."""
+    """What the rows of a part are joined with that other processes have, which read other parts of the same row."""
 
     def window(self, own: Tensor) -> Tensor:
         """The window rows that the part's tokens may see: those before it, and its own."""

@@ -111,7 +111,7 @@ class Shard(list[Segment]):
 
 @dataclass(frozen=True)
 class Joined:
-    """`Part.shared` of a part of a row. reach: window rows before a token; counts: by kind, the entries of each process."""
+    """`Part.shared` of a part of a row. reach: window rows before a token; counts: entries of each process, by kind."""
 
     neighbours: Neighbours
     reach: int

@@ -203,6 +203,8 @@ def processes(parallel: ParallelConfig, device: str, minutes: int = 30) -> Itera
         yield Processes()
         return
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     place = torch.device(device)
     if place.type == "cuda":
@@ -211,7 +213,13 @@ def processes(parallel: ParallelConfig, device: str, minutes: int = 30) -> Itera
     if not dist.is_available():
         raise UserError(f"{world} processes were started, but this torch has no torch.distributed: install another")
     backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    limit = timedelta(minutes=minutes)
+    store, rank, _ = next(rendezvous("env://", timeout=limit))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun gives the processes that it starts again the same store, where gloo finds the addresses of those that
+        # have died. On several machines the count is each one's own: launch/torchrun.sh asks for a new store instead.
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         yield Joined(parallel, place)
     finally:
