@@ -169,7 +169,6 @@ def test_a_damaged_part_is_named(text: Path, four: dict[str, Any], tmp_path: Pat
         (2, ["parallel.dp=2", "parallel.ep=2", "parallel.cp=2"]),
         (4, ["parallel.dp=4", "parallel.ep=4", "parallel.cp=4"]),
         (4, ["parallel.dp=2 parallel.ep=2", "parallel.dp=2 parallel.cp=2", "parallel.cp=2 parallel.ep=2"]),
-        (8, ["parallel.dp=2 parallel.cp=2 parallel.ep=2"]),
     ],
 )
 def test_thirty_steps_are_those_of_one_process(text: Path, tmp_path: Path, world: int, kinds: list[str]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dsv4 import controls
 from dsv4.checkpoint import RunFolder, load, read_config, save
 from dsv4.checkpoint.save import write_tensors
-from dsv4.errors import UserError, shown
+from dsv4.errors import FileError, UserError, shown
 from dsv4.files import (
     DIGESTS,
     TEMPORARY,
@@ -129,7 +129,12 @@ def _save_shared(
         shutil.rmtree(temporary, ignore_errors=True)
         make_folder(temporary)
     processes.wait()
-    save_sharded(temporary / SHARDED, model, optimizer, safe=safe)
+    try:
+        save_sharded(temporary / SHARDED, model, optimizer, safe=safe)
+    except FileError:  # in all of them
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     weights = whole_weights(model) if whole else {}
     if processes.is_first:
         if whole:

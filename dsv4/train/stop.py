@@ -19,7 +19,7 @@ class GivenUp(BaseException):
 class Stop:
     """Within the block, counts the requests to stop; `outcome` ends what is said to the first.
 
-    patient: no step is given up, and little said: other processes are in the middle of it too.
+    patient: no step is given up, since other processes are in the middle of it too.
     """
 
     def __init__(self, outcome: str, *, patient: bool = False):
@@ -54,7 +54,8 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
         if self.asked == 1:
-            _say(f"stopping after this step; {self._outcome} (once more: without finishing the step)")
+            again = "" if self._patient else " (once more: without finishing the step)"
+            _say(f"stopping after this step; {self._outcome}{again}")
         elif self.asked == 2:
             _say("giving up the step, saving the state before it" if self._open else "saving; this takes a moment")
             if self._open:

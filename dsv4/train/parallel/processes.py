@@ -184,11 +184,6 @@ class Joined(Processes):
         dist.all_reduce(numbers)
 
 
-def joined_by_torchrun() -> bool:
-    """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
 def processes(parallel: ParallelConfig, device: str, minutes: int = 30) -> Iterator[Processes]:
     """This process and the others that torchrun has started with it; within the block they can talk.
@@ -203,7 +198,7 @@ def processes(parallel: ParallelConfig, device: str, minutes: int = 30) -> Itera
         yield Processes()
         return
     import torch.distributed as dist
-    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     place = torch.device(device)
