@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Annotated, NoReturn
@@ -16,6 +17,8 @@ import typer
 from dsv4 import __version__
 from dsv4.errors import UserError
 from dsv4.files import reason_of
+
+ALONE = 5.0  # seconds after which one of several processes says what went wrong, if it is still there
 
 # The verbs and what the overview says of each; a verb's own help is its docstring.
 VERBS = {
@@ -76,6 +79,17 @@ def options(
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one sentence and exit code 2, a machine's refusal code 1."""
+    try:
+        _main()
+    except SystemExit as left:
+        if "WORLD_SIZE" in os.environ:  # gloo's threads abort at times when the interpreter takes its usual way out
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(left.code if isinstance(left.code, int) else int(left.code is not None))
+        raise
+
+
+def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console whose encoding lacks a character gets a ? for it
             stream.reconfigure(errors="replace")
@@ -97,5 +111,7 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(ALONE)  # the first process mostly says the same, and torchrun then ends this one
     print(f"dsv4: {sentence}", file=sys.stderr)
     raise SystemExit(code) from None

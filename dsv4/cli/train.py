@@ -1,6 +1,7 @@
 """`dsv4 train`: a run from a recipe, settings and data, into a folder that can be stopped and resumed."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from dsv4.cli.progress import preparation_progress, shown_as_long_as_read, train
 from dsv4.measure.ceilings import multiply_rate
 from dsv4.train.log import plot_loss
 from dsv4.train.memory import keep_freed_memory
+from dsv4.train.parallel.processes import Processes, processes
 from dsv4.train.plan import lines, plan
 from dsv4.train.recipes import RunConfig, resolve
 from dsv4.train.trackers import check_tracker, tracking
@@ -54,6 +56,7 @@ def train(
 
     Example: dsv4 train --recipe small --data my_texts/ --out runs/mine optim.lr=1e-3 schedule.steps=2000
     What V4-Pro would take: dsv4 train --recipe pro_shape --plan --ranks 2048 --mfu 0.35
+    Several processes: torchrun --nproc-per-node 4 -m dsv4 train --out runs/mine parallel.ep=2 (docs/scale.md)
     Fine-tuning: dsv4 train --recipe sft --from runs/mine --data chats.jsonl --out runs/chat
     """
     run = resolve(recipe, config, settings, data=data, start_from=start_from)
@@ -61,7 +64,12 @@ def train(
         found = plan(run, ranks=ranks, mfu=mfu, hardware=hardware)
         print(json.dumps(found) if as_json else "\n".join(lines(found)))
         return
-    trainer = run_training(run, out, resume=resume, device=device, dtype=dtype, as_json=as_json, tracker=tracker)
+    with processes(run.parallel, str(resolve_device(device))) as shared:
+        trainer = run_training(
+            run, out, resume=resume, device=device, dtype=dtype, as_json=as_json, tracker=tracker, shared=shared
+        )  # fmt: skip
+    if not shared.is_first:
+        raise typer.Exit(int(not trainer.finished))
     print(f"{'finished' if trainer.finished else 'stopped'}: {out}", file=sys.stderr)
     if not trainer.finished:
         print(f"go on with: {resume_command(out)}", file=sys.stderr)
@@ -77,15 +85,24 @@ def run_training(
     dtype: str = "float32",
     as_json: bool = False,
     tracker: str = "",
+    shared: Processes | None = None,
 ) -> Trainer:
-    """Train with progress on stderr and draw the loss plot; the trainer says whether it came to the schedule's end."""
+    """Train with progress on stderr and draw the loss plot; the trainer says whether it came to the schedule's end.
+
+    shared: the processes that train together, of which the first one says and draws all that.
+    """
     place, numbers = resolve_device(device), resolve_dtype(dtype)
     check_tracker(tracker)
     keep_freed_memory()
+    if shared is not None and not shared.is_first:
+        logging.getLogger("dsv4").setLevel(logging.ERROR)
+        trainer = Trainer(run, out, resume=resume, device=str(place), dtype=numbers, processes=shared)
+        trainer.run()
+        return trainer
     with preparation_progress() as preparing:
         trainer = Trainer(
             run, out, resume=resume, device=str(place), dtype=numbers, on_progress=preparing,
-            peak=multiply_rate(place, numbers),
+            peak=multiply_rate(place, numbers), processes=shared,
         )  # fmt: skip
     passes = trainer.passes
     if passes > MANY_PASSES:

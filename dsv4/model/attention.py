@@ -107,10 +107,10 @@ class Attention(nn.Module):
         return read
 
     def window(self, row: Tensor, part: Part, view: LayerMemory | None) -> Tensor:
-        """The part's window rows: those of its memories, and its own, which are remembered."""
+        """The part's window rows: those of its memories or of other processes, and its own, which are remembered."""
         own = part.of(row)
         if view is None:
-            return own
+            return own if part.shared is None else part.shared.window(own)
         assert part.ring is not None and view.window is not None
         kept = view.window.format.pack(own)
         # a query reads its own tokens as later ones will: rounded to the memory's format

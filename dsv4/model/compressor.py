@@ -49,7 +49,9 @@ class Compressor(nn.Module):
         """The pool of one part from its tokens' rows [n, 2, c*d]."""
         groups = part.groups[self.kind.name]
         if store is None:
-            return self.norm(own[:, 0], own[:, 1], groups, dtype)
+            rows = own if part.shared is None else part.shared.rows(own, self.kind)
+            entries = self.norm(rows[:, 0], rows[:, 1], groups, dtype)
+            return entries if part.shared is None else part.shared.entries(entries, self.kind)
         assert groups.rows is not None and part.table is not None
         if groups.closing:
             rows = groups.rows.join(store.rows, own)

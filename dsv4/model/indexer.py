@@ -63,7 +63,8 @@ class Indexer(nn.Module):
         """
         learns = run.index_learns and torch.is_grad_enabled()
         wanted = [not run.reads_all and p.groups[self.kind.name].visible.longest > self.topk for p in run.parts]
-        if not (any(wanted) or learns or run.memories()):
+        # where a row is shared, others may want what this process alone has
+        if not (any(wanted) or learns or run.memories() or run.is_shared):
             return [ALL] * len(run.parts)
         with torch.set_grad_enabled(learns):
             x, qr = x.detach(), qr.detach()

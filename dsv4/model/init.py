@@ -34,10 +34,11 @@ def materialise(model: nn.Module, config: ModelConfig, device: torch.device | st
     """Give a model that was made on the meta device its memory, on `device`, and the numbers of one that was made on
     the CPU at once with the same seed, bit for bit; torch's generator is left where that leaves it.
 
-    Of a sharded parameter (a DTensor cut along its first dimension, as `fully_shard` does, into equal parts or not) a
-    process gets its own rows, wherever they lie. Buffers are whole in every process: `fully_shard` does not cut them,
-    any token id may come to any process, and a hash table of the published size is 6 MB. A model that is not sharded
-    has these numbers on the CPU; on another device its parameters come from that device's generator.
+    Of a sharded parameter (a DTensor cut along its first dimension, as `fully_shard` does, into equal parts or not, and
+    before that perhaps by another cut) a process gets its own rows, wherever they lie. Buffers are whole in every
+    process: `fully_shard` does not cut them, any token id may come to any process, and a hash table of the published
+    size is 6 MB. A model that is not sharded has these numbers on the CPU; on another device its parameters come from
+    that device's generator.
     """
     model.to_empty(device=device)
     embedding = model.get_parameter("embed.weight")
@@ -126,10 +127,19 @@ def own_rows(p: Tensor) -> tuple[Tensor, int]:
         return p, 0
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
     cut = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
-    assert len(cut) < 2 and all(placements[axis].is_shard(0) for axis in cut), (
-        f"a parameter cut as {placements} cannot be initialised: cut it once, along its first dimension"
-    )
-    own, rows = p.to_local(), len(p)  # type: ignore[attr-defined]
-    first = min(rows, mesh.get_local_rank(cut[0]) * -(-rows // mesh.size(cut[0]))) if cut else 0
-    assert len(own) == (min(rows - first, -(-rows // mesh.size(cut[0]))) if cut else rows)
+    first, rows = 0, len(p)
+    for axis in reversed(cut):  # of two cuts the inner one is made first: experts over processes, then their shares
+        assert getattr(placements[axis], "dim", None) == 0, f"a parameter cut as {placements}: cut it along its rows"
+        size = -(-rows // mesh.size(axis))
+        start = min(rows, mesh.get_local_rank(axis) * size)
+        first, rows = first + start, min(rows - start, size)
+    own = p.to_local()  # type: ignore[attr-defined]
+    assert len(own) == rows, f"{len(own)} rows of a parameter cut as {placements}, not {rows}"
     return own, first
+
+
+@torch.no_grad()
+def fill(p: Tensor, whole: Tensor) -> None:
+    """Give a tensor, of which this process may have some rows only, the numbers of a whole one."""
+    own, first = own_rows(p)
+    own.copy_(whole if own is p else whole[first : first + len(own)])

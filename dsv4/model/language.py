@@ -18,6 +18,7 @@ from dsv4.model.head import IGNORE, Head
 from dsv4.model.indexer import Indexed
 from dsv4.model.moe import Routing
 from dsv4.model.segments import IndexPhase, Segment
+from dsv4.model.shards import Shard
 
 
 class Memory(Protocol):
@@ -216,8 +217,9 @@ class LanguageModel(nn.Module):
         """Logits fp32 [..., T, vocab] for ids int64 [T] or [B, T] (B segments of T tokens).
 
         cache: one memory per row, which the call continues. segments (ids must be flat): the general form, a length, a
-        (length, memory or None) or a Segment each. rows: logits of these rows of the flat run only, int64 [n] -> [n,
-        vocab], or "last", each segment's last token, [segments, vocab]. Raises UserError, before anything is written,
+        (length, memory or None) or a Segment each; or a Shard, one process's part of a row (shards.py). rows: logits of
+        these rows of the flat run only, int64 [n] -> [n, vocab], or "last", each segment's last token, [segments,
+        vocab]. Raises UserError, before anything is written,
         for ids outside the vocabulary, lengths that do not add up, and positions beyond max_position_embeddings.
 
         With targets (of ids' shape, -100 where there is none; no memories) it returns Losses, whose logits exist block
@@ -245,8 +247,13 @@ class LanguageModel(nn.Module):
         if mtp and self.predicts_next:
             # the MTP target of row t is the target of row t+1, so nothing is predicted across a document's end
             hidden, rows, decided = self.predict_next(trunk, ids)
-            longer = max(lengths) > 1  # else there is nothing to predict: a loss of zero, with a graph
-            drafted = self.head(hidden, targets[rows + 1] if longer else torch.full_like(rows, IGNORE))
+            shared = isinstance(segments, Shard) and not segments.is_whole
+            longer = shared or max(lengths) > 1  # else there is nothing to predict: a loss of zero, with a graph
+            if isinstance(segments, Shard) and shared:
+                after = segments.targets_after.to(self.device)
+            else:
+                after = targets[rows + 1] if longer else torch.full_like(rows, IGNORE)
+            drafted = self.head(hidden, after)
             if longer:
                 routing[len(self.layers)] = decided, [n - 1 for n in lengths if n > 1]
         return Losses(self.head(trunk.hidden, targets), drafted, routing, trunk.indexed)
@@ -269,7 +276,7 @@ class LanguageModel(nn.Module):
         if segments is not None:
             if ids.ndim != 1 or cache is not None:
                 raise UserError("segments go with flat ids [T] and carry their own memories: leave out cache")
-            cut = [_segment(s) for s in segments]
+            cut = segments if isinstance(segments, Shard) else [_segment(s) for s in segments]
             if sum(s.length for s in cut) != len(ids):
                 raise UserError(f"segments of {sum(s.length for s in cut)} tokens for {len(ids)} ids: they must add up")
             return ids, cut

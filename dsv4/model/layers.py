@@ -46,7 +46,7 @@ class _Unused(torch.autograd.Function):
         return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
 
 
-def with_unused(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+def with_unused(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """x as it is, with a graph to parameters that it does not depend on: their gradient is a tensor of zeros.
 
     Where processes share a model, each must find a gradient for the same parameters, or they wait for each other.

@@ -6,6 +6,7 @@ selects. Router arithmetic is fp32. Legend: T tokens, M model width, X experts, 
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,18 +84,27 @@ def check_hash_table(table: Tensor, config: ModelConfig, name: str) -> None:
         )
 
 
+class Dispatch(Protocol):
+    """`ops.experts` where every process has some of the experts: it sends tokens to those who have theirs."""
+
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor: ...
+
+
 class Experts(nn.Module):
     """All routed experts, stacked: w13 [X, 2, I, M] (gate over up) and w2 [X, M, I]; `limit` is the SwiGLU's clamp."""
 
     def __init__(self, config: ModelConfig | V32Config, dtype: torch.dtype, limit: float):
         super().__init__()
         self.limit = limit
+        self.dispatch: Dispatch | None = None  # for processes that have some of the experts each
         x, i, m = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(x, 2, i, m, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(x, m, i, dtype=dtype))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [T, M], chosen int64 [T, K], weights fp32 [T, K] -> the weighted sum of the chosen experts, fp32 [T, M]."""
+        if self.dispatch is not None:
+            return self.dispatch(x, chosen, weights, self.w13, self.w2, self.limit)
         return ops.experts(x, chosen, weights, self.w13, self.w2, self.limit)
 
 

@@ -10,7 +10,7 @@ All of this is planned once per call, on the host in numpy, and shared by all la
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -97,6 +97,22 @@ class TokenRows:
     read: Tensor | None
 
 
+class Shared(Protocol):
+    """What the rows of a part are joined with that other processes have, which read other parts of the same row."""
+
+    def window(self, own: Tensor) -> Tensor:
+        """The window rows that the part's tokens may see: those before it, and its own."""
+        ...
+
+    def rows(self, own: Tensor, kind: LayerKind) -> Tensor:
+        """The rows that the groups are made of which close in the part."""
+        ...
+
+    def entries(self, own: Tensor, kind: LayerKind) -> Tensor:
+        """The entries of the whole row."""
+        ...
+
+
 @dataclass(frozen=True)
 class Part:
     """The segments of a run whose memories lie in one pool, or those without memory.
@@ -104,6 +120,7 @@ class Part:
     tokens: their rows of the run, int64 on the device; None if they are all of it. window: what each token sees of the
     part's window rows, which are those of `ring` before its own, and its own. table, pages: the numbers of the pages
     that the part's sequences have, on the device and on the host. every: for layers that keep a row of every token.
+    shared: what the rows are joined with that other processes have, where they read other parts of the same row.
     """
 
     pool: Pages | None
@@ -115,6 +132,7 @@ class Part:
     pages: np.ndarray
     groups: dict[str, Groups]
     every: TokenRows | None
+    shared: Shared | None = None
 
     def of(self, rows: Tensor) -> Tensor:
         """The part's rows of what has one for each token of the run."""
@@ -131,6 +149,7 @@ class Run:
     """
 
     is_causal = True
+    is_shared = False  # with other processes: shards.py
 
     def __init__(
         self, config: ModelConfig, segments: Sequence[Segment], device: torch.device, phase: IndexPhase = "off"

@@ -28,6 +28,7 @@ from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
 from dsv4.model.segments import IndexPhase, Run, Segment, check_segments, plan
+from dsv4.model.shards import Shard, ShardRun, plan_shard
 from dsv4.model.step import run_blocks
 
 
@@ -141,7 +142,10 @@ class Transformer(LanguageModel):
         if self.numbers == "published":
             mtp = bool(self.mtp)
             segments = [s if s.memory else Segment(s.length, self.new_cache(mtp=mtp)[0]) for s in segments]
-        run = plan(self.config, segments, self.device, phase)
+        if isinstance(segments, Shard) and not segments.is_whole:
+            run = plan_shard(self.config, segments, self.device, phase)
+        else:
+            run = plan(self.config, segments, self.device, phase)
         memories = run.memories()
         for memory in memories:
             memory.begin()
@@ -190,8 +194,16 @@ class Transformer(LanguageModel):
 
         Row t sees the trunk's streams at t and the token at t+1 and predicts t+2; the last token of a segment has no
         next one and drops out. If all do, the first row stays, with its own token for the next one: it predicts
-        nothing, but the block has run and its parameters have a gradient, as in every other process.
+        nothing, but the block has run and its parameters have a gradient, as in every other process. Where a row is
+        shared with other processes every row stays, since each of them needs its neighbours' in the same order; what is
+        then predicted after the end of a document is for nothing, and is left out of the routing.
         """
+        if isinstance(trunk.run, ShardRun):
+            shard = trunk.run.shard
+            following, inside = shard.following.to(self.device), (~shard.ends).nonzero()[:, 0].to(self.device)
+            hidden, _, all_of = self._mtp(trunk.streams, following, trunk.run, [None])
+            kept = Routing(all_of.scores[inside], all_of.chosen[inside], all_of.weights[inside])
+            return hidden, torch.arange(len(ids), device=self.device), kept
         published = self.numbers == "published"  # then every run has memories, this one's are its own
         assert self.predicts_next and (published or not trunk.run.memories())
         lengths = [s.length - 1 for s in trunk.run.segments if s.length > 1]

@@ -24,20 +24,28 @@ SMOOTHED = 0.9  # weight of the past in the picture's smoothed line
 
 
 class Log:
-    """Appends to log.jsonl; a resumed run first drops the lines after the step it goes on from."""
+    """Appends to log.jsonl; a resumed run first drops the lines after the step it goes on from.
 
-    def __init__(self, path: Path, resume_step: int):
-        self.path = path
+    writes: of several processes that share a run one does; the others only know what is there.
+    """
+
+    def __init__(self, path: Path, resume_step: int, *, writes: bool = True):
+        self.path, self.writes = path, writes
         self.records = [r for r in read_log(self.path) if r["step"] <= resume_step]
-        write_text(self.path, "".join(_line(r) for r in self.records))
+        if writes:
+            write_text(self.path, "".join(_line(r) for r in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line. FileError if it cannot be: the run's checkpoints are not touched by that."""
+        if not self.writes:
+            return
         with explained(self.path, safe="the checkpoints are whole"), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def synchronise(self) -> None:
         """Have every line on the disk, so that no checkpoint is newer than its line, whatever happens next."""
+        if not self.writes:
+            return
         with explained(self.path, safe="the checkpoints are whole"), self.path.open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 

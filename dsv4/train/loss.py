@@ -1,7 +1,7 @@
 """What training minimises: next token, the token after it (MTP), a small sequence-wise balance term, and what the
 indexers learn from; all fp32."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from dsv4.model import LanguageModel
 from dsv4.model.head import IGNORE
 from dsv4.model.moe import Routing
 from dsv4.model.segments import IndexPhase
+from dsv4.model.shards import Shard
 from dsv4.train.balance import learned_gates
 
 
@@ -59,7 +60,7 @@ def training_loss(
     model: LanguageModel,
     ids: Tensor,
     targets: Tensor,
-    lengths: list[int],
+    lengths: list[int] | Shard,
     *,
     mtp_weight: float,
     balance_weight: float,
@@ -72,9 +73,11 @@ def training_loss(
     The MTP target of row t is the target of row t+1, so nothing is predicted across a document's end. totals: of the
     update that this is a micro-batch of; default: it is all of it. phase: whether indexers learn (model/segments.py);
     index_weight: of the sum of their losses, of which each is a mean over tokens (one that reads fewer than two entries
-    counts as 0).
+    counts as 0). lengths may be one process's part of a row that several read: then the losses are that part's share.
     """
-    totals = totals or count_totals([(targets, lengths)])
+    if totals is None:
+        assert not isinstance(lengths, Shard), "the means of a shared update are over all of it"
+        totals = count_totals([(targets, lengths)])
     losses = model(ids, segments=lengths, targets=targets, phase=phase)
     total = nll = losses.nll / max(1, totals.targets)
     mtp = 0.0
@@ -83,12 +86,16 @@ def training_loss(
         total, mtp = total + mtp_weight * nll_mtp, nll_mtp.item()
     balance = torch.zeros((), device=nll.device)
     learned = {layer: losses.routing[layer] for layer in learned_gates(model) if layer in losses.routing}
+    loads: dict[int, Tensor] = {}
     for layer, (routing, sequences) in learned.items():
         drafting = layer == len(model.layers)
         count = totals.mtp_sequences if drafting else totals.sequences
-        balance = balance + balance_loss(routing, sequences, count)
+        if isinstance(lengths, Shard):
+            routing, share = shared_balance(routing, lengths, count, drafting)
+        else:
+            share = balance_loss(routing, sequences, count)
+        balance, loads[layer] = balance + share, _load(routing)
     total = total + balance_weight * balance
-    loads = {layer: _load(routing) for layer, (routing, _) in learned.items()}
     kl = {layer: found.kl / totals.tokens for layer, found in losses.indexed.items()}
     for value in kl.values():
         total = total + index_weight * value
@@ -97,7 +104,7 @@ def training_loss(
 
 
 def heldout_nll(
-    model: LanguageModel, ids: Tensor, targets: Tensor, lengths: list[int], phase: IndexPhase = "off"
+    model: LanguageModel, ids: Tensor, targets: Tensor, lengths: list[int] | Shard, phase: IndexPhase = "off"
 ) -> float:
     """Sum of -log p(target) over a packed batch, in nats, without a graph."""
     with torch.no_grad():
@@ -110,16 +117,37 @@ def balance_loss(routing: Routing, lengths: list[int], count: int | None = None)
     f_e = X / (K T) x tokens sent to e, P_e = mean share of e in the scores; both within one sequence of T tokens.
     count: the sequences that the mean is over, where these are only some of them.
     """
+    sequence = torch.repeat_interleave(torch.tensor(lengths, device=routing.scores.device))
+    return _balance(routing, sequence, lengths, count or len(lengths), lambda sent: sent)
+
+
+def shared_balance(routing: Routing, shard: Shard, count: int, drafting: bool) -> tuple[Routing, Tensor]:
+    """The same for the tokens of one process's part of a row, whose sequences others have parts of: what was decided
+    for those that count, and their share of the loss. drafting: the routing lacks the last token of each document."""
+    device = routing.scores.device
+    sequence = (shard.documents[~shard.ends] if drafting else shard.documents).to(device)
+    if shard.counted < len(shard.row.lengths):
+        keep = (sequence < shard.counted).nonzero()[:, 0]
+        routing = Routing(routing.scores[keep], routing.chosen[keep], routing.weights[keep])
+        sequence = sequence[keep]
+    lengths = [max(1, n - drafting) for n in shard.row.lengths]
+    return routing, _balance(routing, sequence, lengths, max(1, count), shard.summed)
+
+
+def _balance(
+    routing: Routing, sequence: Tensor, lengths: list[int], count: int, summed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """sequence int64 [T]: that of each token, of `lengths` in all. summed: tokens sent, over all that have parts."""
     scores, chosen = routing.scores, routing.chosen
-    tokens, num = scores.shape
-    sequence = torch.repeat_interleave(torch.tensor(lengths, device=scores.device))
+    num = scores.shape[1]
     per_sequence = torch.tensor(lengths, dtype=torch.float32, device=scores.device)[:, None]
     sent = torch.zeros(len(lengths) * num, device=scores.device)
     sent.scatter_add_(0, (sequence[:, None] * num + chosen).flatten(), torch.ones(chosen.numel(), device=scores.device))
+    sent = summed(sent)
     fraction = sent.view(len(lengths), num) * (num / chosen.shape[1]) / per_sequence
     share = scores / scores.sum(dim=1, keepdim=True)
     mean_share = torch.zeros(len(lengths), num, device=scores.device).index_add(0, sequence, share) / per_sequence
-    return (fraction * mean_share).sum() / (count or len(lengths))
+    return (fraction * mean_share).sum() / count
 
 
 def _load(routing: Routing) -> Tensor:

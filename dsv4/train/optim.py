@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dsv4.config import AnyConfig, ModelConfig, V32Config
 from dsv4.errors import UserError
+from dsv4.model.init import fill
 from dsv4.ops.newton_schulz import JORDAN, POLAR_EXPRESS, newton_schulz, polar
 
 Kind = Literal["muon", "adamw_decay", "adamw_plain"]
@@ -129,17 +130,17 @@ class HybridOptimizer(torch.optim.Optimizer):
         M <- mu M + G;  O = orthogonalise(mu M + G) sqrt(max(n, m)) 0.18;  W <- W (1 - lr wd) - lr O
     so that the update's RMS is 0.18 lr for a matrix of full rank. AdamW is that of Loshchilov and Hutter.
 
-    Sharded parameters (DTensors, as fully_shard makes them) take the same steps: of each matrix every process gathers
-    what is to be orthogonalised, whole, and keeps its part of the result.
+    Sharded parameters (DTensors, as fully_shard makes them) take the same steps: each matrix is orthogonalised whole by
+    one process, which the others send their parts (parallel/ownership.py).
 
     Parameters without a gradient are left alone, decay included. Momenta are kept in fp32 whatever the
     parameters are. A step is deterministic: same state and gradients, same bits.
 
     groups: what `parameter_groups` returns. lr: peak or current rate; `set_lr` changes it. momentum: mu.
     ns: `hybrid10` (V4), `jordan5` (the usual Muon), `polar_express` or `svd` (exact), for ablations. ns_dtype: its
-    arithmetic, fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many numbers
-    at a time (the step needs a handful of such buffers), or one matrix where a single one is larger; default: what
-    stays in a processor's cache, or fills a GPU. It changes no bit.
+    arithmetic, fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many
+    numbers at a time (the step needs a handful of such buffers), or one matrix where a single one is larger; default:
+    what stays in a processor's cache, or fills a GPU. It changes no bit.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class HybridOptimizer(torch.optim.Optimizer):
     def _muon(self, group: dict[str, Any]) -> None:
         lr, mu = group["lr"], group["momentum"]
         piles: dict[tuple, list[tuple[Tensor, ...]]] = {}  # same-shaped (weight, momentum, gradient)
+        sharded: list[tuple[Any, ...]] = []
         for parameter, stacks in zip(group["params"], group["matrices"], strict=True):
             if parameter.grad is None:
                 continue
@@ -192,33 +194,27 @@ class HybridOptimizer(torch.optim.Optimizer):
             momentum.mul_(mu).add_(parameter.grad)
             parameter.mul_(1 - lr * group["weight_decay"])
             if is_sharded(parameter):
-                ahead = whole(torch.add(parameter.grad, momentum, alpha=mu))
-                self._add_share(parameter, self._update(ahead, stacks), -lr * UPDATE_RMS)
+                sharded.append((parameter, momentum, parameter.grad, stacks))
                 continue
             views = (logical_view(t, stacks) for t in (parameter, momentum, parameter.grad))
             for weight, m, grad in zip(*views, strict=True):
                 piles.setdefault((weight.device, *weight.shape[1:]), []).append((weight, m, grad))
+        if sharded:
+            from dsv4.train.parallel import ownership
+
+            held = [ownership.Held(*item) for item in sharded]
+            numbers = self._numbers_at_a_time(held[0].parameter.device)
+            ownership.step(held, mu, self._orthogonalise, -lr * UPDATE_RMS, numbers)
         for (device, a, b), pile in piles.items():
-            numbers = self._chunk_elements or (1 << 19 if device.type == "cpu" else 1 << 25)
-            for chunk in _chunks(pile, max(1, numbers // (a * b))):
+            for chunk in _chunks(pile, max(1, self._numbers_at_a_time(device) // (a * b))):
                 ahead = torch.cat([torch.add(grad, m, alpha=mu) for _, m, grad in chunk])  # Nesterov
                 updates = self._orthogonalise(ahead).split([len(weight) for weight, _, _ in chunk])
                 for (weight, _, _), update in zip(chunk, updates, strict=True):
                     weight.add_(update, alpha=-lr * UPDATE_RMS * math.sqrt(max(a, b)))
 
-    def _update(self, ahead: Tensor, stacks: list[Stack]) -> Tensor:
-        """The orthogonalised matrices of one whole parameter, each scaled by its size."""
-        pieces = (self._orthogonalise(m) * math.sqrt(max(m.shape[1:])) for m in logical_view(ahead, stacks))
-        return torch.cat([piece.reshape(-1) for piece in pieces]).view(ahead.shape)
-
-    @staticmethod
-    def _add_share(parameter: Tensor, update: Tensor, alpha: float) -> None:
-        """Add this process's part of a whole update, which every process has computed alike, to its shard."""
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(parameter, DTensor)
-        share = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.add_(share, alpha=alpha)
+    def _numbers_at_a_time(self, device: torch.device) -> int:
+        """Of matrices that are orthogonalised together: what stays in a processor's cache, or fills a GPU."""
+        return self._chunk_elements or (1 << 19 if device.type == "cpu" else 1 << 25)
 
     def _adamw(self, group: dict[str, Any]) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -284,7 +280,7 @@ class HybridOptimizer(torch.optim.Optimizer):
                     f"{tensor.dtype} {list(tensor.shape)}: resume with the configuration it was saved with"
                 )
         for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+            fill(tensor, state_dict[name])
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{group['kind']}: {len(group['params'])}" for group in self.param_groups)
@@ -318,6 +314,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def _norms(grads: list[Tensor], order: float) -> Tensor:
+    """The norm of each gradient, in fp32 at least; all are sharded or none is."""
+    if is_sharded(grads[0]):
+        from dsv4.train.parallel.norms import sharded_norms
+
+        return sharded_norms(grads, order)  # type: ignore[arg-type]
+    wide = (torch.promote_types(g.dtype, torch.float32) for g in grads)
+    return torch.stack([torch.linalg.vector_norm(g, order, dtype=d) for g, d in zip(grads, wide, strict=True)])
+
+
 def drop_zero_gradients(parameters: Iterable[Tensor]) -> None:
     """Take away gradients that are nothing but zeros: a parameter to which nothing flowed in an update, such as a
     compressor none of whose groups closed, is left alone by the optimiser, momentum and decay included.
@@ -326,7 +332,7 @@ def drop_zero_gradients(parameters: Iterable[Tensor]) -> None:
     """
     held = [p for p in parameters if p.grad is not None]
     if held:
-        largest = torch.stack([whole(torch.linalg.vector_norm(p.grad, ord=math.inf)) for p in held])  # type: ignore[arg-type]
+        largest = _norms([p.grad for p in held if p.grad is not None], math.inf)
         for p, size in zip(held, largest.tolist(), strict=True):
             if size == 0:
                 p.grad = None
@@ -343,8 +349,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return 0.0
-    norms = [whole(torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))) for g in grads]
-    norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+    norm = torch.linalg.vector_norm(_norms(grads, 2)).item()
     if math.isfinite(norm) and norm > max_norm:
         for grad in grads:
             grad.mul_(max_norm / norm)

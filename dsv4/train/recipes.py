@@ -14,6 +14,7 @@ from dsv4.errors import UserError, nearest, shown
 from dsv4.settings import merge, read_overrides, read_yaml
 from dsv4.train.dataconfig import DataConfig
 from dsv4.train.optim import ORTHOGONALISERS
+from dsv4.train.parallel.config import ParallelConfig
 from dsv4.train.schedule import check_schedule, decay_steps
 
 DTYPES = ("float32", "bfloat16")  # of Newton-Schulz
@@ -72,12 +73,17 @@ class IndexerConfig:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """Steps between checkpoints and evaluations; how many checkpoints stay; held-out tokens per evaluation."""
+    """Steps between checkpoints and evaluations; how many checkpoints stay; held-out tokens per evaluation.
+
+    whole: of a run that several processes share, with the whole weights in the published layout beside the parts that
+    each process writes: turn it off where they do not fit into the memory of the first one's machine.
+    """
 
     every: int = 200
     keep: int = 2
     eval_every: int = 100
     eval_tokens: int = 65536
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     recompute: bool = False
     start_from: str = ""  # a checkpoint whose weights the run begins with; `dsv4 train --from` sets it
@@ -115,6 +122,7 @@ class RunConfig:
                 f"model.dspark_stages={self.model.dspark_stages}: a DSpark drafter is not trained here; train the "
                 "trunk alone, without the dspark_* keys"
             )
+        self.parallel.check(self.model)
         if self.data.micro_batches > self.data.tokens_per_step:
             raise UserError(
                 f"data.micro_batches={self.data.micro_batches} must be at most "

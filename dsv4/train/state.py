@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dsv4 import controls
 from dsv4.checkpoint import RunFolder, load, read_config, save
 from dsv4.checkpoint.save import write_tensors
-from dsv4.errors import UserError, shown
+from dsv4.errors import FileError, UserError, shown
 from dsv4.files import (
     DIGESTS,
     TEMPORARY,
@@ -31,15 +32,28 @@ from dsv4.files import (
     write_json,
 )
 from dsv4.model import LanguageModel
+from dsv4.model.init import fill, own_rows
 from dsv4.settings import flat
 from dsv4.text import Tokenizer
 from dsv4.train.optim import HybridOptimizer
+from dsv4.train.parallel.processes import Processes
 from dsv4.train.recipes import RunConfig, renamed
 
 log = logging.getLogger("dsv4")
 
+SHARDED = "sharded"  # the folder of a checkpoint that several processes have written together
+
 # Settings that a resumed run may change; what they were and are is logged. All others decide what was learned from.
-CHANGEABLE = ("optim.", "schedule.", "indexer.", "save.", "recompute", "data.micro_batches", "data.workers")
+CHANGEABLE = (
+    "optim.",
+    "schedule.",
+    "indexer.",
+    "save.",
+    "parallel.",
+    "recompute",
+    "data.micro_batches",
+    "data.workers",
+)
 
 
 @dataclass
@@ -62,14 +76,21 @@ def save_state(
     *,
     keep: int,
     diverging: bool = False,
+    processes: Processes | None = None,
+    whole: bool = True,
 ) -> Path:
     """Write a checkpoint beside the others under a temporary name, rename it, then drop all but the newest `keep`.
 
     data: what identifies the training data. diverging: the loss is far above its past; the checkpoint from before
     that stays. FileError, and the older checkpoints as they were, if the machine does not let it be written.
+    processes: those that share the run, all of which call this: each writes its part (parallel/state.py), the first one
+    everything else. whole: with the whole weights besides, which go through the first one's memory.
     """
-    temporary = folder.checkpoints / f".{folder.checkpoint(progress.step).name}{TEMPORARY}"
-    before = folder.latest()
+    if processes is not None and processes.several:
+        return _save_shared(
+            folder, model, optimizer, tokenizer, progress, settings, data, keep, diverging, processes, whole
+        )
+    temporary, before = _temporary(folder, progress), folder.latest()
     safe = f"{before} is whole" if before else "there was no checkpoint before"
     make_folder(folder.checkpoints)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -83,6 +104,71 @@ def save_state(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return _put(folder, temporary, progress, before, safe=safe, keep=keep, diverging=diverging)
+
+
+def _save_shared(
+    folder: RunFolder,
+    model: LanguageModel,
+    optimizer: HybridOptimizer,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    keep: int,
+    diverging: bool,
+    processes: Processes,
+    whole: bool,
+) -> Path:
+    from dsv4.train.parallel.state import save_sharded, whole_weights
+
+    temporary, before = _temporary(folder, progress), folder.latest()
+    safe = f"{before} is whole" if before else "there was no checkpoint before"
+    if processes.is_first:
+        make_folder(folder.checkpoints)
+        shutil.rmtree(temporary, ignore_errors=True)
+        make_folder(temporary)
+    processes.wait()
+    try:
+        save_sharded(temporary / SHARDED, model, optimizer, safe=safe)
+    except FileError:  # in all of them
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    weights = whole_weights(model) if whole else {}
+    if processes.is_first:
+        if whole:
+            with torch.device("meta"):
+                plain = controls.build(model.config)
+            plain.load_state_dict(weights, assign=True)
+            plain.stop_ids = model.stop_ids
+            save(plain, temporary)
+        else:
+            write_json(temporary / "config.json", model.config.to_json(), safe=safe)
+        tokenizer.save(temporary)
+        write_json(temporary / "state.json", {**vars(progress), "settings": settings, "data": data}, safe=safe)
+        write_digests(temporary)
+        _put(folder, temporary, progress, before, safe=safe, keep=keep, diverging=diverging)
+    processes.wait()
+    return folder.checkpoint(progress.step)
+
+
+def _temporary(folder: RunFolder, progress: Progress) -> Path:
+    """What a checkpoint is called while it is being written."""
+    return folder.checkpoints / f".{folder.checkpoint(progress.step).name}{TEMPORARY}"
+
+
+def _put(
+    folder: RunFolder,
+    temporary: Path,
+    progress: Progress,
+    before: Path | None,
+    *,
+    safe: str,
+    keep: int,
+    diverging: bool,
+) -> Path:
+    """Give a finished checkpoint its name and let it be the newest."""
     target = folder.put(temporary, progress.step, safe=safe)
     if diverging and before is not None:
         folder.set_last_good(before)
@@ -122,6 +208,11 @@ def load_state(
             )
     if read_config(path) != model.config:
         raise UserError(f"{path} holds a model of another configuration: resume with the one it was started with")
+    if (path / SHARDED).is_dir():
+        from dsv4.train.parallel.state import load_sharded
+
+        load_sharded(path / SHARDED, model, optimizer)
+        return progress, changed
     try:
         momenta = load_file(path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
@@ -146,7 +237,7 @@ def copy_weights(source: LanguageModel, target: LanguageModel) -> None:
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(given[name])
+            fill(tensor, given[name])
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -175,11 +266,12 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
 
 
 def not_finite(model: LanguageModel, optimizer: HybridOptimizer) -> str:
-    """The name of a weight or momentum that holds a NaN or an infinity, "" if all are finite."""
+    """The name of a weight or momentum that holds a NaN or an infinity, "" if all are finite: of a sharded one, in what
+    this process has of it."""
     return next((name for name, t in _state_tensors(model, optimizer) if not bool(torch.isfinite(t).all())), "")
 
 
 def _state_tensors(model: LanguageModel, optimizer: HybridOptimizer) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*model.state_dict().items(), *optimizer.state_dict().items()):
         if tensor.is_floating_point():
-            yield name, tensor
+            yield name, own_rows(tensor)[0]

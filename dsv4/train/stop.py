@@ -17,11 +17,14 @@ class GivenUp(BaseException):
 
 
 class Stop:
-    """Within the block, counts the requests to stop; `outcome` ends what is said to the first."""
+    """Within the block, counts the requests to stop; `outcome` ends what is said to the first.
 
-    def __init__(self, outcome: str):
+    patient: no step is given up, since other processes are in the middle of it too.
+    """
+
+    def __init__(self, outcome: str, *, patient: bool = False):
         self.asked = 0
-        self._outcome = outcome
+        self._outcome, self._patient = outcome, patient
         self._open = False  # a step may be given up now
         self._before: dict[int, Any] = {}
 
@@ -40,9 +43,9 @@ class Stop:
     @contextmanager
     def may_give_up(self) -> Iterator[None]:
         """In this block, which must leave no trace when it is left half way, a second request raises GivenUp."""
-        if self.asked >= 2:
+        if self.asked >= 2 and not self._patient:
             raise GivenUp
-        self._open = True
+        self._open = not self._patient
         try:
             yield
         finally:
@@ -51,7 +54,8 @@ class Stop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
         if self.asked == 1:
-            _say(f"stopping after this step; {self._outcome} (once more: without finishing the step)")
+            again = "" if self._patient else " (once more: without finishing the step)"
+            _say(f"stopping after this step; {self._outcome}{again}")
         elif self.asked == 2:
             _say("giving up the step, saving the state before it" if self._open else "saving; this takes a moment")
             if self._open:

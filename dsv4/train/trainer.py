@@ -32,6 +32,7 @@ from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
 from dsv4.train.mixture import Mixture
 from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
+from dsv4.train.parallel.processes import Processes
 from dsv4.train.plan import check_memory
 from dsv4.train.recipes import RunConfig
 from dsv4.train.rundata import absolute, absolute_path, prepare_data
@@ -59,7 +60,8 @@ class Trainer:
     resume: "" (the folder must hold no run yet), "auto" (go on if it holds one) or the path of a checkpoint. A run that
     is not resumed begins with the weights of config.start_from, if that is given, and with nothing else of it. Master
     weights are fp32; `dtype` is that of the computation. on_progress: told of the preparation of the data. peak: FLOP/s
-    that the device could do, for the log's MFU.
+    that the device could do, for the log's MFU. processes: this one and those that share the run
+    (parallel/processes.py), each of which makes the same calls.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         on_progress: Callable[[str, int, int | None], None] | None = None,
         peak: float | None = None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes = processes or Processes()
         self.folder, self.peak = RunFolder(folder), peak
         checkpoint = _resume_point(self.folder, resume)
         begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
@@ -80,19 +84,24 @@ class Trainer:
         started = load_model(begins, config=config.model) if begins and checkpoint is None else None
         check_memory(config, torch.device(device))
         make_folder(folder)
-        self.lock, self.stop = FolderLock(folder), Stop(f"the newest state is saved in {folder}")
-        remove_leftovers(folder)
-        remove_leftovers(self.folder.checkpoints)
+        self.stop = Stop(f"the newest state is saved in {folder}", patient=processes.several)
+        self.lock = FolderLock(folder) if processes.is_first else None
+        if processes.is_first:
+            remove_leftovers(folder)
+            remove_leftovers(self.folder.checkpoints)
         self.tokenizer: Tokenizer
         self.train_data: Packed | Mixture
         self.heldout: Packed
-        prepared = checkpoint is not None and is_prepared(self.folder.data)
-        self.tokenizer, self.train_data, self.heldout = prepare_data(
-            config, folder, resuming=prepared, on_progress=on_progress
-        )
+        with processes.first_alone():
+            prepared = (checkpoint is not None or not processes.is_first) and is_prepared(self.folder.data)
+            self.tokenizer, self.train_data, self.heldout = prepare_data(
+                config, folder, resuming=prepared, on_progress=on_progress
+            )
         self.config = config = _with_tokenizer(config, self.tokenizer)
         torch.manual_seed(config.seed)
-        self.model = controls.build(config.model, compute_dtype=dtype, recompute=config.recompute).to(device)
+        with processes.unmade(config.model):
+            model = controls.build(config.model, compute_dtype=dtype, recompute=config.recompute)
+        self.model = processes.shard(model) if processes.several else model.to(device)
         if started is not None:
             copy_weights(started, self.model)
         o = config.optim
@@ -118,10 +127,13 @@ class Trainer:
             self.progress, changed = load_state(
                 checkpoint, self.model, self.optimizer, config.to_dict(), self._data_identity()
             )
-            self._go_on_from(checkpoint)
+            if processes.is_first:
+                self._go_on_from(checkpoint)
+            processes.wait()
         self.saved_step = self.progress.step if checkpoint is not None else -1
-        write_text(self.folder.config, write_yaml(config.to_dict()))
-        self.log = Log(self.folder.log, self.progress.step)
+        if processes.is_first:
+            write_text(self.folder.config, write_yaml(config.to_dict()))
+        self.log = Log(self.folder.log, self.progress.step, writes=processes.is_first)
         self.watch = LossWatch(r["loss"] for r in self.log.records if "loss" in r)
         if changed:
             told = {name: [old, new] for name, (old, new) in changed.items()}
@@ -159,11 +171,12 @@ class Trainer:
 
     def close(self) -> None:
         """Let others work in the folder."""
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def _loop(self, report: Callable[[Record], None]) -> None:
         steps, save = self.config.schedule.steps, self.config.save
-        while self.progress.step < steps and not self.stop.asked:
+        while self.progress.step < steps and not self.processes.agree(self.stop.asked > 0):
             try:
                 record = self.step()
             except GivenUp:
@@ -253,13 +266,13 @@ class Trainer:
         parts: list[Loss] = []
         for batch in micro:
             part = training_loss(
-                self.model, batch.ids, batch.targets, batch.lengths,
+                self.model, *self.processes.share(batch),
                 mtp_weight=mtp, balance_weight=self.config.loss.balance, totals=totals, phase=phase,
                 index_weight=self.config.indexer.weight,
             )  # fmt: skip
             part.total.backward()
             parts.append(replace(part, total=part.total.detach()))  # its graph is not needed any more
-        return parts
+        return self.processes.summed(self.model, parts)
 
     def evaluate(self) -> float:
         """Held-out bits per byte over `save.eval_tokens` tokens, attended as in the last update; NotFinite if that is
@@ -268,8 +281,9 @@ class Trainer:
         nats, count = 0.0, 0
         tokens = max(1, data.tokens_per_step // data.micro_batches)
         for batch in heldout_batches(self.heldout, tokens, data.seq_len, save.eval_tokens, whole=data.packs_whole):
-            nats += heldout_nll(self.model, batch.ids, batch.targets, batch.lengths, phase)
+            nats += heldout_nll(self.model, *self.processes.share(batch), phase)
             count += batch.num_bytes
+        nats = self.processes.total(nats)
         if not math.isfinite(nats):
             raise self._not_finite(f"the evaluation after step {self.progress.step} gives {nats}")
         if not count:
@@ -292,12 +306,15 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the state after the last update; never one with a number that is not finite."""
         bad = not_finite(self.model, self.optimizer)
-        if bad:
-            raise self._not_finite(f"{bad} holds a number that is not finite after step {self.progress.step}")
+        if self.processes.agree(bool(bad)):
+            raise self._not_finite(
+                f"{bad or 'what another process has'} holds a number that is not finite after step {self.progress.step}"
+            )
         self.log.synchronise()
         path = save_state(
             self.folder, self.model, self.optimizer, self.tokenizer, self.progress, self.config.to_dict(),
             self._data_identity(), keep=self.config.save.keep, diverging=self.watch.diverging,
+            processes=self.processes, whole=self.config.save.whole,
         )  # fmt: skip
         self.saved_step = self.progress.step
         return path
