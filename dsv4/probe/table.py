@@ -1,0 +1,42 @@
+"""Every probe by its name: the question, the suite it belongs to, what it needs of a model, and what runs it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dsv4.config import AnyConfig
+from dsv4.errors import UserError, nearest
+from dsv4.probe.record import Record
+from dsv4.probe.subject import Settings, Subject, Suite
+
+
+@dataclass(frozen=True)
+class Probe:
+    """needs: why it cannot run on a model of this configuration, or None. suite: the smallest one that it is in."""
+
+    name: str
+    question: str
+    suite: Suite
+    needs: Callable[[AnyConfig], str | None]
+    run: Callable[[Subject, Settings], Iterator[Record]]
+
+
+_ALL: list[Probe] = []
+
+PROBES: dict[str, Probe] = {probe.name: probe for probe in _ALL}
+
+
+def chosen(suite: Suite, only: Sequence[str] = ()) -> list[Probe]:
+    """The probes of a suite in the table's order, or those named, whatever their suite; a name's first part ("gain")
+    stands for all below it. UserError for an unknown name."""
+    if not only:
+        return [p for p in PROBES.values() if suite == "full" or p.suite == "quick"]
+    for name in only:
+        if not _of(name):
+            known = [*PROBES, *{p.partition(".")[0] for p in PROBES}]
+            raise UserError(f"there is no probe {name!r}{nearest(name, known)}; dsv4 probe --list names them")
+    wanted = {p for name in only for p in _of(name)}
+    return [p for p in PROBES.values() if p.name in wanted]
+
+
+def _of(name: str) -> list[str]:
+    return [p for p in PROBES if p == name or p.startswith(f"{name}.")]
