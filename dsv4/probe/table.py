@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
+from dsv4.probe import gain, mixing
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Settings, Subject, Suite
 
@@ -20,7 +21,24 @@ class Probe:
     run: Callable[[Subject, Settings], Iterator[Record]]
 
 
-_ALL: list[Probe] = []
+_ALL: list[Probe] = [
+    Probe(
+        mixing.NAME, "Can mixing the residual streams amplify a perturbation, at any depth?", "quick", mixing.needs,
+        mixing.run,
+    ),
+    Probe(
+        "gain.jacobian", "How much larger is a small change of the input before the head?", "quick", gain.needs_trunk,
+        gain.run_jacobian,
+    ),
+    Probe(
+        "gain.ratio", "Does mHC carry perturbations further than a plain residual with the same weights?", "quick",
+        gain.needs_mhc, gain.run_ratio,
+    ),
+    Probe(
+        "gain.dynamic", "What do input-dependent coefficients add to what the certificate bounds?", "quick",
+        gain.needs_mhc, gain.run_dynamic,
+    ),
+]  # fmt: skip
 
 PROBES: dict[str, Probe] = {probe.name: probe for probe in _ALL}
 
