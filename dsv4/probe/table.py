@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
-from dsv4.probe import gain, hijack, indexed, mixing, selection
+from dsv4.probe import gain, hashing, hijack, indexed, mixing, routing, selection
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Settings, Subject, Suite
 
@@ -45,6 +45,18 @@ _ALL: list[Probe] = [
     Probe(
         hijack.NAME, "Can a text push the system prompt out of what CSA reads?", "quick", indexed.needs_choice,
         hijack.run,
+    ),
+    Probe(
+        hashing.NAME, "What do the public hash tables let anyone do to the experts' load?", "quick", hashing.needs,
+        hashing.run,
+    ),
+    Probe(
+        "routing.learned", "How close are the learned router's choices?", "quick", routing.needs_gate,
+        routing.run_learned,
+    ),
+    Probe("routing.silence", "What does a single expert carry?", "quick", routing.needs_gate, routing.run_silence),
+    Probe(
+        "streams.ablate", "What does each residual stream carry?", "quick", routing.needs_streams, routing.run_streams,
     ),
 ]  # fmt: skip
 
