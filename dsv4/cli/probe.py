@@ -33,6 +33,9 @@ def probe(
     compare: Annotated[
         tuple[Path, Path] | None, Option(metavar="DIR DIR", help="A page of two runs beside each other.")
     ] = None,
+    claims: Annotated[
+        bool, Option("--claims", help="Statements of a security guide beside what --out's run has measured.")
+    ] = False,
     list_them: Annotated[bool, Option("--list", help="The probes, with the question that each answers.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object a record.")] = False,
 ) -> None:
@@ -42,6 +45,7 @@ def probe(
 
     Example: dsv4 probe runs/demo --suite quick --out probes/demo
     One question: dsv4 probe runs/demo --only gain.certificate
+    The statements of a guide: dsv4 probe --claims --out probes/demo
     Two models: dsv4 probe --compare probes/a probes/b
     """
     from dsv4.probe import runner, table
@@ -56,6 +60,11 @@ def probe(
         if model is not None or from_hub:
             raise UserError("--compare takes two folders that --out has made, and no model")
         _compare(list(compare), out)
+        return
+    if claims:
+        if out is None or model is not None or from_hub:
+            raise UserError("--claims takes --out, the folder of a run that has measured, and no model")
+        _claims(out, as_json)
         return
     settings = Settings(seed, "quick" if suite == "quick" else "full")
     wanted = table.chosen(settings.suite, [name for name in only.split(",") if name])
@@ -121,6 +130,20 @@ def _list(as_json: bool) -> None:
     for p in PROBES.values():
         about = {"probe": p.name, "suite": p.suite, "question": p.question}
         print(json.dumps(about) if as_json else f"{p.name:24s} {p.suite:6s} {p.question}")
+
+
+def _claims(out: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from dsv4.probe.claims import rows
+    from dsv4.probe.runner import read
+
+    about, records = read(out)
+    for row in rows(records):
+        if as_json:
+            print(json.dumps({"model": about["model"], **asdict(row)}))
+        else:
+            print(f"said      {row.said}\nis so     {row.is_so}\nmeasured  {row.measured}\nverdict   {row.verdict}\n")
 
 
 def _compare(folders: list[Path], out: Path | None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
-from dsv4.probe import gain, hashing, hijack, indexed, mixing, routing, selection
+from dsv4.probe import embedding, gain, hashing, hijack, indexed, mixing, routing, selection
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Settings, Subject, Suite
 
@@ -37,6 +37,10 @@ _ALL: list[Probe] = [
     Probe(
         "gain.dynamic", "What do input-dependent coefficients add to what the certificate bounds?", "quick",
         gain.needs_mhc, gain.run_dynamic,
+    ),
+    Probe(
+        embedding.NAME, "How large a change of the embeddings changes the next token?", "quick", gain.needs_trunk,
+        embedding.run,
     ),
     Probe(
         selection.NAME, "How little does it take to change what CSA reads?", "quick", indexed.needs_choice,
