@@ -39,12 +39,15 @@ def tokens_of(settings: Settings) -> int:
     return settings.pick(64, 256)
 
 
-def end_to_end(subject: Subject, settings: Settings, number: int, model: Transformer | None = None) -> list[Gain]:
+def end_to_end(
+    subject: Subject, settings: Settings, number: int, model: Transformer | None = None, directions: int = 1
+) -> list[Gain]:
     """The gains of a model (the subject's own, or one beside it) for the same `number` inputs."""
     found, asked = [], subject.model if model is None else model
     for i, ids in enumerate(subject.windows(number, tokens_of(settings), settings, salt=2)):
         with without_parameters(asked):
-            found.append(gain(*embeddings_to_hidden(asked, ids), settings.generator(100 + i)))
+            f, x = embeddings_to_hidden(asked, ids)
+            found.append(gain(f, x, settings.generator(100 + i), directions=directions))
     return found
 
 
@@ -58,7 +61,7 @@ def needs_trunk(config: AnyConfig) -> str | None:
 def run_jacobian(subject: Subject, settings: Settings) -> Iterator[Record]:
     record = Recorder("gain.jacobian", subject, settings)
     number = settings.pick(4, 16)
-    found = end_to_end(subject, settings, number)
+    found = end_to_end(subject, settings, number, directions=8)
     worst = max(g.residual for g in found)
     detail = {"tokens": tokens_of(settings), "each": [g.sigma for g in found], "steps": [g.steps for g in found],
               "asymmetry": max(g.asymmetry for g in found)}  # fmt: skip
