@@ -35,7 +35,22 @@ ALLOWED: dict[str, set[str]] = {
     "serve": {"engine", "text"},
     "measure": {"config", "ops", "cache", "model", "controls", "cost"},
     "conform": {"remote", "measure", "config", "ops", "model", "cache", "checkpoint", "text"},
-    "probe": {"remote", "measure", "engine", "train", "model", "text", "config", "cost"},
+    # ops, cache: scores, entries and maps are probed as ops make them; checkpoint: small models are trained and kept
+    "probe": {
+        "remote",
+        "measure",
+        "engine",
+        "train",
+        "model",
+        "controls",
+        "ops",
+        "cache",
+        "checkpoint",
+        "text",
+        "data",
+        "config",
+        "cost",
+    },  # fmt: skip
     "lab": {"measure", "engine", "train", "model", "text", "config", "cost"},
     "bench": {"measure", "engine", "train", "model", "ops", "cache", "checkpoint", "config", "cost", "text", "data"},
 }

@@ -32,6 +32,7 @@ VERBS = {
     "cost": "Count what a million tokens cost.",
     "bench": "Measure: is it right, and how fast?",
     "conform": "Judge a port of V4: is it right, and if not, which mistake is it?",
+    "probe": "Measure how a model bends and breaks.",
     "behaviour": "Ask a model or a server: does it refuse, leak, obey whom it should not?",
     "doctor": "Check the installation.",
 }

@@ -120,14 +120,21 @@ class ControlTransformer(LanguageModel):
             self.config, format=format or self.compute_dtype, device=self.device, max_rewind=max_rewind, pages=pages
         )
 
-    def trunk(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> ControlTrunk:
+    def trunk(
+        self,
+        ids: Tensor,
+        segments: Sequence[Segment],
+        phase: IndexPhase = "off",
+        *,
+        embedded: Tensor | None = None,
+    ) -> ControlTrunk:
         """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories."""
         assert phase == "off", "the indexer of a control does not learn"
         check_segments(self.config, segments)
         run = Run.of(segments, self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not run.memories):
             turn = turns(self.frequencies(), run.positions().to(self.device))
-            x = self.embed(ids.to(self.device)).to(self.compute_dtype)
+            x = self.embedded(ids.to(self.device), embedded)
             routing = []
             for i, block in enumerate(self.layers):
                 if self.recompute and torch.is_grad_enabled():

@@ -22,7 +22,7 @@ from dsv4.engine.speculative import Speculation, check_depth
 from dsv4.engine.types import Completion, Drawn, Event, FinishReason, Request, SamplingParams
 from dsv4.engine.writer import TextWriter
 from dsv4.errors import UserError
-from dsv4.model import LanguageModel, Memory
+from dsv4.model import LanguageModel, Memory, check_pinned
 from dsv4.text import Tokenizer, load_tokenizer
 
 
@@ -234,6 +234,10 @@ class Engine:
                 f"a prompt of {len(ids)} tokens leaves no room for a new one: "
                 f"max_position_embeddings={context}; shorten the prompt"
             )
+        if params.pinned > len(ids):
+            raise UserError(f"pinned={params.pinned} of a prompt of {len(ids)} tokens: pin at most those")
+        if params.pinned:
+            check_pinned(self.config, params.pinned)
         generator = torch.Generator()
         generator.manual_seed(generator.seed() if params.seed is None else params.seed)
         limit = min(len(ids) + params.max_tokens, context)

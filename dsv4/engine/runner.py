@@ -1,13 +1,20 @@
 """Scheduled shares -> one call of the model: chunks of prompts and single tokens side by side, nothing padded."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.engine.scheduler import Share
 from dsv4.engine.types import Request
-from dsv4.model import LanguageModel
+from dsv4.model import LanguageModel, Segment
+
+
+def segment_of(share: Share) -> Segment:
+    """The piece of a run that a share is."""
+    memory: Any = share.memory
+    return Segment(share.count, memory, share.request.params.pinned)
 
 
 class Runner:
@@ -26,7 +33,7 @@ class Runner:
         ids, segments = [], []
         for share in shares:
             ids += share.request.ids[share.memory.length : share.memory.length + share.count]
-            segments.append((share.count, share.memory))
+            segments.append(segment_of(share))
         logits = self.model(torch.tensor(ids), segments=segments, rows="last")
         ready = [row for row, share in enumerate(shares) if not share.request.pending]
         return [shares[row].request for row in ready], logits[ready]

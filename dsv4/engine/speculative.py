@@ -106,7 +106,7 @@ class Speculation:
             whole = share.count == request.pending
             ids += request.ids[start : start + share.count]
             ids += [draft.token for draft in request.drafts] if whole else []
-            segments.append(Segment(share.count, _memory(share)))
+            segments.append(Segment(share.count, _memory(share), request.params.pinned))
             rows += range(len(ids) - 1 - len(request.drafts), len(ids)) if whole else []
         trunk = self.model.trunk(torch.tensor(ids), segments)
         return trunk, self._logits(trunk.hidden, rows)

@@ -29,7 +29,9 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. seed: the same seed draws the
     same tokens whatever else is in the batch; None is a new one each time. max_tokens: new tokens at most. stop:
     strings that end the text and are not part of it. logprobs: also tell log-probabilities, of each drawn token and of
-    this many of the likeliest (0 to 100); None: none.
+    this many of the likeliest (0 to 100); None: none. pinned: so many of the prompt's first tokens stay in what CSA
+    reads, whatever later text the indexer prefers: the defence of a system prompt (docs/robustness.md); at most
+    index_topk entries.
     """
 
     temperature: float = 1.0
@@ -40,6 +42,7 @@ class SamplingParams:
     max_tokens: int = 128
     stop: tuple[str, ...] | list[str] = ()
     logprobs: int | None = None
+    pinned: int = 0
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
@@ -58,6 +61,8 @@ class SamplingParams:
             raise UserError(f"stop={self.stop!r} must be a list of non-empty strings")
         if self.logprobs is not None and (not _is_whole(self.logprobs) or not 0 <= self.logprobs <= MOST_LOGPROBS):
             raise UserError(f"logprobs={self.logprobs!r} must be a whole number from 0 to {MOST_LOGPROBS}, or None")
+        if not _is_whole(self.pinned) or self.pinned < 0:
+            raise UserError(f"pinned={self.pinned!r} must be a whole number of the prompt's first tokens, or 0")
         object.__setattr__(self, "stop", tuple(self.stop))
 
 

@@ -85,4 +85,26 @@ class Indexer(nn.Module):
         """The entries int64 [n, topk] that a part's queries choose."""
         if store is not None:
             q = store.entries.format.as_query(q)
-        return ops.index_scores_topk(q, weights, keys, part.groups[self.kind.name].visible, self.topk)
+        visible = part.groups[self.kind.name].visible
+        if part.pinned is not None:
+            return choose_with_pins(q, weights, keys, visible, -(-part.pinned // self.kind.ratio), self.topk)
+        return ops.index_scores_topk(q, weights, keys, visible, self.topk)
+
+
+def choose_with_pins(q: Tensor, weights: Tensor, keys: ops.Pool, visible: ops.Spans, pins: Tensor, k: int) -> Tensor:
+    """As ops.index_scores_topk, but each query reads the first pins_i (int64 [n], on the host, at most k) entries that
+    it sees, and the best of the others: what a text says later cannot push them out.
+
+    The pinned entries are the first of an interval, so the others are an interval too, of which fewer are chosen.
+    """
+    chosen = torch.empty(len(q), k, dtype=torch.int64, device=q.device)
+    for count in pins.unique().tolist():
+        rows = (pins == count).nonzero()[:, 0]
+        here, seen = rows.to(q.device), visible.of(rows)
+        own = (seen.stop - seen.start).clamp(max=count)
+        first = seen.start[:, None] + torch.arange(count)
+        first = first.masked_fill(torch.arange(count) >= own[:, None], -1).to(q.device)
+        rest = ops.Spans(seen.start + own, seen.stop)
+        best = [ops.index_scores_topk(q[here], weights[here], keys, rest, k - count)] if count < k else []
+        chosen[here] = torch.cat([first, *best], dim=1).sort(dim=1).values
+    return chosen

@@ -156,10 +156,18 @@ class LanguageModel(nn.Module):
         counted."""
         return sum(p.numel() for name, p in self.named_parameters() if mtp or not name.startswith("mtp."))
 
-    def trunk(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> TrunkResult:
+    def trunk(
+        self,
+        ids: Tensor,
+        segments: Sequence[Segment],
+        phase: IndexPhase = "off",
+        *,
+        embedded: Tensor | None = None,
+    ) -> TrunkResult:
         """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories.
 
-        phase: of the training of V4's indexers, which other models do not have.
+        phase: of the training of V4's indexers, which other models do not have. embedded: [T, M] in place of the
+        embeddings of ids, for whoever asks about these; hash layers still route by the ids.
         """
         raise NotImplementedError
 
@@ -267,6 +275,13 @@ class LanguageModel(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: wrong tokenizer?")
+
+    def embedded(self, ids: Tensor, given: Tensor | None) -> Tensor:
+        """What the blocks begin with, [T, M]: the embeddings of ids, or what was given in their place."""
+        if given is None:
+            return self.embed(ids).to(self.compute_dtype)
+        assert given.shape == (len(ids), self.config.hidden_size), "a row for each id, which hash layers route by"
+        return given.to(self.compute_dtype)
 
     def _cut(self, ids: Tensor, cache: Any, segments: Segments | None) -> tuple[Tensor, list[Segment]]:
         """Bring the three input forms to flat ids and segments, and check them."""

@@ -8,7 +8,7 @@ All of this is planned once per call, on the host in numpy, and shared by all la
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -31,10 +31,14 @@ IndexPhase = Literal["off", "dense", "warmup", "sparse"]
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` tokens of the run; they start a document, or continue `memory`."""
+    """`length` tokens of the run; they start a document, or continue `memory`.
+
+    pinned: the first tokens of the sequence whose entries CSA reads whatever their scores are (model/indexer.py).
+    """
 
     length: int
     memory: SequenceMemory | None = None
+    pinned: int = 0
 
     @property
     def start(self) -> int:
@@ -133,6 +137,7 @@ class Part:
     groups: dict[str, Groups]
     every: TokenRows | None
     shared: Shared | None = None
+    pinned: Tensor | None = None
 
     def of(self, rows: Tensor) -> Tensor:
         """The part's rows of what has one for each token of the run."""
@@ -160,6 +165,11 @@ class Run:
         self.lengths = [s.length for s in segments]
         self.tables = [None if s.memory is None else s.memory.table for s in segments]
         self.derived: dict[str, Any] = {}
+
+    @property
+    def pinned(self) -> bool:
+        """Whether any of its sequences has tokens that CSA is to read whatever their scores are."""
+        return any(s.pinned for s in self.segments)
 
     def memories(self) -> list[SequenceMemory]:
         return [s.memory for s in self.segments if s.memory is not None]
@@ -198,7 +208,11 @@ class Run:
         for rows in places.values():
             held = [(m, t) for i in rows if (m := self.segments[i].memory) and (t := self.tables[i]) is not None]
             tokens = None if len(places) == 1 else self._to_device(ragged(first[rows], count[rows]))
-            parts.append(_part(self.config, tokens, held, start[rows], count[rows], freq, self._to_device))
+            part = _part(self.config, tokens, held, start[rows], count[rows], freq, self._to_device)
+            if self.pinned:
+                first_tokens = np.array([self.segments[i].pinned for i in rows])
+                part = replace(part, pinned=torch.from_numpy(np.repeat(first_tokens, count[rows])))
+            parts.append(part)
         return parts
 
     def merge(self, rows: list[Tensor]) -> Tensor:
@@ -230,8 +244,25 @@ def check_segments(config: AnyConfig, segments: Sequence[Segment]) -> None:
                 f"{s.start + s.length} tokens do not fit: max_position_embeddings={config.max_position_embeddings}; "
                 "shorten the text or use a model with a longer context"
             )
+        if s.pinned:
+            check_pinned(config, s.pinned)
         if s.memory is not None:
             s.memory.refuse_torn()
+
+
+def check_pinned(config: AnyConfig, tokens: int) -> None:
+    """UserError unless CSA has entries for so many tokens to pin, and room to choose them all."""
+    kinds = config.trunk_kinds if isinstance(config, ModelConfig) else ()
+    indexed = [kind for kind in kinds if kind.indexed]
+    if tokens < 0 or not indexed:
+        why = "must not be negative" if tokens < 0 else "is for CSA layers, and the model has none: leave it out"
+        raise UserError(f"pinned={tokens} {why}")
+    most = min(config.index_topk * kind.ratio for kind in indexed)  # type: ignore[union-attr]
+    if tokens > most:
+        raise UserError(
+            f"pinned={tokens} tokens have more entries than a query reads: at most {most} can be pinned "
+            "(index_topk times the tokens of an entry)"
+        )
 
 
 def _reserve(segments: Sequence[Segment]) -> None:

@@ -39,7 +39,7 @@ def run_blocks(
     """Streams [T, N, M] through blocks, each with its memory, and what their gates decided; or None: the blocks are to
     run by themselves. owner: what has them, and lives as long: a block itself, or the list of a model's."""
     n = x.shape[0]
-    if n > FEW or None in views or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if n > FEW or None in views or torch.is_grad_enabled() or torch.compiler.is_compiling() or run.pinned:
         return None
     backend = ops.whole_blocks(x.device)
     if backend is None or ids.dtype != torch.int64:

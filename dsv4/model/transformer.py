@@ -5,7 +5,7 @@ one): the input is a flat run of T tokens cut into segments, each starting a doc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -130,18 +130,26 @@ class Transformer(LanguageModel):
     def predicts_next(self) -> bool:
         return self.config.num_nextn_predict_layers > 0
 
-    def trunk(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> Trunk:
+    def trunk(
+        self,
+        ids: Tensor,
+        segments: Sequence[Segment],
+        phase: IndexPhase = "off",
+        *,
+        embedded: Tensor | None = None,
+    ) -> Trunk:
         """Run the blocks on flat ids [T]; memories are written and advanced. Gradients flow only without memories.
 
         A DSpark drafter's stages remember the run as the trunk's layers do, in memories made with mtp=True. Where
         `numbers` is "published", a segment without a memory is given one for this call: the released code rounds the
         rows that attention reads, a prompt's own too.
 
-        phase: how CSA reads and whether its indexer has a loss (segments.py); for runs without memories.
+        phase: how CSA reads and whether its indexer has a loss (segments.py); for runs without memories. embedded: see
+        LanguageModel.
         """
         if self.numbers == "published":
             mtp = bool(self.mtp)
-            segments = [s if s.memory else Segment(s.length, self.new_cache(mtp=mtp)[0]) for s in segments]
+            segments = [s if s.memory else replace(s, memory=self.new_cache(mtp=mtp)[0]) for s in segments]
         if isinstance(segments, Shard) and not segments.is_whole:
             run = plan_shard(self.config, segments, self.device, phase)
         else:
@@ -151,7 +159,7 @@ class Transformer(LanguageModel):
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
             ids = ids.to(self.device)
-            x = self.embed(ids).to(self.compute_dtype)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
+            x = self.embedded(ids, embedded)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
             x, routing, features, indexed = self._layers(x, ids, run)
             if features:
                 self.drafter.remember(torch.cat(features, dim=1), run)
