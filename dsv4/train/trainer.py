@@ -77,7 +77,7 @@ class Trainer:
         processes: Processes | None = None,
     ):
         self.processes = processes = processes or Processes()
-        self.folder, self.peak = RunFolder(folder), peak
+        self.folder, self.peak = RunFolder(folder), None if peak is None else peak * processes.world
         checkpoint = _resume_point(self.folder, resume)
         begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
         config = replace(config, data=absolute(config.data), start_from=begins)

@@ -3,20 +3,8 @@
 import math
 import random
 from collections.abc import Sequence
-from statistics import NormalDist
 
-
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share; (0, 1) without a trial."""
-    assert 0 <= successes <= trials
-    if not trials:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share, z2 = successes / trials, z * z / trials
-    centre = (share + z2 / 2) / (1 + z2)
-    half = z / (1 + z2) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == trials else min(1.0, centre + half)
+from dsv4.probe.stats import wilson
 
 
 def with_missing(successes: int, trials: int, missing: int, confidence: float = 0.95) -> tuple[float, float]:
