@@ -626,6 +626,8 @@ def test_no_query_sees_an_entry():
     nothing = Spans(torch.zeros(66, dtype=torch.int64), torch.zeros(66, dtype=torch.int64))
     for chosen in (None, torch.full((66, 4), -1)):
         agree("sparse_attention", (q, kv, window, pool, nothing, chosen, sink, scale), (0, 1, 3, 6), 2e-5)
+    out, lse = blocked.sparse_attention(q, kv, nothing, None, None, None, sink, scale)  # nor any token: the sink alone
+    assert not out.any() and torch.equal(lse, sink.expand_as(lse))
 
 
 def test_log_sum_exp_of_both():

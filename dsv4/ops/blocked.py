@@ -251,7 +251,8 @@ def _attend(
         scores = [piece.scores(q[i:j], scale) for piece in pieces]
         top = sink.float().expand(j - i, -1)
         for s in scores:
-            top = torch.maximum(top, s.amax(dim=-1))
+            if s.shape[-1]:  # else no query of the block sees a row
+                top = torch.maximum(top, s.amax(dim=-1))
         total = (sink.float() - top).exp()
         mixed: Tensor | None = None
         for piece, s in zip(pieces, scores, strict=True):
