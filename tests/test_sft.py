@@ -18,7 +18,7 @@ from conversations import conversation, v4_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4 import ModelConfig, Transformer, UserError
+from dsv4 import ModelConfig, Transformer, UserError, ops
 from dsv4.checkpoint import RunFolder
 from dsv4.cli import main
 from dsv4.model.head import IGNORE
@@ -269,7 +269,10 @@ def gradients(model: Transformer, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def test_the_targets_of_tokens_that_are_not_learned_move_nothing(tmp_path: Path):
-    """What stands last and is not learned is only ever a target: another one there leaves the gradient as it is."""
+    """What stands last and is not learned is only ever a target: another one there leaves the gradient as it is.
+
+    By the plain ops, which sum the tokens of an expert one way whoever else is there.
+    """
     torch.manual_seed(0)
     model = Transformer(ModelConfig.preset("tiny", vocab_size=320, initializer_range=0.1))
     found = []
@@ -277,12 +280,13 @@ def test_the_targets_of_tokens_that_are_not_learned_move_nothing(tmp_path: Path)
         row = {"messages": [user("the whale"), answer("and the sea"), user(last)]}
         packed = packed_rows(tmp_path / str(n), [row])
         found.append(next(iter(heldout_batches(packed, 1000, 1000))))
-    first, *others = found
+    first = found[0]
     assert len({len(batch.ids) for batch in found}) == 1 and len({tuple(b.ids.tolist()) for b in found}) == 3
-    right = gradients(model, first)
+    with ops.using("blocked"):
+        right, *same = (gradients(model, batch) for batch in found)
     assert any(gradient.abs().max() > 0 for gradient in right.values())
-    for batch in others:
-        for name, gradient in gradients(model, batch).items():
+    for found_there in same:
+        for name, gradient in found_there.items():
             torch.testing.assert_close(
                 gradient, right[name], rtol=1e-4, atol=1e-5 * float(right[name].abs().max()) + 1e-7
             )
