@@ -39,9 +39,7 @@ def demo(
     params = SamplingParams(temperature=0.8, top_p=0.95, seed=0, max_tokens=tokens)  # judged before any work
     run = resolve("demo")
     if steps is not None:
-        run = resolve(
-            "demo", None, [f"schedule.steps={steps}", f"schedule.warmup={min(run.schedule.warmup, steps // 10)}"]
-        )
+        run = resolve("demo", None, _in_steps(run, steps))
     if not as_json:
         _introduce(run)
     trainer = run_training(run, out, resume="auto", device=device)
@@ -54,6 +52,15 @@ def demo(
     summary |= _sample(out, prompt, params, device)
     write_json(out / "summary.json", summary)
     print(json.dumps(summary)) if as_json else _show(summary, out)
+
+
+def _in_steps(run: RunConfig, steps: int) -> list[str]:
+    """The settings of the same course in another number of steps."""
+    indexer, whole = run.indexer, run.schedule.steps
+    return [
+        f"schedule.steps={steps}", f"schedule.warmup={min(run.schedule.warmup, steps // 10)}",
+        f"indexer.dense={indexer.dense * steps // whole}", f"indexer.warmup={indexer.warmup * steps // whole}",
+    ]  # fmt: skip
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:
@@ -75,16 +82,19 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "parameters": size["total"],
         "active_parameters": size["active"],
         "flops_per_token": flops_per_token(run.model, run.data.seq_len),
+        "index_recall": next((r["index_recall"] for r in reversed(updates) if r.get("index_recall")), None),
     }
 
 
 def _sample(out: Path, prompt: str, params: SamplingParams, device: str) -> dict[str, Any]:
     """Generate from the checkpoint that was just written, through the compressed memory."""
-    engine = Engine.open(out, device=resolve_device(device))
+    engine = Engine.open(out, device=resolve_device(device), speculative=1)
     completion = engine.generate([prompt], params)[0]
     return {
         "prompt": prompt,
         "continuation": completion.text,
+        "drafted": completion.drafted,
+        "accepted": completion.accepted,
         "sample_tokens": len(completion.prompt_ids) + len(completion.ids),
         "sample_cache_bytes": completion.memory_bytes,
         **_memory_of(engine.model),
@@ -107,6 +117,10 @@ def _introduce(run: RunConfig) -> None:
     )
 
 
+def _percent(by_layer: dict[str, float] | None) -> str:
+    return "an unknown share" if not by_layer else f"{sum(by_layer.values()) / len(by_layer):.0%}"
+
+
 def _show(s: dict[str, Any], out: Path) -> None:
     first, last = ("unknown" if x is None else f"{x:.3f}" for x in (s["loss_first"], s["loss_last"]))
     print(f"""
@@ -118,6 +132,8 @@ held-out text        {s["heldout_bpb"]:.3f} bits per byte
   unigram            {s["heldout_bpb_unigram"]:.3f}
 cache                {s["cache_bytes_per_token"]:,.0f} bytes per token, {s["cache_bytes_fixed"]:,.0f} that do not grow
                      ({s["sample_cache_bytes"]:,} held for the {s["sample_tokens"]} tokens below)
+indexer              {_percent(s["index_recall"])} of the entries that attention wants are among those it chooses
+MTP block            {s["accepted"]} of the {s["drafted"]} tokens that it drafted below were accepted
 
 {s["prompt"]}|{s["continuation"]}
 
