@@ -32,6 +32,7 @@ from dsv4.train.log import read_log, reproducible
 from dsv4.train.mixture import Mixture
 from dsv4.train.packed import Packed, prepare
 from dsv4.train.recipes import RECIPES, RunConfig, resolve
+from dsv4.train.schedule import decay_steps, lr_scale
 from dsv4.train.stages import Course, Stage
 from dsv4.train.trainer import Trainer
 
@@ -263,6 +264,11 @@ def test_the_log_says_what_is_in_force(
         (2, 150, 320, "warmup"), (2, 150, 320, "sparse"), (3, 400, 400, "sparse"), (3, 400, 400, "sparse"),
     ]  # fmt: skip
     assert [r["tokens"] for r in records] == [160, 320, 640, 960, 1280, 1600, 2000, 2400]
+    s = whole.config.schedule
+    course = [0, 1, 2, 3, None, 4, 5, 6]  # updates that the trunk has had: its course stands still in the warm-up
+    decay = decay_steps(STEPS - 1, s.decay_fraction)
+    rates = [1e-3 if n is None else 4e-3 * lr_scale(n, STEPS - 1, s.warmup, decay, s.final) for n in course]
+    assert [r["lr"] for r in records] == rates
     with training_progress(0, STEPS) as report:
         report(records[-1])
     assert "length 400" in capsys.readouterr().err
