@@ -121,9 +121,10 @@ def _read(kind_and_old: tuple[Any, Any] | None, text: str, name: str) -> Any:
     if kind is int and _WHOLE.fullmatch(text.strip()):
         return int(text)
     if isinstance(old, tuple) or isinstance(kind, UnionType):
+        listed = isinstance(old, tuple) and text.lstrip().startswith("[")  # as in a file: its groups need no quotes
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
+            value = yaml.load(text, Loader=_Loader) if listed else json.loads(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
             return text
         return tuple(value) if isinstance(value, list) else value
     if is_dataclass(old):

@@ -3,6 +3,7 @@ a path with an emoji), one given twice or dropped, an unknown key without the na
 noticed only after minutes of work.
 """
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,16 @@ def test_a_number_is_decimal_or_refused(override: str) -> None:
     """YAML 1.1 reads 1:03 as 63 seconds."""
     with pytest.raises(UserError, match="schedule.steps=.* must be of type int"):
         resolve("tiny", None, [override])
+
+
+def test_a_list_of_groups_is_written_as_in_a_file() -> None:
+    """With and without quotes; the README's own line was refused."""
+    mix = resolve("tiny", None, ["data.mix=[{path: a/, weight: 3}, {path: hf:OWNER/NAME, weight: 1}]"]).data.mix
+    assert [(source.path, source.weight) for source in mix] == [("a/", 3), ("hf:OWNER/NAME", 1)]
+    assert mix == resolve("tiny", None, [f"data.mix={json.dumps([vars(source) for source in mix])}"]).data.mix
+    for text in ("[{path: a/, path: b/}]", "[{path: a/}", "[*a]", "[" * 10_000):
+        with pytest.raises(UserError, match="data.mix=.* must be of type tuple"):
+            resolve("tiny", None, [f"data.mix={text}"])
 
 
 def test_values_are_read_as_the_fields_type() -> None:

@@ -179,6 +179,8 @@ def _note(record: dict[str, Any]) -> str:
     note = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
     for name, said in (("mfu", "MFU"), ("optimizer_share", "optimiser")):
         note += f", {said} {record[name]:.0%}" if name in record else ""
+    if "seq_len" in record:
+        note += f"  length {record['seq_len']:,}"
     if "phase" in record:
         recall = record.get("index_recall", {}).values()
         note += f"  {record['phase']}" + (f", recall {min(recall):.2f}" if recall else "")

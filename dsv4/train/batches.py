@@ -3,15 +3,17 @@
 A document is cut into pieces of at most seq_len tokens. Each piece is a segment of its own, so the model
 sees it as the start of a document. A batch is a flat run of pieces without padding. Which tokens stand in
 batch n is a function of (n, seed, sizes) alone, so that resuming a run needs no more than the number of the
-step. Of several sources (mixture.py) a batch takes from each what its share is, one source after another.
+step. Of several sources (mixture.py) a batch takes from each what its share is, one source after another. Where the
+length of sequences changes on the way (stages.py), each length has documents of its own in a pass (line.py).
 
 T tokens of a batch
 """
 
 import heapq
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -20,12 +22,12 @@ from torch import Tensor
 
 from dsv4.errors import UserError
 from dsv4.model.head import IGNORE
+from dsv4.train.line import Line, Span
 from dsv4.train.mixture import Mixture, Shares, sources_of
 from dsv4.train.packed import Packed
+from dsv4.train.stages import Course, Stage
 
 BLOCK = 64  # batches that share out their pieces among themselves where none is to be cut
-
-Span = tuple[int, int, bool]  # first token, end, whether a document ends there
 
 
 @dataclass(frozen=True)
@@ -73,55 +75,19 @@ def split(batch: Batch, count: int) -> list[Batch]:
     ]
 
 
-class Line:
-    """The endless line of one source: in each epoch its pieces in an order drawn from (seed, epoch), each once.
+@dataclass(frozen=True)
+class _Stretch:
+    """Batches of one seq_len: from token `begin` of the mixed line on, before which each source has given `before`."""
 
-    Pieces are shuffled and not whole documents, since a document may be longer than many batches, which would then
-    all be alike.
-    """
+    begin: int
+    before: list[int]
+    shares: Shares | None
+    lines: list[Line] = field(default_factory=list)
 
-    def __init__(self, packed: Packed, seed: int, seq_len: int):
-        self.packed, self.seed = packed, seed
-        self._first, self._end, self._closes = packed.pieces(seq_len)
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)  # a batch may span two
-
-    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(which piece stands where, the number of tokens up to its end), each int64 [P].
-
-        Sorting the raw output of a counter-based generator: numpy promises it never changes, unlike shuffles.
-        """
-        key = np.array([self.seed, epoch], dtype=np.uint64)
-        draws = np.random.Philox(key=key).random_raw(len(self._first))
-        order = np.argsort(draws, kind="stable")
-        return order, np.cumsum(self._end[order] - self._first[order])
-
-    def spans(self, position: int, count: int) -> Iterator[Span]:
-        """The spans of `count` tokens from `position`; the first and the last piece may be cut."""
-        while count > 0:
-            epoch, offset = divmod(position, self.packed.num_tokens)
-            order, line_ends = self._epoch(epoch)
-            place = int(np.searchsorted(line_ends, offset, side="right"))
-            while count > 0 and place < len(order):
-                piece, left = order[place], int(line_ends[place]) - offset
-                end, take = int(self._end[piece]), min(left, count)
-                yield end - left, end - left + take, bool(self._closes[piece]) and take == left
-                offset, position, count, place = offset + take, position + take, count - take, place + 1
-
-    def whole(self, position: int, count: int) -> Iterator[Span]:
-        """The pieces whose first token is among the `count` tokens from `position`, each whole."""
-        stop = position + count
-        while position < stop:
-            epoch, offset = divmod(position, self.packed.num_tokens)
-            order, line_ends = self._epoch(epoch)
-            place = int(np.searchsorted(line_ends, offset, side="right"))
-            before = int(line_ends[place - 1]) if place else 0
-            position += before - offset  # where the piece that stands here begins
-            for piece, end in zip(order[place:].tolist(), line_ends[place:].tolist(), strict=True):
-                if position >= stop:
-                    return
-                if before >= offset:
-                    yield int(self._first[piece]), int(self._end[piece]), bool(self._closes[piece])
-                position, before = position + end - before, end
+    def taken(self, position: int) -> list[int]:
+        """Tokens of each source before `position` of the mixed line."""
+        since = position - self.begin
+        return [b + n for b, n in zip(self.before, self.shares.taken(since) if self.shares else [since], strict=True)]
 
 
 class Batches:
@@ -133,11 +99,14 @@ class Batches:
 
     whole: no piece is cut. Those that begin in the tokens of BLOCK batches are shared out among them, the longest
     first, each to the batch that has the fewest tokens, so that a batch has about T tokens and none is lost.
+    stages: later lengths and sizes, in order. Those of one length have lines of their own, which begin where the ones
+    of the length before ended; not together with `whole`, since a document would be cut there.
     """
 
     def __init__(
-        self, packed: Packed | Mixture, tokens_per_batch: int, seed: int, seq_len: int, *, whole: bool = False
-    ):
+        self, packed: Packed | Mixture, tokens_per_batch: int, seed: int, seq_len: int, *, whole: bool = False,
+        stages: Sequence[Stage] = (),
+    ):  # fmt: skip
         for name, value in (("tokens_per_batch", tokens_per_batch), ("seq_len", seq_len)):
             if value < 1:
                 raise UserError(f"{name} is {value}: a batch needs at least 1 token")
@@ -151,9 +120,11 @@ class Batches:
                 f"batches of whole pieces need tokens_per_batch={tokens_per_batch} to be at least "
                 f"{'twice ' if several else ''}seq_len={seq_len}: raise the one or lower the other"
             )
+        assert not (whole and stages), "stages would cut a piece"
+        self.course = Course(seq_len, tokens_per_batch, stages)
+        self.course.check()
         self.step = 0
-        self._lines = [Line(part, seed, seq_len) for part in self.sources.parts]
-        self._shares = Shares(self.sources.shares, seq_len) if several else None
+        self._stretches = self._lay_out()
         self._block = lru_cache(maxsize=2)(self._shared_out)
         self._newest = lru_cache(maxsize=1)(self._read)  # who trains on a batch asks for it again, to say what it was
 
@@ -166,17 +137,17 @@ class Batches:
     def _read(self, step: int) -> Batch:
         if self.whole:
             found = self._block(step // BLOCK)[step % BLOCK]
-            by_source = [[span for n, span in found if n == source] for source in range(len(self._lines))]
+            by_source = [[span for n, span in found if n == source] for source in range(len(self.sources.parts))]
         else:
-            ranges = self._ranges(step, step + 1)
-            by_source = [list(line.spans(*some)) for line, some in zip(self._lines, ranges, strict=True)]
-        parts = [_batch(line.packed, spans) for line, spans in zip(self._lines, by_source, strict=True) if spans]
+            lines, ranges = self._stretch(self.course.tokens(step)).lines, self._ranges(step, step + 1)
+            by_source = [list(line.spans(*some)) for line, some in zip(lines, ranges, strict=True)]
+        parts = [_batch(part, spans) for part, spans in zip(self.sources.parts, by_source, strict=True) if spans]
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     def num_tokens(self, step: int) -> int:
         """Tokens of batch `step`."""
         if not self.whole:
-            return self.tokens_per_batch
+            return self.course.at(step).tokens_per_step
         return sum(end - first for _, (first, end, _) in self._block(step // BLOCK)[step % BLOCK])
 
     @property
@@ -199,7 +170,7 @@ class Batches:
 
     def epochs_at(self, step: int) -> dict[str, float]:
         """How often each source, by name, has been gone through before batch `step`."""
-        taken = self._taken(step * self.tokens_per_batch)
+        taken = self._taken(self.course.tokens(step))
         sizes = (part.num_tokens for part in self.sources.parts)
         return {name: t / n for name, t, n in zip(self.sources.names, taken, sizes, strict=True)}
 
@@ -209,7 +180,9 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go on where another run stood. UserError if the data, the seed or a size differ from that run's."""
-        for name, ours in self._identity().items():
+        mine = self._identity()
+        for name in [*mine, *(n for n in state if n not in mine and n != "step")]:
+            ours = mine.get(name)
             if state.get(name) != ours:
                 raise UserError(
                     f"the run to resume has {name} {state.get(name)}, this one {ours}: "
@@ -220,20 +193,41 @@ class Batches:
     def _identity(self) -> dict[str, int | str]:
         sizes = {"tokens_per_batch": self.tokens_per_batch, "seq_len": self.seq_len}
         packing = {"packing": "whole"} if self.whole else {}
-        return {"data": self.packed.facts["sha256"], "seed": self.seed, **sizes, **packing}
+        later = [(s.start, s.seq_len, s.tokens_per_step) for s in self.course.stages[1:]]
+        stages = {"stages": ", ".join(map(str, later))} if later else {}
+        return {"data": self.packed.facts["sha256"], "seed": self.seed, **sizes, **packing, **stages}
+
+    def _lay_out(self) -> list[_Stretch]:
+        """The stages, those of one length after another as one."""
+        found: list[_Stretch] = []
+        stages = self.course.stages
+        firsts = [s for n, s in enumerate(stages) if n == 0 or stages[n - 1].seq_len != s.seq_len]
+        for stage, following in itertools.zip_longest(firsts, firsts[1:]):
+            begin, seq_len = self.course.tokens(stage.start), stage.seq_len
+            shares = Shares(self.sources.shares, seq_len) if len(self.sources.parts) > 1 else None
+            taken = found[-1].taken(begin) if found else [0] * len(self.sources.parts)
+            stretch = _Stretch(begin, taken, shares)
+            ends = [None] * len(taken) if following is None else stretch.taken(self.course.tokens(following.start))
+            for part, first, end in zip(self.sources.parts, taken, ends, strict=True):
+                stretch.lines.append(Line(part, self.seed, seq_len, first, end))
+            found.append(stretch)
+        return found
+
+    def _stretch(self, position: int) -> _Stretch:
+        return self._stretches[bisect_right(self._stretches, position, key=lambda s: s.begin) - 1]
 
     def _taken(self, position: int) -> list[int]:
-        return self._shares.taken(position) if self._shares else [position]
+        return self._stretch(position).taken(position)
 
     def _ranges(self, step: int, end: int) -> list[tuple[int, int]]:
         """(first token, count) in the line of each source of batches `step` to `end`."""
-        before, after = (self._taken(n * self.tokens_per_batch) for n in (step, end))
+        before, after = (self._taken(self.course.tokens(n)) for n in (step, end))
         return [(a, b - a) for a, b in zip(before, after, strict=True)]
 
     def _shared_out(self, block: int) -> list[list[tuple[int, Span]]]:
         """The pieces of BLOCK batches, each with the number of its source, in the order of the lines."""
         ranges = self._ranges(block * BLOCK, (block + 1) * BLOCK)
-        lines = enumerate(zip(self._lines, ranges, strict=True))
+        lines = enumerate(zip(self._stretches[0].lines, ranges, strict=True))
         pieces = [(n, span) for n, (line, some) in lines for span in line.whole(*some)]
         room = [(0, n) for n in range(BLOCK)]
         chosen: list[list[int]] = [[] for _ in room]

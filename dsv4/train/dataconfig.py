@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import UserError, nearest, shown
+from dsv4.train.stages import Course, Stage, read_stage
 
 OURS = ("bpe", "bytes")  # tokenizers that are made, not loaded from a path
 FORMATS = ("text", "chat")
@@ -49,6 +50,7 @@ class DataConfig:
     packing: "line", batches of exactly tokens_per_step, whose borders cut pieces; or "whole", which cuts none, so that
     batches have about tokens_per_step. Empty = "line" for text, "whole" where there is chat.
     micro_batches: a step's sequences are computed in at most so many parts, to save memory; the gradient is the same.
+    stages: from which steps on seq_len and tokens_per_step are others (stages.py).
     """
 
     path: str = ""
@@ -64,6 +66,7 @@ class DataConfig:
     fim: float = 0.0
     controls: bool = False
     workers: int = 1
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mix", tuple(_source(given, n) for n, given in enumerate(self.mix)))
@@ -72,6 +75,15 @@ class DataConfig:
         if not 0 <= self.fim <= 1:
             raise UserError(f"data.fim={self.fim} must be a share of the documents, from 0 to 1, such as 0.1")
         self._check_mix()
+        object.__setattr__(self, "stages", tuple(read_stage(given, n) for n, given in enumerate(self.stages)))
+        if self.stages and self.packs_whole:
+            raise UserError(
+                f"data.stages and packing=whole ({'data.packing' if self.packing else 'which chat has'}) do not go "
+                "together, since a document would be cut where a stage ends: add data.packing=line, or leave the "
+                "stages out"
+            )
+        if self.seq_len > 0 and self.tokens_per_step > 0:  # if not, RunConfig says so
+            self.course.check()
         if self.tokenizer == "bytes" and (self.has_chat or self.fim or self.controls):
             why = "the chat format" if self.has_chat else "fill-in-the-middle" if self.fim else "data.controls"
             raise UserError(
@@ -104,6 +116,11 @@ class DataConfig:
         return tuple(
             Source(s.path, s.weight, s.name, s.text_field or self.text_field, s.format or self.format) for s in given
         )
+
+    @property
+    def course(self) -> Course:
+        """The length of sequences and the size of steps, at each step."""
+        return Course(self.seq_len, self.tokens_per_step, self.stages)
 
     @property
     def has_chat(self) -> bool:

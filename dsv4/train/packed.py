@@ -340,13 +340,17 @@ class Packed:
 
         first and end (int64) index tokens; closes (bool) tells whether the document ends with the piece.
         """
-        lengths = np.diff(self.ends)
-        counts = -(-lengths // seq_len)
-        document = np.repeat(np.arange(len(lengths)), counts)
-        number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-        first = self.ends[document] + number * seq_len
-        end = np.minimum(first + seq_len, self.ends[document + 1])
-        return first, end, end == self.ends[document + 1]
+        return cut(self.ends[:-1], self.ends[1:], seq_len)
+
+
+def cut(begins: np.ndarray, ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of tokens, int64 [R] each, cut into pieces of at most seq_len: (first, end, whether the run ends there)."""
+    counts = -(-(ends - begins) // seq_len)
+    run = np.repeat(np.arange(len(begins)), counts)
+    number = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = begins[run] + number * seq_len
+    end = np.minimum(first + seq_len, ends[run])
+    return first, end, end == ends[run]
 
 
 def _mapped(file: Path, dtype: str, count: int) -> np.ndarray:

@@ -111,6 +111,8 @@ def activation_bytes(config: RunConfig, tokens: int, width: int = BF16) -> int:
 def plan(config: RunConfig, *, ranks: int = 1, mfu: float = 0.4, hardware: str = "h200") -> dict[str, Any]:
     """Everything `dsv4 train --plan` prints. UserError for impossible numbers or an unknown accelerator.
 
+    Of a run with stages, figures of a step are the last one's, memory is that of the largest step.
+
     mfu: the share of the accelerator's bf16 rate that is reached; not measured here, so it is for the asker to state.
     """
     if not 1 <= ranks <= MOST_RANKS:
@@ -119,11 +121,8 @@ def plan(config: RunConfig, *, ranks: int = 1, mfu: float = 0.4, hardware: str =
         raise UserError(f"--mfu {mfu} must be above 0 and at most 1, such as 0.4")
     device = machine(hardware).device
     rows = parameter_rows(meta_model(config.model), config.model, heads_apart=config.optim.heads_apart)
-    d = config.data
-    tokens = -(-d.tokens_per_step // (ranks * d.micro_batches))
-    flops = flops_of(config.model, [d.seq_len]) / d.seq_len
-    rate = ranks * mfu * device.flops("bf16") / flops
-    total = config.schedule.steps * d.tokens_per_step
+    stages = _stages(config, ranks, ranks * mfu * device.flops("bf16"))
+    last, tokens = stages[-1], max(s["tokens_per_rank"] for s in stages)
     memory = {name: -(-size // ranks) for name, size in state_bytes(rows).items()}
     memory["activations, at least"] = activation_bytes(config, tokens)
     return {
@@ -135,16 +134,36 @@ def plan(config: RunConfig, *, ranks: int = 1, mfu: float = 0.4, hardware: str =
         "memory_per_rank_total": sum(memory.values()),
         "fits": sum(memory.values()) <= device.memory * 1e9,
         "device_bytes": int(device.memory * 1e9),
-        "tokens_per_step": d.tokens_per_step,
-        "tokens_per_rank": tokens,
-        "flops_per_token": flops,
-        "flops_per_step": flops * d.tokens_per_step,
         "mfu": mfu,
-        "tokens_per_second": rate,
-        "seconds_per_step": d.tokens_per_step / rate,
-        "tokens": total,
-        "days": total / rate / 86400,
+        **{name: value for name, value in last.items() if name not in ("start", "steps", "tokens", "days")},
+        "tokens": sum(s["tokens"] for s in stages),
+        "days": sum(s["days"] for s in stages),
+        "stages": stages,
     }
+
+
+def _stages(config: RunConfig, ranks: int, speed: float) -> list[dict[str, Any]]:
+    """What each stage of a run takes, at `speed` FLOP/s."""
+    found, course = [], config.data.course.stages
+    for s, following in zip(course, [*(s.start for s in course[1:]), config.schedule.steps], strict=True):
+        flops = flops_of(config.model, [s.seq_len]) / s.seq_len
+        rate, steps = speed / flops, following - s.start
+        found.append(
+            {
+                "start": s.start,
+                "steps": steps,
+                "seq_len": s.seq_len,
+                "tokens_per_step": s.tokens_per_step,
+                "tokens_per_rank": -(-s.tokens_per_step // (ranks * config.data.micro_batches)),
+                "flops_per_token": flops,
+                "flops_per_step": flops * s.tokens_per_step,
+                "tokens_per_second": rate,
+                "seconds_per_step": s.tokens_per_step / rate,
+                "tokens": steps * s.tokens_per_step,
+                "days": steps * s.tokens_per_step / rate / 86400,
+            }
+        )
+    return found
 
 
 def check_memory(config: RunConfig, device: torch.device) -> None:
@@ -154,8 +173,9 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     d, world = config.data, max(1, int(os.environ.get("WORLD_SIZE", 1)))
     local = 1 if device.type == "cuda" else max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     state = sum(state_bytes(rows).values()) * local // world
+    largest = max(stage.tokens_per_step for stage in d.course.stages)
     least = replace(config, recompute=True)  # what is kept of a block can be computed again, what enters it cannot
-    activations = activation_bytes(least, d.tokens_per_step // d.micro_batches) * local // world
+    activations = activation_bytes(least, largest // d.micro_batches) * local // world
     has = machine_bytes(device)
     if state + activations > has:
         raise UserError(
@@ -183,11 +203,16 @@ def lines(found: dict[str, Any]) -> list[str]:
     for name, size in [*found["memory_per_rank"].items(), ("together", found["memory_per_rank_total"])]:
         out.append(f"  {name:<24}{_gib(size):>14}")
     out.append(f"  {'it fits' if found['fits'] else 'IT DOES NOT FIT: take more ranks or micro-batches'}")
-    out += [
-        "",
-        f"a step: {found['tokens_per_step']:,} tokens, {found['tokens_per_rank']:,} a rank at a time; "
-        f"{found['flops_per_token'] / 1e9:,.1f} GFLOP a token, {found['flops_per_step']:.3g} FLOP in all",
-        f"at an MFU of {found['mfu']:.0%}: {found['tokens_per_second']:,.0f} tokens/s, "
-        f"{found['seconds_per_step']:,.2f} s a step, {found['days']:,.1f} days for {found['tokens']:,} tokens",
-    ]
+    out.append("")
+    for s in found["stages"]:
+        if len(found["stages"]) > 1:
+            out.append(f"from step {s['start']:,} on, sequences of {s['seq_len']:,}:")
+        out += [
+            f"a step: {s['tokens_per_step']:,} tokens, {s['tokens_per_rank']:,} a rank at a time; "
+            f"{s['flops_per_token'] / 1e9:,.1f} GFLOP a token, {s['flops_per_step']:.3g} FLOP in all",
+            f"at an MFU of {found['mfu']:.0%}: {s['tokens_per_second']:,.0f} tokens/s, "
+            f"{s['seconds_per_step']:,.2f} s a step, {s['days']:,.1f} days for {s['tokens']:,} tokens",
+        ]
+    if len(found["stages"]) > 1:
+        out.append(f"all stages: {found['days']:,.1f} days for {found['tokens']:,} tokens")
     return out

@@ -16,6 +16,7 @@ from dsv4.train.dataconfig import DataConfig
 from dsv4.train.optim import ORTHOGONALISERS
 from dsv4.train.parallel.config import ParallelConfig
 from dsv4.train.schedule import check_schedule, decay_steps
+from dsv4.train.stages import Stage
 
 DTYPES = ("float32", "bfloat16")  # of Newton-Schulz
 LARGEST = 10**12  # of whatever is counted: more would be a slip of the keyboard
@@ -60,7 +61,8 @@ class IndexerConfig:
 
     The paper's three phases, in updates: `dense`, in which CSA reads every entry; `warmup`, which train the indexers
     alone, at the rate `lr`, while the course of everything else stands still; then sparse attention, in which indexers
-    follow the common rate. weight: of their loss. It is a scale of the indexers' gradient alone, which has a clipping
+    follow the common rate. from_stage: the number of the stage (data.stages, from 1) whose start ends the dense phase,
+    in place of `dense`. weight: of their loss. It is a scale of the indexers' gradient alone, which has a clipping
     of its own, and Muon and AdamW make the same step of a gradient of any scale.
     """
 
@@ -69,6 +71,7 @@ class IndexerConfig:
     warmup: int = 0
     weight: float = 1.0
     lr: float = 1e-3
+    from_stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class RunConfig:
         s = self.schedule
         _check_whole("schedule.steps", s.steps)
         _check_whole("schedule.warmup", s.warmup, smallest=0)
-        _check_indexer(self.indexer, self.model, s.steps)
+        _check_stages(self.data, self.indexer, s.steps)
+        _check_indexer(self.indexer, self.dense_steps, self.model, s.steps)
         trunk = self.trunk_steps
         check_schedule(trunk, s.warmup, decay_steps(trunk, s.decay_fraction), s.final)
         for group in ("data", "save"):
@@ -123,15 +127,24 @@ class RunConfig:
                 "trunk alone, without the dspark_* keys"
             )
         self.parallel.check(self.model)
-        if self.data.micro_batches > self.data.tokens_per_step:
-            raise UserError(
-                f"data.micro_batches={self.data.micro_batches} must be at most "
-                f"data.tokens_per_step={self.data.tokens_per_step}"
-            )
-        if self.data.seq_len > self.model.max_position_embeddings:
-            raise UserError(
-                f"data.seq_len={self.data.seq_len} exceeds max_position_embeddings={self.model.max_position_embeddings}"
-            )
+        for n, stage in enumerate(self.data.course.stages):
+            where = f"data.stages[{n - 1}]" if n else "data"
+            if self.data.micro_batches > stage.tokens_per_step:
+                raise UserError(
+                    f"data.micro_batches={self.data.micro_batches} must be at most "
+                    f"{where}.tokens_per_step={stage.tokens_per_step}"
+                )
+            if stage.seq_len > self.model.max_position_embeddings:
+                raise UserError(
+                    f"{where}.seq_len={stage.seq_len} exceeds "
+                    f"max_position_embeddings={self.model.max_position_embeddings}"
+                )
+
+    @property
+    def dense_steps(self) -> int:
+        """Updates in which CSA reads every entry, before the indexers' warm-up."""
+        i = self.indexer
+        return self.data.stages[i.from_stage - 1].start if i.from_stage else i.dense
 
     @property
     def trunk_steps(self) -> int:
@@ -181,7 +194,25 @@ def _check_optim(o: OptimConfig) -> None:
             raise UserError(f"optim.{name}={shown(value)} must be one of {', '.join(known)}{nearest(value, known)}")
 
 
-def _check_indexer(i: IndexerConfig, model: AnyConfig, steps: int) -> None:
+def _check_stages(data: DataConfig, i: IndexerConfig, steps: int) -> None:
+    if data.stages and data.stages[-1].start >= steps:
+        raise UserError(
+            f"data.stages[{len(data.stages) - 1}].start={data.stages[-1].start} is not reached in the {steps} steps of "
+            "schedule.steps: raise schedule.steps, or leave the stage out"
+        )
+    if not 0 <= i.from_stage <= len(data.stages):
+        raise UserError(
+            f"indexer.from_stage={i.from_stage} must be the number of one of the {len(data.stages)} data.stages, from "
+            "1, or 0 for none"
+        )
+    if i.from_stage and i.dense:
+        raise UserError(
+            f"indexer.dense={i.dense} and indexer.from_stage={i.from_stage} both say where the dense phase ends: give "
+            "one of them"
+        )
+
+
+def _check_indexer(i: IndexerConfig, dense: int, model: AnyConfig, steps: int) -> None:
     for name in ("dense", "warmup"):
         _check_whole(f"indexer.{name}", getattr(i, name), smallest=0)
     if not 0 <= i.weight < math.inf:
@@ -189,17 +220,19 @@ def _check_indexer(i: IndexerConfig, model: AnyConfig, steps: int) -> None:
     if not 0 < i.lr < math.inf:
         raise UserError(f"indexer.lr={i.lr} must be a positive finite number, such as 1e-3")
     if not i.train:
-        if i.dense or i.warmup:
+        if dense or i.warmup:
+            said = f"indexer.from_stage={i.from_stage}" if i.from_stage else f"indexer.dense={i.dense}"
             raise UserError(
-                f"indexer.dense={i.dense} and indexer.warmup={i.warmup} are phases of indexers that learn: "
+                f"{said} and indexer.warmup={i.warmup} are phases of indexers that learn: "
                 "add indexer.train=true, or leave them at 0"
             )
         return
     if not (isinstance(model, ModelConfig) and any(kind.indexed for kind in model.trunk_kinds)):
         raise UserError("indexer.train=true, but the model has no CSA layer: leave it out, or choose a V4 that has one")
-    if i.dense + i.warmup > steps or i.warmup == steps:
+    if dense + i.warmup > steps or i.warmup == steps:
+        said = f"indexer.from_stage={i.from_stage} (step {dense})" if i.from_stage else f"indexer.dense={i.dense}"
         raise UserError(
-            f"indexer.dense={i.dense} + indexer.warmup={i.warmup} must leave the {steps} steps of schedule.steps "
+            f"{said} + indexer.warmup={i.warmup} must leave the {steps} steps of schedule.steps "
             "something to train: lower them, or raise schedule.steps"
         )
 
@@ -257,6 +290,28 @@ def phases() -> RunConfig:
     )
 
 
+def curriculum() -> RunConfig:
+    """A minute or two on one core: the paper's course of lengths in small, 4K, 16K, 64K and 1M as 64, 256, 1024 and
+    4096 bytes.
+
+    Steps grow on the way, as the paper's do. The indexers learn from the third length on, as the paper's do from 64K.
+    """
+    model = ModelConfig.preset(
+        "tiny", vocab_size=258, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4, 0), sliding_window=32,
+        index_n_heads=8, index_topk=16, max_position_embeddings=4096,
+    )  # fmt: skip
+    stages = (Stage(40, 0, 1024), Stage(60, 256, 2048), Stage(80, 1024, 0), Stage(100, 4096, 8192))
+    return RunConfig(
+        model=model,
+        data=DataConfig(tokenizer="bytes", seq_len=64, tokens_per_step=512, stages=stages),
+        optim=OptimConfig(lr=4e-3),
+        loss=LossConfig(bias_speed=1e-2),
+        schedule=ScheduleConfig(steps=110, warmup=10, decay_fraction=0.4),
+        indexer=IndexerConfig(train=True, from_stage=3, warmup=10, lr=4e-3),
+        save=SaveConfig(every=50, keep=2, eval_every=20, eval_tokens=8192),
+    )
+
+
 def small() -> RunConfig:
     """About 10M parameters: an hour or two on two cores."""
     return RunConfig(
@@ -291,7 +346,8 @@ def sft() -> RunConfig:
 
 def flash_shape() -> RunConfig:
     """V4-Flash as the paper trains it at 64K, for a cluster: 32T tokens in steps of 75.5M. `dsv4 train --plan` says
-    what it takes. The paper's other lengths are data.seq_len=4096, 16384 and 1048576 (section 4.2.2)."""
+    what it takes. The paper's other lengths are 4096, 16384 and 1048576 (section 4.2.2), from steps that it does not
+    state: data.stages takes them (docs/stages.md)."""
     return _shape("flash", tokens=75_497_472, steps=424_000, lr=2.7e-4)
 
 
@@ -314,7 +370,7 @@ def _shape(preset: str, *, tokens: int, steps: int, lr: float) -> RunConfig:
 
 
 RECIPES = {
-    "demo": demo, "tiny": tiny, "phases": phases, "small": small, "base": base, "sft": sft,
+    "demo": demo, "tiny": tiny, "phases": phases, "curriculum": curriculum, "small": small, "base": base, "sft": sft,
     "tiny_cpu": tiny, "small_cpu": small, "base_1gpu": base,  # the same, named by what they run on
     "flash_shape": flash_shape, "pro_shape": pro_shape,
 }  # fmt: skip

@@ -115,7 +115,7 @@ class Trainer:
         self.optimizer = HybridOptimizer(groups, o.lr, momentum=o.momentum, ns=o.newton_schulz, ns_dtype=ns_dtype)
         self.batches = Batches(
             self.train_data, config.data.tokens_per_step, seed=config.seed, seq_len=config.data.seq_len,
-            whole=config.data.packs_whole,
+            whole=config.data.packs_whole, stages=config.data.stages,
         )  # fmt: skip
         if cut := self.batches.num_conversations_cut:
             log.warning(
@@ -212,7 +212,7 @@ class Trainer:
         """One update; returns its log record. NotFinite, and nothing changed, if a number is not finite."""
         config, step, began = self.config, self.progress.step, self._clock()
         s, i, phase, total = config.schedule, config.indexer, self.phase(step), config.trunk_steps
-        course = (trunk_step(step, i.dense, i.warmup), total, s.warmup, decay_steps(total, s.decay_fraction))
+        course = (trunk_step(step, config.dense_steps, i.warmup), total, s.warmup, decay_steps(total, s.decay_fraction))
         self.optimizer.set_lr(i.lr if phase == "warmup" else config.optim.lr * lr_scale(*course, s.final))
         weight = mtp_weight(*course, before=config.loss.mtp, after=config.loss.mtp_in_decay)
         with self.stop.may_give_up():
@@ -248,13 +248,25 @@ class Trainer:
             **(index_figures(phase, parts, index_norm) if config.indexer.train else {}),
             "tokens": self.progress.tokens,
             "tokens_per_second": tokens / seconds,
+            **(self._stage(step) if config.data.stages else {}),
             **({"epochs": self.batches.epochs_at(step + 1)} if config.data.mix else {}),
         }
 
     def phase(self, step: int) -> IndexPhase:
         """The indexers' phase of update number `step`."""
         i = self.config.indexer
-        return index_phase(step, i.dense, i.warmup) if i.train else "off"
+        return index_phase(step, self.config.dense_steps, i.warmup) if i.train else "off"
+
+    def _stage(self, step: int) -> Record:
+        """What is in force in update number `step`."""
+        course = self.config.data.course
+        stage = course.at(step)
+        return {"stage": course.number(step), "seq_len": stage.seq_len, "tokens_per_step": stage.tokens_per_step}
+
+    @property
+    def _last(self) -> int:
+        """The number of the last update, whose phase and lengths an evaluation has; before all of them, the first's."""
+        return max(0, self.progress.step - 1)
 
     def _gradient(self, step: int, mtp: float) -> list[Loss]:
         """Leave the gradient of an update's mean losses in the parameters, however many parts it is computed in."""
@@ -275,12 +287,12 @@ class Trainer:
         return self.processes.summed(self.model, parts)
 
     def evaluate(self) -> float:
-        """Held-out bits per byte over `save.eval_tokens` tokens, attended as in the last update; NotFinite if that is
-        not a number."""
-        save, data, phase = self.config.save, self.config.data, self.phase(max(0, self.progress.step - 1))
-        nats, count = 0.0, 0
-        tokens = max(1, data.tokens_per_step // data.micro_batches)
-        for batch in heldout_batches(self.heldout, tokens, data.seq_len, save.eval_tokens, whole=data.packs_whole):
+        """Held-out bits per byte over `save.eval_tokens` tokens, in sequences as long as the last update's and attended
+        as in it; NotFinite if that is not a number."""
+        save, data, phase = self.config.save, self.config.data, self.phase(self._last)
+        nats, count, stage = 0.0, 0, data.course.at(self._last)
+        tokens = max(1, stage.tokens_per_step // data.micro_batches)
+        for batch in heldout_batches(self.heldout, tokens, stage.seq_len, save.eval_tokens, whole=data.packs_whole):
             nats += heldout_nll(self.model, *self.processes.share(batch), phase)
             count += batch.num_bytes
         nats = self.processes.total(nats)
@@ -292,9 +304,9 @@ class Trainer:
 
     def look_inside(self) -> Record:
         """Figures of the model that take a pass of their own, on a little of the held-out text."""
-        data, phase = self.config.data, self.phase(max(0, self.progress.step - 1))
+        data, phase = self.config.data, self.phase(self._last)
         some = min(LOOKED_AT, self.config.save.eval_tokens)
-        held = heldout_batches(self.heldout, some, data.seq_len, some, whole=data.packs_whole)
+        held = heldout_batches(self.heldout, some, data.course.at(self._last).seq_len, some, whole=data.packs_whole)
         return look_inside(self.model, next(held), phase)
 
     def _clock(self) -> float:
