@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
-from dsv4.probe import embedding, gain, hashing, hijack, indexed, mixing, routing, selection
+from dsv4.probe import attacks, embedding, gain, hashing, hijack, indexed, mixing, routing, selection
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Settings, Subject, Suite
 
@@ -41,6 +41,10 @@ _ALL: list[Probe] = [
     Probe(
         embedding.NAME, "How large a change of the embeddings changes the next token?", "quick", gain.needs_trunk,
         embedding.run,
+    ),
+    Probe(
+        attacks.NAME, "Can tokens be found that make the model say what an attacker wants?", "quick", attacks.needs,
+        attacks.run,
     ),
     Probe(
         selection.NAME, "How little does it take to change what CSA reads?", "quick", indexed.needs_choice,
