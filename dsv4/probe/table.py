@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
-from dsv4.probe import attacks, embedding, gain, hashing, hijack, indexed, mixing, routing, selection
+from dsv4.probe import attacks, embedding, fidelity, gain, hashing, hijack, indexed, mixing, routing, selection
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Settings, Subject, Suite
 
@@ -53,6 +53,13 @@ _ALL: list[Probe] = [
     Probe(
         hijack.NAME, "Can a text push the system prompt out of what CSA reads?", "quick", indexed.needs_choice,
         hijack.run,
+    ),
+    Probe(
+        fidelity.ECLIPSE, "How much of an HCA entry can one token take?", "quick", fidelity.needs_hca,
+        fidelity.run_eclipse,
+    ),
+    Probe(
+        fidelity.BLEED, "Which entries mix texts of two authors?", "quick", fidelity.needs_entries, fidelity.run_bleed,
     ),
     Probe(
         hashing.NAME, "What do the public hash tables let anyone do to the experts' load?", "quick", hashing.needs,
