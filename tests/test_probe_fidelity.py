@@ -16,6 +16,7 @@ from dsv4.probe.fidelity import (
     mixed,
     needs_entries,
     needs_hca,
+    predicted_shares,
     run_bleed,
     run_eclipse,
     shares,
@@ -24,6 +25,7 @@ from dsv4.probe.fidelity import (
 from dsv4.probe.subject import Settings, Subject
 
 STRONG = 17
+EVERY = torch.ones(97, dtype=torch.bool)
 
 
 class Few(Settings):
@@ -58,15 +60,21 @@ def test_shares_are_the_softmax_over_a_group() -> None:
 
 
 def test_at_the_first_layer_the_ranking_is_exact() -> None:
-    """Every prediction is the share that the model then has; no token of the vocabulary has a larger one."""
+    """Every prediction is the share that the model then has, and no token at any place has a larger one."""
     model, ids = small_model((128, 0)), tokens(small_model((0,)), 256)
-    found = eclipses(model, ids, [5, 100], best=97)
-    assert len(found) == 2 * 97 and {e.place for e in found} == {5, 100}
+    found = eclipses(model, ids, [5, 100], best=24, allowed=EVERY)
+    assert len(found) == 24 and len({(e.place, e.token) for e in found}) == 24
     for e in found:
         assert e.measured == pytest.approx(e.predicted, rel=1e-4)
-    scores = gate_scores(model, ids)[0]
-    bias = model.layers[0].attn.compressor.ape
-    assert torch.allclose(scores[1] - bias, vocabulary_scores(model, 0)[ids[128:]], atol=1e-4)
+    scores, of_all = gate_scores(model, ids)[0], vocabulary_scores(model, 0)
+    bias = model.layers[0].attn.compressor.ape.detach()
+    assert torch.allclose(scores[1] - bias, of_all[ids[128:]], atol=1e-4)
+    largest = max(float(predicted_shares(of_all, scores[1], bias, place).max()) for place in range(128))
+    assert found[0].measured == pytest.approx(largest, rel=1e-4)
+    text = ids.clone()
+    text[128 + 7] = 50
+    want = shares(gate_scores(model, text)[0][1])[7]
+    assert float(predicted_shares(of_all, scores[1], bias, 7)[50]) == pytest.approx(float(want), rel=1e-4)
 
 
 def test_a_planted_token_erases_its_neighbours_by_the_amount_in_closed_form() -> None:
@@ -82,7 +90,7 @@ def test_a_planted_token_erases_its_neighbours_by_the_amount_in_closed_form() ->
     want = torch.tensor(6.0).exp() / (torch.tensor(6.0).exp() + 127)
     ids = tokens(model, 256)
     ids[ids == STRONG] = 3
-    (found,) = eclipses(model, ids, [64], best=1)
+    (found,) = eclipses(model, ids, [64], best=1, allowed=EVERY)
     assert found.token == STRONG and found.measured == pytest.approx(want.item(), rel=1e-3)
     allowed = torch.arange(97) != STRONG
     (other,) = eclipses(model, ids, [64], best=1, allowed=allowed)

@@ -116,27 +116,27 @@ class Eclipse:
     measured: float
 
 
-def eclipses(
-    model: Transformer, ids: Tensor, places: Sequence[int], best: int, allowed: Tensor | None = None
-) -> list[Eclipse]:
-    """In the last group of a text, for each HCA layer and place the `best` tokens of the ranking, put there; allowed:
-    bool [V], which tokens there are to choose from."""
+def eclipses(model: Transformer, ids: Tensor, places: Sequence[int], best: int, allowed: Tensor) -> list[Eclipse]:
+    """In the last group of a text, for each HCA layer, the `best` pairs of token and place, put there.
+
+    The whole vocabulary is ranked at `places`; the first `best` tokens of each, at every place of the group. allowed:
+    bool [V], the tokens that there are to choose from.
+    """
     blocks: Any = model.layers
-    scores, found = gate_scores(model, ids), []
+    scores, found, best = gate_scores(model, ids), [], min(best, int(allowed.sum()))
     ratio = next(iter(scores.values())).shape[1]
     start = (len(ids) // ratio - 1) * ratio
     for layer, groups in scores.items():
-        of_all = vocabulary_scores(model, layer)
-        bias = blocks[layer].attn.compressor.ape.detach().float().cpu()
-        for place in places:
-            predicted = predicted_shares(of_all, groups[-1], bias, place)
-            if allowed is not None:
-                predicted = predicted.masked_fill(~allowed, -1.0)
-            for token in predicted.topk(min(best, int((predicted >= 0).sum()))).indices.tolist():
-                text = ids.clone()
-                text[start + place] = token
-                measured = shares(gate_scores(model, text)[layer][-1])[place]
-                found.append(Eclipse(layer, place, token, float(predicted[token]), float(measured)))
+        of_all, bias = vocabulary_scores(model, layer), blocks[layer].attn.compressor.ape.detach().float().cpu()
+        ranked = [predicted_shares(of_all, groups[-1], bias, place).masked_fill(~allowed, -1.0) for place in places]
+        tokens = torch.cat([r.topk(best).indices for r in ranked]).unique()
+        table = torch.stack([predicted_shares(of_all[tokens], groups[-1], bias, place) for place in range(ratio)])
+        for at in table.flatten().topk(min(best, table.numel())).indices.tolist():
+            place, token = at // len(tokens), int(tokens[at % len(tokens)])
+            text = ids.clone()
+            text[start + place] = token
+            measured = shares(gate_scores(model, text)[layer][-1])[place]
+            found.append(Eclipse(layer, place, token, float(table.flatten()[at]), float(measured)))
     return found
 
 
@@ -157,7 +157,7 @@ def run_eclipse(subject: Subject, settings: Settings) -> Iterator[Record]:
     )  # fmt: skip
     places = [r * (2 * i + 1) // (2 * n) for n in (settings.pick(2, 8),) for i in range(n)]
     allowed = allowed_of(subject)
-    found = eclipses(model, ids, places, settings.pick(4, 16), allowed)
+    found = eclipses(model, ids, places, settings.pick(8, 32), allowed)
     top = max(found, key=lambda e: e.measured)
     agreement = stats.spearman(
         *(torch.tensor(x) for x in zip(*((e.predicted, e.measured) for e in found), strict=True))
@@ -166,8 +166,8 @@ def run_eclipse(subject: Subject, settings: Settings) -> Iterator[Record]:
         "share of the strongest token found", top.measured, "share", n=len(found),
         detail={"token": top.token, "layer": top.layer, "place": top.place, "predicted": top.predicted,
                 "uniform": 1 / r, "ranked": int(allowed.sum()), "agreement_of_prediction": agreement},
-        finding=f"One token (id {top.token}) takes {top.measured:.1%} of an entry of {r} tokens, mean over channels; "
-        f"the other {r - 1} share what is left.",
+        finding=f"The strongest token found (id {top.token}) takes {top.measured:.1%} of an entry of {r} tokens, "
+        f"{top.measured * r:.1f} times its even share; the other {r - 1} share what is left.",
     )  # fmt: skip
 
 
