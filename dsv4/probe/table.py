@@ -5,7 +5,19 @@ from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
-from dsv4.probe import attacks, embedding, fidelity, gain, hashing, hijack, indexed, mixing, routing, selection
+from dsv4.probe import (
+    attacks,
+    embedding,
+    fidelity,
+    gain,
+    hashing,
+    hijack,
+    indexed,
+    mixing,
+    numerics,
+    routing,
+    selection,
+)
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Settings, Subject, Suite
 
@@ -73,6 +85,15 @@ _ALL: list[Probe] = [
     Probe(
         "streams.ablate", "What does each residual stream carry?", "quick", routing.needs_streams, routing.run_streams,
     ),
+    Probe(
+        numerics.INVARIANCE, "Does a text's computation show what else is computed?", "quick", numerics.needs_nothing,
+        numerics.run_invariance,
+    ),
+    Probe(
+        numerics.DRIFT, "What do narrow memories change, by length?", "quick", numerics.needs_nothing,
+        numerics.run_drift,
+    ),
+    Probe(numerics.LOOPS, "Does long greedy text loop?", "quick", numerics.needs_nothing, numerics.run_loops),
 ]  # fmt: skip
 
 PROBES: dict[str, Probe] = {probe.name: probe for probe in _ALL}
