@@ -177,6 +177,9 @@ def test_the_fidelity_of_a_linear_loss_is_one() -> None:
     assert fidelity(goal, 512, torch.Generator().manual_seed(0)) == (pytest.approx(1.0), pytest.approx(1.0))
     found = search(goal, 200, torch.Generator().manual_seed(0), top=4, batch=12)
     assert found.text[goal.slots].tolist() == goal.costs.argmin(dim=1).tolist()
+    for top in (4, None):
+        for budget in range(1, 40):
+            assert search(goal, budget, torch.Generator().manual_seed(0), top=top, batch=7).cost <= budget
     ended = search(goal, 10_000, torch.Generator().manual_seed(0), batch=32)
     assert ended.text.equal(found.text) and ended.cost < 3000, "no swap of the best text is left: the search ends"
 
