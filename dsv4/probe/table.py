@@ -5,7 +5,19 @@ from dataclasses import dataclass
 
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
-from dsv4.probe import embedding, gain, hashing, hijack, indexed, mixing, routing, selection
+from dsv4.probe import (
+    attacks,
+    embedding,
+    fidelity,
+    gain,
+    hashing,
+    hijack,
+    indexed,
+    mixing,
+    numerics,
+    routing,
+    selection,
+)
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Settings, Subject, Suite
 
@@ -43,12 +55,23 @@ _ALL: list[Probe] = [
         embedding.run,
     ),
     Probe(
+        attacks.NAME, "Can tokens be found that make the model say what an attacker wants?", "quick", attacks.needs,
+        attacks.run,
+    ),
+    Probe(
         selection.NAME, "How little does it take to change what CSA reads?", "quick", indexed.needs_choice,
         selection.run,
     ),
     Probe(
         hijack.NAME, "Can a text push the system prompt out of what CSA reads?", "quick", indexed.needs_choice,
         hijack.run,
+    ),
+    Probe(
+        fidelity.ECLIPSE, "How much of an HCA entry can one token take?", "quick", fidelity.needs_hca,
+        fidelity.run_eclipse,
+    ),
+    Probe(
+        fidelity.BLEED, "Which entries mix texts of two authors?", "quick", fidelity.needs_entries, fidelity.run_bleed,
     ),
     Probe(
         hashing.NAME, "What do the public hash tables let anyone do to the experts' load?", "quick", hashing.needs,
@@ -62,6 +85,15 @@ _ALL: list[Probe] = [
     Probe(
         "streams.ablate", "What does each residual stream carry?", "quick", routing.needs_streams, routing.run_streams,
     ),
+    Probe(
+        numerics.INVARIANCE, "Does a text's computation show what else is computed?", "quick", numerics.needs_nothing,
+        numerics.run_invariance,
+    ),
+    Probe(
+        numerics.DRIFT, "What do narrow memories change, by length?", "quick", numerics.needs_nothing,
+        numerics.run_drift,
+    ),
+    Probe(numerics.LOOPS, "Does long greedy text loop?", "quick", numerics.needs_nothing, numerics.run_loops),
 ]  # fmt: skip
 
 PROBES: dict[str, Probe] = {probe.name: probe for probe in _ALL}
