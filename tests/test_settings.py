@@ -99,7 +99,7 @@ def test_a_kind_takes_its_own_settings(tmp_path: Path, kind: str, of: type) -> N
     """In overrides and in YAML, in any order; what was resolved reads back as what it was, whatever the recipe."""
     run = resolve("tiny", None, ["model.hidden_size=64", f"model.kind={kind}", "model.eos_token_id=[1, 2]"])
     assert run.model == preset_of(kind, "tiny").with_(hidden_size=64, eos_token_id=(1, 2)) and type(run.model) is of
-    assert resolve("demo", None, [f"model.kind={kind}", "model.preset=small"]).model == preset_of(kind, "small")
+    assert resolve("base", None, [f"model.kind={kind}", "model.preset=small"]).model == preset_of(kind, "small")
     file = tmp_path / "run.yaml"
     file.write_text(write_yaml(run.to_dict()))
     assert resolve("small", file) == replace(run, recompute=False)
