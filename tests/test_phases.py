@@ -232,7 +232,7 @@ def test_only_a_model_with_csa_has_indexers_that_learn(text: Path) -> None:
 
 def test_the_recipe_and_its_settings(tmp_path: Path) -> None:
     """Two recipes train indexers; this one goes through all phases; settings read back."""
-    assert [n for n, recipe in RECIPES.items() if recipe().indexer.train] == ["phases", "curriculum"]
+    assert [n for n, recipe in RECIPES.items() if recipe().indexer.train] == ["demo", "phases", "curriculum"]
     config = resolve("phases", None, ["indexer.warmup=7", "indexer.lr=1e-2"])
     i = config.indexer
     assert i == IndexerConfig(True, 300, 7, 1.0, 1e-2) and 0 < i.dense < i.dense + i.warmup < config.schedule.steps
