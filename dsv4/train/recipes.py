@@ -228,7 +228,9 @@ def _check_indexer(i: IndexerConfig, dense: int, model: AnyConfig, steps: int) -
             )
         return
     if not (isinstance(model, ModelConfig) and any(kind.indexed for kind in model.trunk_kinds)):
-        raise UserError("indexer.train=true, but the model has no CSA layer: choose indexer.train=false or a V4 with one")
+        raise UserError(
+            "indexer.train=true, but the model has no CSA layer: choose indexer.train=false, or a V4 that has one"
+        )
     if dense + i.warmup > steps or i.warmup == steps:
         said = f"indexer.from_stage={i.from_stage} (step {dense})" if i.from_stage else f"indexer.dense={i.dense}"
         raise UserError(
