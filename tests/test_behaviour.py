@@ -7,7 +7,9 @@ passes; a key that is sent where it was not meant to go; a judge that is taken f
 import hashlib
 import json
 import threading
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import behaviour_server as fake
 import pytest
@@ -18,6 +20,7 @@ from dsv4.checkpoint import save
 from dsv4.engine import Engine, SamplingParams
 from dsv4.errors import UserError
 from dsv4.measure.subjects import small_model
+from dsv4.probe.behaviour import answers as answers_of
 from dsv4.probe.behaviour import datasets, labelled
 from dsv4.probe.behaviour.answers import FILE, Answers, ask_all, key_of
 from dsv4.probe.behaviour.cases import Case, filler, fixture, user, with_filler
@@ -149,6 +152,29 @@ def test_a_stopped_run_keeps_what_it_has(tmp_path: Path) -> None:
             pass
         assert len(answers) == count
         answers.close()
+
+
+def test_answers_that_come_with_the_end_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stop and five answers are found finished together, the stop first."""
+
+    class Stopped(Endpoint):
+        identity, workers = "stopped", 3
+
+        def complete(self, asked, params) -> Answer:
+            if asked == "question 5":
+                raise KeyboardInterrupt
+            return Answer("Yes, gladly.")
+
+    def all_of(futures, return_when):
+        done = wait(futures).done
+        return SimpleNamespace(done=sorted(done, key=lambda f: f.exception() is None))
+
+    monkeypatch.setattr(answers_of, "wait", all_of)
+    answers = Answers(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(Stopped(), [(f"question {i}", Params()) for i in range(6)], answers)
+    assert len(answers) == 5
+    answers.close()
 
 
 def test_the_key_goes_only_where_it_is_meant_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

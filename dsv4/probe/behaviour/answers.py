@@ -81,6 +81,11 @@ class Answers:
         self._lock.release()
 
 
+def _ends_all(future: Future[Answer]) -> bool:
+    """Whether what came of a question is a reason to ask no other."""
+    return not isinstance(future.exception(), Unanswered | None)
+
+
 def ask_all(
     endpoint: Endpoint,
     questions: Sequence[Question],
@@ -109,7 +114,8 @@ def ask_all(
                 waiting[pool.submit(endpoint.complete, *questions[todo[key][0]])] = key
             if not waiting:
                 break
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            finished = wait(waiting, return_when=FIRST_COMPLETED).done
+            for future in sorted(finished, key=_ends_all):  # answers are kept before something ends it all
                 key = waiting.pop(future)
                 try:
                     outcome: Outcome = future.result()
