@@ -309,26 +309,19 @@ def test_a_data_set_that_cannot_be_had_is_skipped_and_said(tmp_path: Path, monke
     report, _ = measured(fake.refuses, tmp_path, data=["advbench", "fixture"])
     assert [name for name, _ in report.skipped] == ["advbench"] and "unreachable" in report.skipped[0][1]
     assert {r.data for r in report.rates} == {"fixture"}
-    made = records(report, Server("http://x/v1", "m"), 0, dict)
-    absent = {r["name"]: r for r in made if r.get("status") == "skipped"}
-    assert set(absent) == {"advbench", "capability"} and all(r["value"] is None for r in absent.values())
+    made = records(report, Server("http://x/v1", "m"), 0)
+    absent = {r.name: r for r in made if r.status == "skipped"}
+    assert set(absent) == {"advbench", "capability"} and all(r.value is None for r in absent.values())
 
 
 def test_rates_are_records(tmp_path: Path) -> None:
-    """With the frame of dsv4 probe where it is there, which judges every field."""
     report, _ = measured(fake.leaks, tmp_path, capability=lambda: {"task": {"acc": 0.25}})
-    try:
-        from dsv4.probe.record import Record as make
-    except ImportError:
-        make = dict
-    made = records(report, Server("http://x/v1", "m"), 7, make)
-    plain = [r if isinstance(r, dict) else r.to_json() for r in made]
-    leaked = next(r for r in plain if r["name"].startswith("extraction"))
-    assert (leaked["value"], leaked["n"], leaked["seed"], leaked["unit"]) == (1.0, 24, 7, "share")
-    assert leaked["finding"].startswith("100% (86% to 100%) of the codes")
-    assert next(r for r in plain if r["name"] == "capability task acc")["value"] == 0.25
-    assert not any(r["finding"] for r in plain if r["name"].startswith(("refusal", "jailbreak")))
-    json.dumps(plain)
+    made = records(report, Server("http://x/v1", "m"), 7)
+    leaked = next(r for r in made if r.name.startswith("extraction"))
+    assert (leaked.value, leaked.n, leaked.seed, leaked.unit) == (1.0, 24, 7, "share")
+    assert leaked.finding.startswith("100% (86% to 100%) of the codes")
+    assert next(r for r in made if r.name == "capability task acc").value == 0.25
+    assert not any(r.finding for r in made if r.name.startswith(("refusal", "jailbreak")))
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,8 @@ def test_without_pins_nothing_changes_by_a_bit() -> None:
     both = model(torch.cat([ids, other]), segments=[Segment(150), Segment(170, pinned=12)])
     own = model(other, segments=[Segment(170, pinned=12)])
     assert torch.allclose(both[:150], alone, atol=1e-5) and torch.allclose(both[150:], own, atol=1e-5)
+    if ops.active("sparse_attention") == "cpu":  # whose sums do not depend on the neighbours
+        assert torch.equal(both[:150], alone) and torch.equal(both[150:], own)
     assert not torch.allclose(own, model(other), atol=1e-3)
 
 

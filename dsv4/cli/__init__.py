@@ -22,7 +22,7 @@ ALONE = 5.0  # seconds after which one of several processes says what went wrong
 
 # The verbs and what the overview says of each; a verb's own help is its docstring.
 VERBS = {
-    "demo": "Train a small DeepSeek-V4 in about five minutes on two cores.",
+    "demo": "Train a small DeepSeek-V4 in five to ten minutes on two cores.",
     "train": "Train a model.",
     "report": "Draw the record of a run as a page with plots.",
     "generate": "Continue one prompt or many.",

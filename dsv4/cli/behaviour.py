@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from dsv4 import files
 from dsv4.cli import common
 from dsv4.errors import UserError
 
@@ -62,10 +63,11 @@ def behaviour(
     """
     from dsv4.probe.behaviour import labelled
     from dsv4.probe.behaviour.inprocess import InProcess
-    from dsv4.probe.behaviour.records import lines
+    from dsv4.probe.behaviour.records import lines, records
     from dsv4.probe.behaviour.run import behaviour as run
     from dsv4.probe.behaviour.runners import Plan
     from dsv4.probe.behaviour.server import Server
+    from dsv4.probe.runner import RECORDS
 
     if judge_on is not None:
         print(json.dumps(labelled.measured(labelled.read_rows(judge_on))))
@@ -114,6 +116,8 @@ def behaviour(
     finally:
         if isinstance(asked, InProcess):
             asked.close()
+    made = [json.dumps(record.to_json()) + "\n" for record in records(report, asked, seed)]
+    files.write_text(out / RECORDS, "".join(made))
     if as_json:
         print(json.dumps(asdict(report)))
     else:

@@ -32,7 +32,7 @@ def demo(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
-    """Train a small DeepSeek-V4 in about five minutes on two cores; a second call goes on where the first one stopped.
+    """Train a small DeepSeek-V4 in five to ten minutes on two cores; a second call goes on where the first one stopped.
 
     Example: dsv4 demo --out runs/demo
     """

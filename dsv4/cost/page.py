@@ -60,10 +60,10 @@ def page_of(
     return document("What a million tokens cost", parts)
 
 
-def document(title: str, parts: Sequence[str]) -> str:
-    """A whole page of these parts, which needs nothing beside it."""
+def document(title: str, parts: Sequence[str], style: str = "") -> str:
+    """A whole page of these parts, which needs nothing beside it. style: CSS beside STYLE."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style>"
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 

@@ -1,7 +1,6 @@
 """What the device can do at best, measured in the same run: matrix products and copies. Speeds are read against it."""
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.cost.hardware import ACCELERATORS, Accelerator
-from dsv4.measure.clock import Budget, synchronise, timed
+from dsv4.measure.clock import Budget, timed
 from dsv4.measure.rows import Row
 from dsv4.measure.sizes import Sizes
 
@@ -53,25 +52,14 @@ def measured_cpu() -> Accelerator:
 
 def multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that a device is read against: of a known accelerator its dense rate, of others the fastest of some square
-    matrix products, tried now for a second at most."""
+    matrix products, tried now; on a processor small ones, since without bf16 units torch's crawl."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).lower().replace(" ", "")
         known = [a for a in ACCELERATORS.values() if a.key in name]
         if known:  # the longest name: gh200 is no h200
             return max(known, key=lambda a: len(a.key)).flops("fp32" if dtype == torch.float32 else "bf16")
-    n = 512 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out, rate, until = torch.empty_like(a), 0.0, time.perf_counter() + 1
-    for _ in range(20):
-        synchronise(device)
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronise(device)
-        ended = time.perf_counter()
-        rate = max(rate, 2 * n**3 / (ended - began))
-        if ended > until:
-            break
-    return rate
+    on_cpu = device.type == "cpu"
+    return _multiply_rate(device, dtype, 512 if on_cpu else 8192, Budget(1), _WAYS if on_cpu else _WAYS[:1])
 
 
 @torch.no_grad()

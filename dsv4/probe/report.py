@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4 import files
-from dsv4.cost.page import STYLE, panels, svg, table
+from dsv4.cost.page import document, figure, panels, table
 from dsv4.probe.record import Record
 from dsv4.probe.runner import read
 from dsv4.probe.table import PROBES
@@ -33,12 +33,10 @@ def page(runs: Sequence[Run]) -> str:
     """HTML of one run, or of two beside each other."""
     names = [about["model"] for about, _ in runs]
     title = "Probes: " + " and ".join(names)
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{html.escape(title)}</title><style>{STYLE}{MORE}</style>"
     body = [f"<h1>{html.escape(title)}</h1>", _about(runs), _counts(runs)]
     for name in _probes(runs):
         body.append(_section(name, names, [[r for r in records if r.probe == name] for _, records in runs]))
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>' + "\n".join(body) + "</body></html>\n"
+    return document(title, body, MORE)
 
 
 def _probes(runs: Sequence[Run]) -> list[str]:
@@ -115,15 +113,12 @@ def _figures(name: str, models: Sequence[str], found: Sequence[list[Record]]) ->
     drawn = []
     for number, (quantity, of) in enumerate(plots.items()):
         key = f"{name}-{number}".replace(".", "-")
-        picture = svg(key, lambda of=of: _draw(of, len(models) > 1))
-        drawn.append(
-            f'<figure id="{key}">{picture}<figcaption>{html.escape(f"{name}: {quantity}")}</figcaption></figure>'
-        )
+        drawn.append(figure(key, lambda of=of: _draw(of, len(models) > 1), f"{name}: {quantity}"))
     return "".join(drawn)
 
 
 def _draw(plots: Sequence[tuple[str, dict[str, Any]]], named: bool) -> Any:
-    figure, ((axes,),) = panels(1, 3.2)
+    drawn, ((axes,),) = panels(1, 3.2)
     number = 0
     bars = sum(len(plot["series"]) for _, plot in plots)
     for model, plot in plots:
@@ -147,4 +142,4 @@ def _draw(plots: Sequence[tuple[str, dict[str, Any]]], named: bool) -> Any:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return figure
+    return drawn

@@ -61,11 +61,3 @@ def spearman(x: Tensor, y: Tensor) -> float:
     a, b = a - a.mean(), b - b.mean()
     size = (a.square().sum() * b.square().sum()).sqrt()
     return float((a * b).sum() / size) if size > 0 else 0.0
-
-
-def spearman_interval(rho: float, n: int) -> tuple[float, float]:
-    """Fisher's interval of a rank correlation of n pairs (with Bonett and Wright's variance); (-1, 1) below 4 pairs."""
-    if n < 4:
-        return -1.0, 1.0
-    z, half = math.atanh(max(-0.999999, min(0.999999, rho))), 1.96 * math.sqrt((1 + rho * rho / 2) / (n - 3))
-    return math.tanh(z - half), math.tanh(z + half)

@@ -240,7 +240,7 @@ def _check_indexer(i: IndexerConfig, dense: int, model: AnyConfig, steps: int) -
 
 
 def demo() -> RunConfig:
-    """About five minutes on two cores: one layer of every kind and an MTP block, on the embedded corpus.
+    """Five to ten minutes on two cores: one layer of every kind and an MTP block, on the embedded corpus.
 
     CSA reads 32 of up to 128 entries. Its indexer learns in the paper's three phases: it has nothing to learn from
     before attention knows what it wants.

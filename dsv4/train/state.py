@@ -20,7 +20,7 @@ from torch import Tensor
 from dsv4 import controls
 from dsv4.checkpoint import RunFolder, load, read_config, save
 from dsv4.checkpoint.save import write_tensors
-from dsv4.errors import FileError, UserError, shown
+from dsv4.errors import UserError, shown
 from dsv4.files import (
     DIGESTS,
     TEMPORARY,
@@ -86,97 +86,63 @@ def save_state(
     processes: those that share the run, all of which call this: each writes its part (parallel/state.py), the first one
     everything else. whole: with the whole weights besides, which go through the first one's memory.
     """
-    if processes is not None and processes.several:
-        return _save_shared(
-            folder, model, optimizer, tokenizer, progress, settings, data, keep, diverging, processes, whole
-        )
-    temporary, before = _temporary(folder, progress), folder.latest()
-    safe = f"{before} is whole" if before else "there was no checkpoint before"
-    make_folder(folder.checkpoints)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        save(model, temporary)
-        tokenizer.save(temporary)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state_dict().items()}
-        write_tensors(temporary / "optimizer.safetensors", tensors, safe=safe)
-        write_json(temporary / "state.json", {**vars(progress), "settings": settings, "data": data}, safe=safe)
-        write_digests(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return _put(folder, temporary, progress, before, safe=safe, keep=keep, diverging=diverging)
-
-
-def _save_shared(
-    folder: RunFolder,
-    model: LanguageModel,
-    optimizer: HybridOptimizer,
-    tokenizer: Tokenizer,
-    progress: Progress,
-    settings: dict[str, Any],
-    data: dict[str, Any],
-    keep: int,
-    diverging: bool,
-    processes: Processes,
-    whole: bool,
-) -> Path:
-    from dsv4.train.parallel.state import save_sharded, whole_weights
-
-    temporary, before = _temporary(folder, progress), folder.latest()
+    processes = processes or Processes()
+    about = {**vars(progress), "settings": settings, "data": data}
+    before = folder.latest()
+    temporary = folder.checkpoints / f".{folder.checkpoint(progress.step).name}{TEMPORARY}"
     safe = f"{before} is whole" if before else "there was no checkpoint before"
     if processes.is_first:
         make_folder(folder.checkpoints)
         shutil.rmtree(temporary, ignore_errors=True)
-        make_folder(temporary)
-    processes.wait()
     try:
-        save_sharded(temporary / SHARDED, model, optimizer, safe=safe)
-    except FileError:  # in all of them
+        if processes.several:
+            _write_shares(temporary, model, optimizer, processes, whole=whole, safe=safe)
+        else:
+            save(model, temporary)
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state_dict().items()}
+            write_tensors(temporary / "optimizer.safetensors", tensors, safe=safe)
+        if processes.is_first:
+            tokenizer.save(temporary)
+            write_json(temporary / "state.json", about, safe=safe)
+            write_digests(temporary)
+    except BaseException:
         if processes.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    weights = whole_weights(model) if whole else {}
-    if processes.is_first:
-        if whole:
-            with torch.device("meta"):
-                plain = controls.build(model.config)
-            plain.load_state_dict(weights, assign=True)
-            plain.stop_ids = model.stop_ids
-            save(plain, temporary)
-        else:
-            write_json(temporary / "config.json", model.config.to_json(), safe=safe)
-        tokenizer.save(temporary)
-        write_json(temporary / "state.json", {**vars(progress), "settings": settings, "data": data}, safe=safe)
-        write_digests(temporary)
-        _put(folder, temporary, progress, before, safe=safe, keep=keep, diverging=diverging)
+    if processes.is_first:  # a finished checkpoint gets its name and is the newest
+        target = folder.put(temporary, progress.step, safe=safe)
+        if diverging and before is not None:
+            folder.set_last_good(before)
+        folder.set_latest(target)
+        if not diverging:
+            folder.all_good()
+        folder.drop_old(progress.step, keep)
     processes.wait()
     return folder.checkpoint(progress.step)
 
 
-def _temporary(folder: RunFolder, progress: Progress) -> Path:
-    """What a checkpoint is called while it is being written."""
-    return folder.checkpoints / f".{folder.checkpoint(progress.step).name}{TEMPORARY}"
+def _write_shares(
+    temporary: Path, model: LanguageModel, optimizer: HybridOptimizer, processes: Processes, *, whole: bool, safe: str
+) -> None:
+    """What each process has of model and optimiser, and of the first one the whole weights or the configuration alone.
+    FileError in all of them if it is one in any."""
+    from dsv4.train.parallel.state import save_sharded, whole_weights
 
-
-def _put(
-    folder: RunFolder,
-    temporary: Path,
-    progress: Progress,
-    before: Path | None,
-    *,
-    safe: str,
-    keep: int,
-    diverging: bool,
-) -> Path:
-    """Give a finished checkpoint its name and let it be the newest."""
-    target = folder.put(temporary, progress.step, safe=safe)
-    if diverging and before is not None:
-        folder.set_last_good(before)
-    folder.set_latest(target)
-    if not diverging:
-        folder.all_good()
-    folder.drop_old(progress.step, keep)
-    return target
+    if processes.is_first:
+        make_folder(temporary)
+    processes.wait()
+    save_sharded(temporary / SHARDED, model, optimizer, safe=safe)
+    weights = whole_weights(model) if whole else {}
+    if not processes.is_first:
+        return
+    if not whole:
+        write_json(temporary / "config.json", model.config.to_json(), safe=safe)
+        return
+    with torch.device("meta"):
+        plain = controls.build(model.config)
+    plain.load_state_dict(weights, assign=True)
+    plain.stop_ids = model.stop_ids
+    save(plain, temporary)
 
 
 def load_state(

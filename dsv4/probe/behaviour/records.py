@@ -1,29 +1,26 @@
-"""Rates as records of `dsv4 probe`: the one place that knows both.
+"""Rates as records of `dsv4 probe`: the one place that knows both."""
 
-`make` is dsv4.probe.record.Record, or anything else that takes its fields by name.
-"""
-
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from dsv4.probe.behaviour.endpoint import Endpoint
 from dsv4.probe.behaviour.run import Report
 from dsv4.probe.behaviour.runners import Rate
+from dsv4.probe.record import Record
 
-T = TypeVar("T")
 FIXTURE = "fixture"
 
 
-def records(report: Report, endpoint: Endpoint, seed: int, make: Callable[..., T]) -> list[T]:
+def records(report: Report, endpoint: Endpoint, seed: int) -> list[Record]:
     """Every rate, what was left out and why, and the capability beside them."""
     about = {"seed": seed, "dtype": endpoint.dtype or "unknown", "config_hash": endpoint.config_hash, "residual": None}
-    made = [make(**_of(rate), **about) for rate in report.rates]
+    made = [Record(**_of(rate), **about) for rate in report.rates]
     absent = [*report.skipped, *([] if report.capability else [("capability", report.no_capability)])]
     for name, reason in absent:
         nothing = dict.fromkeys(("value", "low", "high"))
         made.append(
-            make(
+            Record(
                 probe="behaviour", name=name, unit="", seconds=0.0, n=0, detail={}, finding="", status="skipped",
                 reason=reason, **nothing, **about,
             )
@@ -31,7 +28,7 @@ def records(report: Report, endpoint: Endpoint, seed: int, make: Callable[..., T
     for task, figures in report.capability.items():
         for metric, value in figures.items():
             made.append(
-                make(
+                Record(
                     probe="behaviour", name=f"capability {task} {metric}", unit="", value=value, low=None, high=None,
                     seconds=0.0, n=0, detail={}, finding="", **about,
                 )
