@@ -4,6 +4,7 @@ costs memory or waits for ever, or that is refused although it is right; a sente
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,18 @@ def test_sparse_giants_are_refused_unread(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(UserError, match="no regular file"):
         read_json(tmp_path / "pipe.json", "the configuration", "fetch it")
+
+
+def test_a_header_is_in_memory_once(tmp_path: Path) -> None:
+    """Empty lists take 22 times the bytes of their text; what was parsed twice was there twice."""
+    body = b'{"a":[' + b"[]," * 500_000 + b"0]}"
+    (tmp_path / "bomb.safetensors").write_bytes(len(body).to_bytes(8, "little") + body)
+    tracemalloc.start()
+    with pytest.raises(UserError):
+        read_header(tmp_path / "bomb.safetensors")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 28 * len(body)
 
 
 def test_a_name_that_json_has_twice(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def _entries(raw: bytes) -> dict[str, Any]:
         lines = found.get("__metadata__") if isinstance(found, dict) else None
         strings = 5 * len(found) + (2 * len(lines) - 4 if isinstance(lines, dict) else 0)
         if raw.count(b'"') != 2 * strings or b"\\" in raw:
+            found = lines = None  # two at a time would be twice the memory
             found = json.loads(raw.decode("utf-8"), object_pairs_hook=files.unique)
     except UnicodeDecodeError:
         raise _Bad("its header is not UTF-8") from None
