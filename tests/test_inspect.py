@@ -356,6 +356,9 @@ def test_files_that_are_gone_damaged_or_too_many(tmp_path: Path) -> None:
     assert says(inspect(tmp_path), "model.embed.weight is in no file, but the index lists it")
     with pytest.raises(UserError, match="lacks the tensor 'model.embed.weight', which its index lists"):
         load(tmp_path)
+    spoilt = {**index["weight_map"], "embed\x7f.weight": shards[0].name}  # nothing that a terminal obeys is printed
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": spoilt}))
+    assert says(inspect(tmp_path), r"'embed\x7f.weight' is in no file, but the index lists it")
     (tmp_path / INDEX).unlink()
     assert inspect(tmp_path).whole
     shards[0].unlink()

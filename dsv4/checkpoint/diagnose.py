@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dsv4.checkpoint.expected import Want, fp4_scales, fp8_scales, packed_shape, scale_of
 from dsv4.checkpoint.headers import TensorInfo
 from dsv4.config import AnyConfig, ModelConfig
+from dsv4.errors import shown
 
 PLAIN = {"F64", "F32", "F16", "BF16"}
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -78,7 +79,8 @@ def grouped(rows: Iterable[tuple[str, str, str]], *, harmless: bool = False) -> 
 
 
 def _named(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} like it:"
+    first = names[0] if names[0].isprintable() else shown(names[0])
+    return first if len(names) == 1 else f"{first} and {len(names) - 1:,} like it:"
 
 
 # --- one tensor ------------------------------------------------------------------------------------------------------
