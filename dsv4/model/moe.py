@@ -31,6 +31,7 @@ class Gate(nn.Module):
 
     bias: Tensor | None
     tid2eid: Tensor | None
+    anticipated: Tensor | None = None  # int64 [T, K]: experts chosen beforehand (train/anticipate.py)
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -54,7 +55,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Routing:
         """x [T, M], ids int64 [T] -> Routing (paper 2.1): score = sqrt(softplus(logit)), weights sum to `scale`."""
-        given = None if self.tid2eid is None else self.tid2eid[ids]
+        given = self.anticipated if self.tid2eid is None else self.tid2eid[ids]
         return Routing(*ops.gate(x, self.weight, self.bias, given, self.topk, self.scale))
 
 

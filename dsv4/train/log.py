@@ -19,7 +19,13 @@ log = logging.getLogger("dsv4")
 
 WINDOW = 10  # losses whose mean is compared with the lowest such mean so far
 FAR = 0.5  # nats above it, and a tenth of it on top: no noise of batches reaches that far
-MACHINE = ("tokens_per_second", "optimizer_share", "memory_bytes", "mfu")  # of the machine that ran, not of the run
+MACHINE = (
+    "tokens_per_second",
+    "optimizer_share",
+    "anticipatory_share",
+    "memory_bytes",
+    "mfu",
+)  # of the machine that ran, not of the run
 SMOOTHED = 0.9  # weight of the past in the picture's smoothed line
 
 

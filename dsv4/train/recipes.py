@@ -12,6 +12,7 @@ from dsv4.checkpoint import read_config, resolve_checkpoint
 from dsv4.config import AnyConfig, ModelConfig, kind_of, preset_of
 from dsv4.errors import UserError, nearest, shown
 from dsv4.settings import merge, read_overrides, read_yaml
+from dsv4.train.anticipate import AnticipatoryConfig
 from dsv4.train.dataconfig import DataConfig
 from dsv4.train.optim import ORTHOGONALISERS
 from dsv4.train.parallel.config import ParallelConfig
@@ -97,6 +98,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     indexer: IndexerConfig = field(default_factory=IndexerConfig)
+    anticipatory: AnticipatoryConfig = field(default_factory=AnticipatoryConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
@@ -126,6 +128,7 @@ class RunConfig:
                 f"model.dspark_stages={self.model.dspark_stages}: a DSpark drafter is not trained here; train the "
                 "trunk alone, without the dspark_* keys"
             )
+        self.anticipatory.check(self.model)
         self.parallel.check(self.model)
         for n, stage in enumerate(self.data.course.stages):
             where = f"data.stages[{n - 1}]" if n else "data"

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from dsv4.model import LanguageModel
 from dsv4.model.init import fill, own_rows
 from dsv4.settings import flat
 from dsv4.text import Tokenizer
+from dsv4.train.anticipate import FILE as ANTICIPATED
+from dsv4.train.anticipate import Anticipation
 from dsv4.train.optim import HybridOptimizer
 from dsv4.train.parallel.processes import Processes
 from dsv4.train.recipes import RunConfig, renamed
@@ -48,6 +50,7 @@ CHANGEABLE = (
     "optim.",
     "schedule.",
     "indexer.",
+    "anticipatory.",
     "save.",
     "parallel.",
     "recompute",
@@ -58,11 +61,14 @@ CHANGEABLE = (
 
 @dataclass
 class Progress:
-    """Where a run stands: updates done, tokens seen, seconds spent training."""
+    """Where a run stands: updates done, tokens seen, seconds spent training; the spike that it last went back from, and
+    the update before which anticipatory routing ends then."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    anticipatory_until: int = 0
+    spike: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(
@@ -76,6 +82,7 @@ def save_state(
     *,
     keep: int,
     diverging: bool = False,
+    anticipation: Anticipation | None = None,
     processes: Processes | None = None,
     whole: bool = True,
 ) -> Path:
@@ -101,6 +108,8 @@ def save_state(
             save(model, temporary)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state_dict().items()}
             write_tensors(temporary / "optimizer.safetensors", tensors, safe=safe)
+            if anticipation is not None:
+                anticipation.write(temporary, progress.step, safe=safe)
         if processes.is_first:
             tokenizer.save(temporary)
             write_json(temporary / "state.json", about, safe=safe)
@@ -146,9 +155,14 @@ def _write_shares(
 
 
 def load_state(
-    path: Path, model: LanguageModel, optimizer: HybridOptimizer, settings: dict[str, Any], data: dict[str, Any]
+    path: Path,
+    model: LanguageModel,
+    optimizer: HybridOptimizer,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    anticipation: Anticipation | None = None,
 ) -> tuple[Progress, dict[str, tuple[Any, Any]]]:
-    """Continue from a checkpoint: fills model and optimiser in place.
+    """Continue from a checkpoint: fills model, optimiser and what was anticipated in place.
 
     Returns where it stands and which settings have changed since, each with the old and the new value. UserError,
     and nothing filled, if a file is damaged, or if the checkpoint belongs to another run.
@@ -179,14 +193,20 @@ def load_state(
 
         load_sharded(path / SHARDED, model, optimizer)
         return progress, changed
-    try:
-        momenta = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / 'optimizer.safetensors'} is damaged ({reason_of(error)}): {remedy}") from None
+    momenta = _tensors(path / "optimizer.safetensors", remedy)
     loaded = load(path, dtype=torch.float32)
     optimizer.load_state_dict(momenta)
     copy_weights(loaded, model)
+    if anticipation is not None and (path / ANTICIPATED).exists():
+        anticipation.read(_tensors(path / ANTICIPATED, remedy))
     return progress, changed
+
+
+def _tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({reason_of(error)}): {remedy}") from None
 
 
 def copy_weights(source: LanguageModel, target: LanguageModel) -> None:
@@ -216,12 +236,14 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _progress(state: dict[str, Any], path: Path, remedy: str) -> Progress:
+    found = {"anticipatory_until": 0, "spike": {}} | state  # runs of before have neither
     kinds = {"step": int, "tokens": int, "seconds": float, "settings": dict, "data": dict}
+    kinds |= {"anticipatory_until": int, "spike": dict}
     for name, kind in kinds.items():
-        value: Any = state.get(name)
+        value: Any = found.get(name)
         if type(value) is not kind or (kind is not dict and not 0 <= value < math.inf):
             raise UserError(f"{path / 'state.json'} is no training state ({name}={shown(value)}): {remedy}")
-    return Progress(state["step"], state["tokens"], state["seconds"])
+    return Progress(**{name: found[name] for name in vars(Progress())})
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

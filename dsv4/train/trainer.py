@@ -23,6 +23,7 @@ from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
 from dsv4.model.segments import IndexPhase
 from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
+from dsv4.train.anticipate import Anticipation, Choices, Spikes, choose, parted, routed
 from dsv4.train.balance import update_balance_bias
 from dsv4.train.batches import Batches, heldout_batches, split
 from dsv4.train.figures import LOOKED_AT, look_inside, update_figures
@@ -82,6 +83,7 @@ class Trainer:
         begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
         config = replace(config, data=absolute(config.data), start_from=begins)
         started = load_model(begins, config=config.model) if begins and checkpoint is None else None
+        config.anticipatory.check_processes(processes.several)
         check_memory(config, torch.device(device))
         make_folder(folder)
         self.stop = Stop(f"the newest state is saved in {folder}", patient=processes.several)
@@ -123,22 +125,35 @@ class Trainer:
                 "before it: raise data.seq_len to have them whole", cut, config.data.seq_len,
             )  # fmt: skip
         self.progress, changed = Progress(), {}
+        self.anticipation = Anticipation(config.anticipatory, config.schedule.steps)
         if checkpoint is not None:
-            self.progress, changed = load_state(
-                checkpoint, self.model, self.optimizer, config.to_dict(), self._data_identity()
-            )
+            changed = self._load(checkpoint)
             if processes.is_first:
                 self._go_on_from(checkpoint)
             processes.wait()
         self.saved_step = self.progress.step if checkpoint is not None else -1
         if processes.is_first:
             write_text(self.folder.config, write_yaml(config.to_dict()))
-        self.log = Log(self.folder.log, self.progress.step, writes=processes.is_first)
-        self.watch = LossWatch(r["loss"] for r in self.log.records if "loss" in r)
+        self._open_log()
         if changed:
             told = {name: [old, new] for name, (old, new) in changed.items()}
             self.log.write({"step": self.progress.step, "event": "resumed", "changed": told})
             log.info("resumed with %s", ", ".join(f"{n}={shown(b)} (was {shown(a)})" for n, (a, b) in changed.items()))
+
+    def _load(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Stand where a checkpoint was written; the settings that have changed since."""
+        self.anticipation = Anticipation(self.config.anticipatory, self.config.schedule.steps)
+        self.progress, changed = load_state(
+            checkpoint, self.model, self.optimizer, self.config.to_dict(), self._data_identity(), self.anticipation
+        )
+        self.anticipation.until = max(self.anticipation.until, self.progress.anticipatory_until)
+        return changed
+
+    def _open_log(self) -> None:
+        """The record up to where the run stands, and those who learn from it."""
+        self.log = Log(self.folder.log, self.progress.step, writes=self.processes.is_first)
+        self.watch = LossWatch(r["loss"] for r in self.log.records if "loss" in r)
+        self.spikes = Spikes(self.config.anticipatory, self.log.records)
 
     @property
     def finished(self) -> bool:
@@ -176,11 +191,23 @@ class Trainer:
 
     def _loop(self, report: Callable[[Record], None]) -> None:
         steps, save = self.config.schedule.steps, self.config.save
+        if self.config.anticipatory.when == "spike" and self.folder.latest() is None:
+            self.save()  # something to go back to
         while self.progress.step < steps and not self.processes.agree(self.stop.asked > 0):
             try:
                 record = self.step()
             except GivenUp:
                 break
+            except NotFinite as error:
+                if not self._goes_back(self.progress.step):
+                    raise
+                self._go_back({"step": self.progress.step + 1, "loss": None, "usual": None}, str(error))
+                continue
+            usual = self.spikes.judge(record)
+            if usual is not None and self._goes_back(record["step"] - 1):
+                told = f"step {record['step']}: the loss is {record['loss']:.3f}, where {usual:.3f} is usual"
+                self._go_back({"step": record["step"], "loss": record["loss"], "usual": usual}, told)
+                continue
             at_end = self.progress.step == steps
             if self.progress.step % save.eval_every == 0 or at_end:
                 try:
@@ -196,6 +223,29 @@ class Trainer:
             report(record)
         if self.saved_step != self.progress.step:
             self.save()
+
+    def _goes_back(self, step: int) -> bool:
+        """Whether a spike in update `step` is answered; while experts are chosen ahead already it is not."""
+        return self.config.anticipatory.when == "spike" and not self.anticipation.active(step)
+
+    def _go_back(self, spike: Record, told: str) -> None:
+        """To the newest good checkpoint, and on from there with anticipatory routing: until well after the spike, so
+        that the next time, if there is one, is later. The checkpoint is written again, and knows of it."""
+        good = self.folder.last_good()
+        assert good is not None, "one was written before the first update"
+        seconds = self.progress.seconds  # which have been spent
+        self._load(good)
+        self._go_on_from(good)
+        until = spike["step"] + self.config.anticipatory.steps
+        self.anticipation.forget(until)
+        self.progress.anticipatory_until = self.anticipation.until
+        self.progress.spike = {**spike, "back_to": self.progress.step}
+        self.progress.seconds = seconds
+        self._open_log()
+        log.warning(
+            "%s; going back to step %d, with anticipatory routing until step %d", told, self.progress.step, until
+        )
+        self.save()
 
     def _watch(self, record: Record) -> None:
         """Say so, once, when the loss leaves its own past."""
@@ -216,7 +266,9 @@ class Trainer:
         self.optimizer.set_lr(i.lr if phase == "warmup" else config.optim.lr * lr_scale(*course, s.final))
         weight = mtp_weight(*course, before=config.loss.mtp, after=config.loss.mtp_in_decay)
         with self.stop.may_give_up():
-            parts = self._gradient(step, weight)
+            ahead = self._anticipate(step)
+            anticipation_seconds = self._clock() - began
+            parts = self._gradient(step, weight, None if ahead is None else ahead[1])
             drop_zero_gradients(self.model.parameters())
             # apart, so that no step of the one depends on the gradient of the other
             norm, index_norm = (clip_gradients(ps, config.optim.clip) for ps in (self.others, self.indexers))
@@ -248,6 +300,7 @@ class Trainer:
             **(index_figures(phase, parts, index_norm) if config.indexer.train else {}),
             "tokens": self.progress.tokens,
             "tokens_per_second": tokens / seconds,
+            **self._anticipated(step, ahead, anticipation_seconds / seconds),
             **(self._stage(step) if config.data.stages else {}),
             **({"epochs": self.batches.epochs_at(step + 1)} if config.data.mix else {}),
         }
@@ -268,21 +321,43 @@ class Trainer:
         """The number of the last update, whose phase and lengths an evaluation has; before all of them, the first's."""
         return max(0, self.progress.step - 1)
 
-    def _gradient(self, step: int, mtp: float) -> list[Loss]:
+    def _anticipate(self, step: int) -> tuple[int, Choices] | None:
+        """How old the choice of experts for an update is, in updates, and what it is; None where it is not ahead."""
+        if not self.anticipation.active(step):
+            return None
+        count = self.config.data.micro_batches
+        return self.anticipation.before(
+            step, lambda n: choose(self.model, split(self.batches.batch(n), count), self.phase(n))
+        )
+
+    def _anticipated(self, step: int, ahead: tuple[int, Choices] | None, share: float) -> Record:
+        """What the log says of it; the first update after a rollback says what spike that was."""
+        if ahead is None:
+            return {}
+        first = self.progress.spike.get("back_to") == step
+        return {
+            "anticipatory": ahead[0],
+            "anticipatory_share": share,
+            **({"spike": self.progress.spike} if first else {}),
+        }
+
+    def _gradient(self, step: int, mtp: float, chosen: Choices | None = None) -> list[Loss]:
         """Leave the gradient of an update's mean losses in the parameters, however many parts it is computed in."""
         phase = self.phase(step)
         thaw(self.model.named_parameters(), phase)
         self.optimizer.zero_grad(set_to_none=True)
         micro = split(self.batches.batch(step), self.config.data.micro_batches)
         totals = count_totals((b.targets, b.lengths) for b in micro)
+        ahead_of = [None] * len(micro) if chosen is None else parted(chosen, micro, len(self.model.layers))
         parts: list[Loss] = []
-        for batch in micro:
-            part = training_loss(
-                self.model, *self.processes.share(batch),
-                mtp_weight=mtp, balance_weight=self.config.loss.balance, totals=totals, phase=phase,
-                index_weight=self.config.indexer.weight,
-            )  # fmt: skip
-            part.total.backward()
+        for batch, ahead in zip(micro, ahead_of, strict=True):
+            with routed(self.model, ahead):
+                part = training_loss(
+                    self.model, *self.processes.share(batch),
+                    mtp_weight=mtp, balance_weight=self.config.loss.balance, totals=totals, phase=phase,
+                    index_weight=self.config.indexer.weight,
+                )  # fmt: skip
+                part.total.backward()
             parts.append(replace(part, total=part.total.detach()))  # its graph is not needed any more
         return self.processes.summed(self.model, parts)
 
@@ -326,7 +401,7 @@ class Trainer:
         path = save_state(
             self.folder, self.model, self.optimizer, self.tokenizer, self.progress, self.config.to_dict(),
             self._data_identity(), keep=self.config.save.keep, diverging=self.watch.diverging,
-            processes=self.processes, whole=self.config.save.whole,
+            anticipation=self.anticipation, processes=self.processes, whole=self.config.save.whole,
         )  # fmt: skip
         self.saved_step = self.progress.step
         return path
