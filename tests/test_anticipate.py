@@ -296,7 +296,10 @@ def test_what_is_kept_is_that_of_the_batch_whatever_its_parts(text: Path, tmp_pa
     run = Trainer(config_for(text), tmp_path / "run")
     run.close()
     batch = run.batches.batch(0)
-    whole = choose(run.model, [batch], "off")
+    for phase in ("off", "dense", "warmup", "sparse"):
+        whole = choose(run.model, [batch], phase)
+        losses = run.model(batch.ids, segments=batch.lengths, targets=batch.targets, phase=phase)
+        assert all(torch.equal(whole[n], losses.routing[n][0].chosen) for n in whole) and set(whole) == {1, 2, 3}
     for count in (2, 3):
         parts = split(batch, count)
         cut = choose(run.model, parts, "off")

@@ -25,13 +25,15 @@ from torch import Tensor
 from dsv4.checkpoint.writing import write_tensors
 from dsv4.config import AnyConfig, ModelConfig
 from dsv4.errors import UserError, nearest
-from dsv4.model import LanguageModel
+from dsv4.model import LanguageModel, Segment
+from dsv4.model.segments import IndexPhase
 from dsv4.train.balance import learned_gates
 
 FILE = "anticipated.safetensors"  # of a checkpoint: what has been chosen for updates to come
 WHEN = ("off", "spike", "always")
 LARGEST = 10**6
 
+_READS: dict[IndexPhase, IndexPhase] = {"warmup": "dense", "sparse": "off"}  # the same entries, without indexers' loss
 Choices = dict[int, Tensor]  # by number of a layer: int64 [rows of the batch, K]
 
 
@@ -172,14 +174,17 @@ def routed(model: LanguageModel, chosen: Choices | None):
 
 
 @torch.no_grad()
-def choose(model: LanguageModel, parts: Sequence[Any], phase: Any) -> Choices:
-    """What the gates choose for the parts of a batch (their ids, targets, lengths), by the parameters as they are."""
+def choose(model: LanguageModel, parts: Sequence[Any], phase: IndexPhase) -> Choices:
+    """What the gates choose for the parts of a batch (their ids and lengths), by the parameters as they are."""
     found: dict[int, list[Tensor]] = {}
     for part in parts:
-        routing = model(part.ids, segments=part.lengths, targets=part.targets, phase=phase).routing
+        trunk = model.trunk(part.ids, [Segment(n) for n in part.lengths], _READS.get(phase, phase))
+        routing = dict(enumerate(trunk.routing))
+        if model.predicts_next and max(part.lengths) > 1:
+            routing[len(model.layers)] = model.predict_next(trunk, part.ids)[2]
         for layer in learned_gates(model):
-            if layer in routing:
-                found.setdefault(layer, []).append(routing[layer][0].chosen)
+            if (decided := routing.get(layer)) is not None:
+                found.setdefault(layer, []).append(decided.chosen)
     return {layer: torch.cat(rows) for layer, rows in found.items()}
 
 
