@@ -65,9 +65,9 @@ def assert_same(a: Trainer, b: Trainer) -> None:
     assert logs[0] == logs[1]
 
 
-def noting(run: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[dict[int, torch.Tensor]]:
+def noting(run: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[dict[int, list[torch.Tensor]]]:
     """What every learned gate of a run decides in passes with a graph, update by update."""
-    seen: list[dict[int, torch.Tensor]] = []
+    seen: list[dict[int, list[torch.Tensor]]] = []
     layers = {id(gate): n for n, gate in learned_gates(run.model).items()}
     plain, step = Gate.forward, run.step
 
