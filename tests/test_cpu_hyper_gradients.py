@@ -1,7 +1,8 @@
 """Failures caught here, in the C++ gradients of hyper-connections: one that is not the reference's, at any number of
 streams, width or number of tokens (sizes that fill no vector, tokens that fill no group, many slices), or for strided
 input; a step of Sinkhorn's left out of the backward pass; numbers read that nobody wrote or beyond an end; a token that
-reaches another's gradient; a gradient that depends on the number of threads; more kept than is said.
+reaches another's gradient; a gradient that depends on the number of threads; more kept than is said; streams written
+once more that are not those that were read.
 
 Truth is ops/reference.py under autograd in fp64, of the same fp32 numbers. Every test runs with every set of
 instructions that the machine has.
@@ -274,6 +275,19 @@ def test_a_gradient_of_some_of_a_chain() -> None:
     h, post, comb = cpu.hyper_enter(again, *case[1:])
     cpu.hyper_enter(cpu.hyper_write(again, h, post, comb), *case[1:])[0].sum().backward()
     assert again.grad is not None and torch.equal(whole, again.grad)
+
+
+def test_streams_that_were_changed_in_place_are_not_written_again() -> None:
+    case = enter_case(9, 4, 24)
+    x = case[0].clone().requires_grad_()
+    h, post, comb = cpu.hyper_enter(x, *case[1:])
+    middle = cpu.hyper_write(x, h, post, comb)
+    with torch.no_grad():
+        middle[:, 1] = 0.5
+    (got,) = torch.autograd.grad(cpu.hyper_enter(middle, *case[1:])[0].sum(), middle)
+    fresh = middle.detach().clone().requires_grad_()
+    (want,) = torch.autograd.grad(cpu.hyper_enter(fresh, *case[1:])[0].sum(), fresh)
+    assert torch.equal(got, want)
 
 
 def test_every_other_stream_is_in_memory() -> None:

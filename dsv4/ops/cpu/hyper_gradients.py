@@ -62,9 +62,9 @@ class _Kept:
     """The streams x that a node needs in its backward pass: as they are, or the write that made them."""
 
     def __init__(self, x: Tensor):
-        # a node's class is of its own: what its `forward` belongs to says what it is
         node: Any = x.grad_fn
-        self.made_by: Any = node if isinstance(node, Write._backward_cls) and node.x.made_by is None else None
+        can = isinstance(node, Write._backward_cls) and node.x.made_by is None
+        self.made_by: Any = node if can and node.version == x._version else None  # as it was written, still
         self.saved = () if self.made_by is not None else (x,)
         if self.made_by is not None:
             self.made_by.readers += 1
@@ -130,7 +130,9 @@ class Write(torch.autograd.Function):
         ctx.x = _Kept(x)
         ctx.save_for_backward(y, post, comb, *ctx.x.saved)
         ctx.readers, ctx.waiting, ctx.given, ctx.made = 0, 0, None, None
-        return written(x, y, post, comb)
+        out = written(x, y, post, comb)
+        ctx.version = out._version
+        return out
 
     @staticmethod
     def again(ctx: Any) -> Tensor:
