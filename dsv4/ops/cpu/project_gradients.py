@@ -96,25 +96,23 @@ class ProjectIn(torch.autograd.Function):
 
 
 class ProjectOut(torch.autograd.Function):
-    """As ops.project_out, of plain weights: a product for each group, of its columns where they lie."""
+    """As ops.project_out, of plain weights: a product for each group, of its columns where they lie. What comes out of
+    these is multiplied once more in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, o: Tensor, turn: Tensor, wo_a: Tensor, groups: int, wo_b: Tensor):
         turned = rotate(o, turn.conj()).flatten(1) if len(o) else o.flatten(1)
-        low = o.new_empty(len(o), len(wo_a))
-        for of, to, w in _groups(turned, low, wo_a, groups):
-            torch.mm(of, w.to(o.dtype).T, out=to)
-        ctx.save_for_backward(turned, low, turn, wo_a, wo_b)
+        ctx.save_for_backward(turned, turn, wo_a, wo_b)
         ctx.groups, ctx.shape = groups, o.shape
-        return low @ wo_b.to(o.dtype).T
+        return _low(turned, wo_a, groups) @ wo_b.to(o.dtype).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any):
-        turned, low, turn, wo_a, wo_b = ctx.saved_tensors
+        turned, turn, wo_a, wo_b = ctx.saved_tensors
         dy, groups, dtype = grads[0], ctx.groups, turned.dtype
         d_low, d_wo_a, d_wo_b = dy @ wo_b.to(dtype), torch.empty_like(wo_a), torch.empty_like(wo_b)
-        into_gradient(dy.T, low, d_wo_b)
+        into_gradient(dy.T, _low(turned, wo_a, groups), d_wo_b)
         d_turned = torch.empty_like(turned)
         d_wide = d_wo_a.view(groups, -1, wo_a.shape[1])
         for g, (of, to, w) in enumerate(_groups(turned, d_low, wo_a, groups)):
@@ -122,6 +120,14 @@ class ProjectOut(torch.autograd.Function):
             torch.mm(to, w.to(dtype), out=_columns(d_turned, g, groups))
         d_o = d_turned.view(ctx.shape)
         return rotate(d_o, turn) if len(d_o) else d_o, None, d_wo_a, None, d_wo_b
+
+
+def _low(turned: Tensor, wo_a: Tensor, groups: int) -> Tensor:
+    """Each group through its own rows of wo_a: [n, G * rank]."""
+    low = turned.new_empty(len(turned), len(wo_a))
+    for of, to, w in _groups(turned, low, wo_a, groups):
+        torch.mm(of, w.to(turned.dtype).T, out=to)
+    return low
 
 
 def _columns(x: Tensor, g: int, groups: int) -> Tensor:
