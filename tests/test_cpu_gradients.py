@@ -69,15 +69,19 @@ def test_mlp(isa: str, n: int, width: int, inner: int, count: int, k: int) -> No
     agree("mlp", (normal(n, width), w1, w3, w2, 1.5), 3e-6)
 
 
-def projections(n: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
-    """Three heads of 10 numbers, four of them rotated; rotation keeps nothing of what it rotates."""
-    turn = torch.polar(torch.ones(n, 2), normal(n, 2, seed=7))
-    x, wq_a, wq_b, wkv = normal(n, 13), normal(7, 13, seed=1), normal(30, 7, seed=2), normal(10, 13, seed=3)
-    gains, o = (1 + 0.1 * normal(7, seed=4), 1 + 0.1 * normal(10, seed=5)), normal(n, 3, 10, seed=6)
+def projections(
+    n: int, dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (13, 7, 10, 2)
+) -> dict[str, tuple]:
+    """Three heads of D numbers, of which 2 * pairs are rotated, from x of M and a latent of L numbers."""
+    m, latent, d, pairs = sizes
+    turn = torch.polar(torch.ones(n, pairs), normal(n, pairs, seed=7))
+    x, wq_a = normal(n, m), normal(latent, m, seed=1)
+    wq_b, wkv = normal(3 * d, latent, seed=2), normal(d, m, seed=3)
+    gains, o = (1 + 0.1 * normal(latent, seed=4), 1 + 0.1 * normal(d, seed=5)), normal(n, 3, d, seed=6)
     into = (x.to(dtype), wq_a, gains[0], wq_b, wkv, gains[1], 3, 1e-6, turn)
     return {
         "project_in": into,
-        "project_out": (o.to(dtype), turn, normal(3 * 5, 10, seed=8), 3, normal(13, 15, seed=10)),
+        "project_out": (o.to(dtype), turn, normal(3 * 5, d, seed=8), 3, normal(m, 15, seed=10)),
     }
 
 
@@ -85,6 +89,60 @@ def projections(n: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", ["project_in", "project_out"])
 def test_projections(isa: str, name: str, n: int) -> None:
     agree(name, projections(n)[name], 5e-6)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 6, 1), (33, 16, 24, 12), (64, 48, 36, 5), (20, 70, 130, 8)])
+@pytest.mark.parametrize("name", ["project_in", "project_out"])
+def test_projections_of_other_sizes(isa: str, name: str, sizes: tuple[int, ...]) -> None:
+    agree(name, projections(37, sizes=sizes)[name], 1e-5)
+
+
+@pytest.mark.parametrize("used", range(4))
+def test_what_follows_one_of_the_projections(isa: str, used: int) -> None:
+    """Of the latent, the queries, the row and the rotated row: what the one used does not come from has no gradient."""
+    args = projections(23)["project_in"]
+    got, want = (gradients(lambda *a, f=form: f.project_in(*a)[used], args) for form in (cpu, reference))
+    for a, b in zip(got, want, strict=True):
+        b = torch.zeros_like(a) if b is None else b
+        assert (a - b).abs().max() <= 5e-6 * max(b.abs().max().item(), 1e-6)
+
+
+def test_projections_of_no_tokens_and_of_strided_rows(isa: str) -> None:
+    for name, args in projections(0).items():
+        assert all(g is None or not g.any() for g in gradients(getattr(cpu, name), args))
+    for name, (x, *rest) in projections(37).items():
+        wide = torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+        assert not wide.is_contiguous()
+        got, want = (
+            [t.detach() for t in of(getattr(cpu, name), (a, *rest))] for of, a in ((outputs, wide), (outputs, x))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def outputs(form: Callable, args: tuple) -> list[Tensor]:
+    """What comes out of x [n, ...] as it lies, which learns; and its gradient."""
+    x = args[0].detach().requires_grad_()
+    out = form(x, *args[1:])
+    outs = out if isinstance(out, tuple) else (out,)
+    sum(o.square().sum() for o in outs).backward()
+    assert x.grad is not None
+    return [*outs, x.grad]
+
+
+def test_queries_are_kept_once(isa: str) -> None:
+    """As they come out, which is how attention keeps them; not as they were before norm and rotation."""
+    args = [
+        a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in projections(40)["project_in"]
+    ]
+    kept = dict[int, int]()
+
+    def note(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        _, q, _, _ = cpu.project_in(*args)
+    assert q.untyped_storage().data_ptr() in kept and list(kept.values()).count(q.untyped_storage().nbytes()) == 1
 
 
 @pytest.mark.parametrize("name", ["project_in", "project_out"])

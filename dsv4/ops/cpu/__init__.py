@@ -1,5 +1,5 @@
-"""The ops in C++ (src/), for machines with AVX2 or more: values, and gradients of attention, experts and projections;
-what they do not serve runs in `blocked`.
+"""The ops in C++ (src/), for machines with AVX2 or more: values, and gradients of attention, streams, experts and
+projections; what they do not serve runs in `blocked`.
 
 Importing raises ImportError with the reason where the library was not built or cannot run (library.py).
 """

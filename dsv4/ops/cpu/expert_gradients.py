@@ -1,4 +1,4 @@
-"""Experts under autograd: products by torch, of all tokens of an expert at once, and between them one pass over rows.
+"""Experts under autograd: products by torch, of all tokens of an expert at once, and between them a pass over rows.
 
 Of a call are kept its arguments and the products before the activation, which is computed again in the backward pass.
 """
@@ -48,13 +48,11 @@ class RoutedExperts(torch.autograd.Function):
         k, dtype = chosen.shape[1], x.dtype
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(w13)).tolist()
-        xs, ws = x[order // k], weights.flatten()[order]
-        hidden = xs.new_empty(len(order), 2 * w13.shape[2])
+        ws, token = weights.flatten()[order], order // k
+        hidden, ys = x.new_empty(len(order), 2 * w13.shape[2]), x.new_empty(len(order), x.shape[1])
         for e, rows in _of_experts(counts):
-            torch.mm(xs[rows], w13[e].flatten(0, 1).to(dtype).T, out=hidden[rows])
-        act, ys = _activated(hidden, ws, limit), xs  # what was multiplied is not needed any more
-        for e, rows in _of_experts(counts):
-            torch.mm(act[rows], w2[e].to(dtype).T, out=ys[rows])
+            torch.mm(x[token[rows]], w13[e].flatten(0, 1).to(dtype).T, out=hidden[rows])
+            torch.mm(_activated(hidden[rows], ws[rows], limit), w2[e].to(dtype).T, out=ys[rows])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         ctx.save_for_backward(x, ws, w13, w2, hidden, order, back)
@@ -66,23 +64,21 @@ class RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any):
         x, ws, w13, w2, hidden, order, back = ctx.saved_tensors
         k, dtype, token = ctx.k, x.dtype, order // ctx.k
-        dy = grads[0].to(dtype)[token]
-        d_act = hidden.new_empty(len(order), w2.shape[2])
-        for e, rows in _of_experts(ctx.counts):
-            torch.mm(dy[rows], w2[e].to(dtype), out=d_act[rows])
-        act, d_hidden, d_ws = _activated_backward(hidden, ws, d_act, ctx.limit)
-        xs, d_w13, d_w2 = x[token], torch.empty_like(w13), torch.empty_like(w2)
+        d_out, d_xs = grads[0].to(dtype), x.new_empty(len(order), x.shape[1])
+        d_ws, d_w13, d_w2 = torch.empty_like(ws), torch.empty_like(w13), torch.empty_like(w2)
         for e, count in enumerate(ctx.counts):
             if not count:  # no token came: nothing flows
                 d_w13[e].zero_()
                 d_w2[e].zero_()
-        for e, rows in _of_experts(ctx.counts):
-            _product(dy[rows].T, act[rows], d_w2[e])
-            _product(d_hidden[rows].T, xs[rows], d_w13[e].view(-1, x.shape[1]))
-        d_xs = dy  # its place: it is not needed any more
-        for e, rows in _of_experts(ctx.counts):
-            torch.mm(d_hidden[rows], w13[e].flatten(0, 1).to(dtype), out=d_xs[rows])
-        assert d_ws is not None
+        for e, rows in _of_experts(ctx.counts):  # of one expert at a time: what it needs stays in the caches
+            mine = token[rows]
+            dy = d_out[mine]
+            act, d_hidden, found = _activated_backward(hidden[rows], ws[rows], dy @ w2[e].to(dtype), ctx.limit)
+            assert found is not None
+            d_ws[rows] = found
+            into_gradient(dy.T, act, d_w2[e])
+            into_gradient(d_hidden.T, x[mine], d_w13[e].view(-1, x.shape[1]))
+            torch.mm(d_hidden, w13[e].flatten(0, 1).to(dtype), out=d_xs[rows])
         return _added(d_xs, back, k).to(dtype), None, d_ws[back].view(len(x), k), d_w13, d_w2, None
 
 
@@ -95,7 +91,7 @@ def _added(rows: Tensor, back: Tensor, k: int) -> Tensor:
     return total
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def into_gradient(a: Tensor, b: Tensor, out: Tensor) -> None:
     """a b into a gradient of fp32, or of the dtype of both."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -131,8 +127,8 @@ class OneExpert(torch.autograd.Function):
         dy, inner = grads[0], len(w1)
         act, d_hidden, _ = _activated_backward(hidden, None, dy @ w2.to(dy.dtype), ctx.limit)
         d_w1, d_w3, d_w2 = (torch.empty_like(w) for w in (w1, w3, w2))
-        _product(dy.T, act, d_w2)
+        into_gradient(dy.T, act, d_w2)
         d_gate, d_up = d_hidden[:, :inner], d_hidden[:, inner:]
-        _product(d_gate.T, x, d_w1)
-        _product(d_up.T, x, d_w3)
+        into_gradient(d_gate.T, x, d_w1)
+        into_gradient(d_up.T, x, d_w3)
         return torch.addmm(d_gate @ w1.to(x.dtype), d_up, w3.to(x.dtype)), d_w1, d_w3, d_w2, None

@@ -3,15 +3,14 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.library import Kernel, values_only
+from dsv4.ops.cpu.hyper_gradients import Collapse, Enter, Write, collapsed, entered, written
+from dsv4.ops.cpu.library import PLAIN, Kernel, needs_gradient, values_only
+from dsv4.ops.limits import Limits
 
 STREAMS = 8
 MISFIT = "shapes that do not fit"  # another form says what is wrong
 _sinkhorn = Kernel("sinkhorn", "pliifp")
 _maps = Kernel("hyper_maps", "pililpppiffppp")
-_enter = Kernel("hyper_enter", "pililppppiffppp")
-_collapse = Kernel("head_collapse", "pililpppffp")
-_write = Kernel("hyper_write", "ppililppp")
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -37,36 +36,18 @@ def hyper_maps(
 def hyper_enter(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, gain: Tensor, iters: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
-    n, num, width = x.shape
-    out, post, comb = x.new_empty(n, width), base.new_empty(n, num), base.new_empty(n, num, num)
-    _enter(
-        x.data_ptr(), x.dtype == torch.bfloat16, n, num, width, fn.data_ptr(), base.data_ptr(), scale.data_ptr(),
-        gain.data_ptr(), iters, eps, norm_eps, out.data_ptr(), post.data_ptr(), comb.data_ptr(),
-    )  # fmt: skip
-    return out, post, comb
+    form = Enter.apply if needs_gradient(x, fn, base, scale, gain) else entered
+    return form(x.contiguous(), fn, base, scale, gain, iters, eps, norm_eps)  # type: ignore[return-value]
 
 
 def head_collapse(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
-    x = x.contiguous()
-    n, num, width = x.shape
-    out = x.new_empty(n, width)
-    _collapse(
-        x.data_ptr(), x.dtype == torch.bfloat16, n, num, width, fn.data_ptr(), base.data_ptr(), scale.data_ptr(), eps,
-        norm_eps, out.data_ptr(),
-    )  # fmt: skip
-    return out
+    form = Collapse.apply if needs_gradient(x, fn, base, scale) else collapsed
+    return form(x.contiguous(), fn, base, scale, eps, norm_eps)  # type: ignore[return-value]
 
 
 def hyper_write(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    x, y, post, comb = x.contiguous(), y.contiguous(), post.contiguous(), comb.contiguous()
-    n, num, width = x.shape
-    out = torch.empty_like(x)
-    _write(
-        x.data_ptr(), y.data_ptr(), x.dtype == torch.bfloat16, n, num, width, post.data_ptr(), comb.data_ptr(),
-        out.data_ptr(),
-    )  # fmt: skip
-    return out
+    form = Write.apply if needs_gradient(x, y, post, comb) else written
+    return form(x.contiguous(), y.contiguous(), post.contiguous(), comb.contiguous())  # type: ignore[return-value]
 
 
 def _parameters(num: int, *sized: tuple[Tensor, int]) -> str:
@@ -118,7 +99,7 @@ def _writes(x: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> str:
 LIMITS = {
     "sinkhorn": values_only(_logits),
     "hyper_maps": values_only(_maps_of),
-    "hyper_enter": values_only(_enters),
-    "head_collapse": values_only(_collapses),
-    "hyper_write": values_only(_writes),
+    "hyper_enter": Limits(devices=("cpu",), dtypes=PLAIN, also=_enters),
+    "head_collapse": Limits(devices=("cpu",), dtypes=PLAIN, also=_collapses),
+    "hyper_write": Limits(devices=("cpu",), dtypes=PLAIN, also=_writes),
 }

@@ -1,16 +1,12 @@
-"""What stands before and after attention, and the rows of a compressor: one call each.
-
-Under autograd, products and norms are torch's; what is rotated is not kept for the backward pass.
-"""
+"""What stands before and after attention, and the rows of a compressor: one call each. Where a gradient is needed:
+project_gradients.py."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4.ops.cpu.library import DTYPES, PLAIN, Kernel, address, needs_gradient, values_only
-from dsv4.ops.cpu.rows import Rotation
+from dsv4.ops.cpu.project_gradients import ProjectIn, ProjectOut
 from dsv4.ops.limits import Limits
-from dsv4.ops.reference import rms_norm
 from dsv4.ops.weights import PackedMatrix
 
 Weight = Tensor | PackedMatrix
@@ -39,12 +35,7 @@ def project_in(
     turn: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if needs_gradient(x, wq_a, q_gain, wq_b, wkv, kv_gain):
-        assert isinstance(wq_a, Tensor) and isinstance(wq_b, Tensor) and isinstance(wkv, Tensor)
-        qr = rms_norm(F.linear(x, wq_a.to(x.dtype)), q_gain, eps)
-        q = F.linear(qr, wq_b.to(x.dtype)).unflatten(1, (heads, -1))
-        q = F.rms_norm(q.float(), q.shape[-1:], None, eps).to(x.dtype)
-        kv = rms_norm(F.linear(x, wkv.to(x.dtype)), kv_gain, eps)
-        return qr, Rotation.apply(q, turn), kv, Rotation.apply(kv, turn)  # type: ignore[return-value]
+        return ProjectIn.apply(x.contiguous(), wq_a, q_gain, wq_b, wkv, kv_gain, heads, eps, turn)  # type: ignore[return-value]
     x, n, width = x.contiguous(), len(x), wkv.shape[0]
     qr, q = x.new_empty(n, wq_a.shape[0]), x.new_empty(n, heads, width)
     kv, row = x.new_empty(2, n, width)
@@ -58,11 +49,7 @@ def project_in(
 
 def project_out(o: Tensor, turn: Tensor, wo_a: Weight, groups: int, wo_b: Weight) -> Tensor:
     if needs_gradient(o, wo_a, wo_b):
-        assert isinstance(wo_a, Tensor) and isinstance(wo_b, Tensor)
-        rotated: Tensor = Rotation.apply(o, turn.conj())  # type: ignore[assignment]
-        grouped = rotated.reshape(len(o), groups, -1)
-        low = torch.einsum("tgi,gri->tgr", grouped, wo_a.to(o.dtype).view(groups, -1, grouped.shape[-1]))
-        return F.linear(low.flatten(1), wo_b.to(o.dtype))
+        return ProjectOut.apply(o, turn, wo_a, groups, wo_b)  # type: ignore[return-value]
     o = o.clone(memory_format=torch.contiguous_format)  # rotated in place
     n, heads, width = o.shape
     low, out = o.new_empty(n, wo_a.shape[0]), o.new_empty(n, wo_b.shape[0])

@@ -1,10 +1,7 @@
 """Rows of a memory: pooled from closed groups, rotated, packed into bytes and unpacked."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsv4.ops.cpu.library import PLAIN, Kernel, values_only
 from dsv4.ops.formats import Packed
@@ -50,20 +47,6 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
         turn.shape[1], turn.is_conj(), out.data_ptr(),
     )  # fmt: skip
     return out
-
-
-class Rotation(torch.autograd.Function):
-    """`rotate` under autograd: the gradient is turned back, so x is not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, turn: Tensor):
-        ctx.turn = turn
-        return rotate(x, turn)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any):
-        return rotate(grads[0], ctx.turn.conj()), None
 
 
 def pack_rows(rows: Tensor, format: Packed) -> Tensor:

@@ -228,7 +228,7 @@ template <class T> struct Block {
 
     void enter(const T* x, const Hyper& h) const {
         CALL(hyper_enter)(x, BF, s.n, int(l.streams), l.width, h.fn, h.base, h.scale, h.gain, int(l.iters), float(l.hc_eps),
-                          float(l.eps), b.h, b.post, b.comb);
+                          float(l.eps), b.h, b.post, b.comb, nullptr);
     }
 
     void run(const T* x, T* out, float* scores, int64_t* chosen, float* weights) {

@@ -36,7 +36,7 @@ EXPORT(gate)
 
 EXPORT(hyper_enter)
 (const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, const float* gain,
- int iters, float eps, float norm_eps, void* out, float* post, float* comb);
+ int iters, float eps, float norm_eps, void* out, float* post, float* comb, float* kept);
 
 EXPORT(hyper_write)
 (const void* x, const void* y, int is_bf16, long n, int N, long M, const float* post, const float* comb, void* out);
