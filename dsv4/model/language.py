@@ -243,6 +243,8 @@ class LanguageModel(nn.Module):
         trunk = self.trunk(flat, cut)
         if rows is None:
             return self.head(trunk.hidden).view(*ids.shape, -1)
+        if isinstance(rows, str) and len(cut) == len(flat):  # a token each: all of them are last
+            return self.head(trunk.hidden)
         return self.head(trunk.hidden[trunk.last if isinstance(rows, str) else rows.to(self.device)])
 
     def _losses(self, ids: Tensor, segments: list[Segment], targets: Tensor, mtp: bool, phase: IndexPhase) -> Losses:
@@ -271,7 +273,8 @@ class LanguageModel(nn.Module):
         return self.head(hidden)
 
     def _check_ids(self, ids: Tensor) -> None:
-        low, high = int(ids.min()), int(ids.max())
+        few = ids.tolist() if ids.ndim == 1 and len(ids) <= 64 else None
+        low, high = (min(few), max(few)) if few else (int(ids.min()), int(ids.max()))
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: wrong tokenizer?")
