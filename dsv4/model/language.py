@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, Self, overload
 import torch
 from torch import Tensor, nn
 
+from dsv4 import ops
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError
 from dsv4.model.head import IGNORE, Head
@@ -282,7 +283,7 @@ class LanguageModel(nn.Module):
     def embedded(self, ids: Tensor, given: Tensor | None) -> Tensor:
         """What the blocks begin with, [T, M]: the embeddings of ids, or what was given in their place."""
         if given is None:
-            return self.embed(ids).to(self.compute_dtype)
+            return ops.cast(self.embed(ids), self.compute_dtype)
         assert given.shape == (len(ids), self.config.hidden_size), "a row for each id, which hash layers route by"
         return given.to(self.compute_dtype)
 

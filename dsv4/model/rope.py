@@ -54,12 +54,12 @@ def both_turns(config: ModelConfig, start: int, count: int, block: int) -> tuple
     number, of = start // block, (config.qk_rope_head_dim, config.rope_theta, config.compress_rope_theta)
     fits = start + count <= (number + 1) * block
     make = _kept_turns if fits else _both_turns
-    return make(*of, config.rope_scaling, number * block, (number + 1) * block if fits else start + count), number * block
+    return make(
+        *of, config.rope_scaling, number * block, (number + 1) * block if fits else start + count
+    ), number * block
 
 
-def _both_turns(
-    dim: int, base: float, compressed: float, scaling: RopeScaling | None, first: int, stop: int
-) -> Tensor:
+def _both_turns(dim: int, base: float, compressed: float, scaling: RopeScaling | None, first: int, stop: int) -> Tensor:
     freq = torch.stack([pair_frequencies(dim, base), pair_frequencies(dim, compressed, scaling)])[:, None]
     return turns(freq, torch.arange(first, stop, device="cpu")).transpose(0, 1).contiguous()
 

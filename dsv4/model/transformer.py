@@ -6,7 +6,7 @@ one): the input is a flat run of T tokens cut into segments, each starting a doc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dsv4.model.head import Head
 from dsv4.model.indexer import Indexed
 from dsv4.model.init import initialise
 from dsv4.model.language import LanguageModel
+from dsv4.model.large_pages import lay_on_large_pages
 from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
@@ -119,7 +120,12 @@ class Transformer(LanguageModel):
         max_rewind: int = 128,
         mtp: bool = False,
     ) -> Pool:
-        """A pool for the memories of many sequences; `pool.new()` is one. Arguments: see `cache.Pool`."""
+        """A pool for the memories of many sequences; `pool.new()` is one. Arguments: see `cache.Pool`.
+
+        Who makes one is going to serve: weights on a CPU are laid on large pages (large_pages.py).
+        """
+        if self.stream is None:
+            lay_on_large_pages(chain(self.parameters(), self.buffers()))
         format = format or ("packed" if self.numbers == "published" else self.compute_dtype)
         return Pool(
             self.config, format=format, device=self.device, max_rewind=max_rewind,
@@ -158,7 +164,7 @@ class Transformer(LanguageModel):
         for memory in memories:
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
-            ids = ids.to(self.device)
+            ids = ids if ids.device == self.device else ids.to(self.device)
             x, hidden, routing, features, indexed = self._layers(self.embedded(ids, embedded), ids, run)
             if features:
                 self.drafter.remember(torch.cat(features, dim=1), run)
