@@ -130,7 +130,7 @@ def model() -> Transformer:
 
 @torch.inference_mode()
 def test_what_has_moved_is_noticed(model: Transformer) -> None:
-    """A parameter's numbers, a part of the block, and stores that grow with the pool."""
+    """A parameter's numbers, a part of the block, what collapses the streams, and stores that grow with the pool."""
     ids, memory = tokens(model, 400), model.new_cache()[0]
 
     def both(at: int) -> Tensor:
@@ -151,7 +151,11 @@ def test_what_has_moved_is_noticed(model: Transformer) -> None:
     both(2)
     layer.attn.indexer.wq_b.weight = nn.Parameter(layer.attn.indexer.wq_b.weight * -1)
     both(3)
-    for at in range(4, 140):  # pages are added, and those before them move
+    model.hc_head_fn.data = model.hc_head_fn.data * 2
+    both(4)
+    model.hc_head_scale = nn.Parameter(model.hc_head_scale * 3)
+    both(5)
+    for at in range(6, 140):  # pages are added, and those before them move
         both(at)
     held = [memory.pool.new() for _ in range(3)]  # slots, too
     both(140)
