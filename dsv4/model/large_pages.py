@@ -9,18 +9,16 @@ import ctypes
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor, nn
 
 LEAST = 32 << 20  # bytes of weights: fewer stay in the processor's own memory
-COVERED = (
-    7 / 8
-)  # of a block, at least, are weights: so a model's memory grows by a seventh at most, where there are gaps
+COVERED = 7 / 8  # of a block, at least, are weights: a model grows by a seventh at most, where there are gaps
 AT_ONCE = 32  # blocks
-SECONDS = 2.0  # what has not been moved by then is left to Linux, which does so by and by
+SECONDS = 10.0  # some gigabytes a second are moved; the rest is left to Linux, which does so by and by
 
 _HUGEPAGE, _COLLAPSE = 14, 25  # Linux' numbers of advice
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
@@ -69,7 +67,7 @@ def block_size() -> int:
 
 
 @cache
-def _madvise() -> "ctypes._NamedFuncPointer":
+def _madvise() -> Callable[[int, int, int], int]:
     function = ctypes.CDLL(None).madvise
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
     return function

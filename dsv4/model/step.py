@@ -86,7 +86,7 @@ class Decided(Sequence[Routing]):
 
     def __init__(self, like: Tensor, blocks: int, tokens: int, experts: int, topk: int):
         self.shapes = (blocks, tokens, topk), (blocks, tokens, topk), (blocks, tokens, experts)
-        self.chosen, self.weights = blocks * tokens * topk, blocks * tokens * topk  # how many
+        self.chosen = self.weights = blocks * tokens * topk  # how many numbers
         size = self.chosen + (self.weights + blocks * tokens * experts + 1) // 2
         self.room = like.new_empty(size)  # chosen int64, then weights and scores fp32
 
@@ -106,9 +106,8 @@ class Decided(Sequence[Routing]):
     def _all(self) -> list[Routing]:
         chosen, rest = self.room[: self.chosen], self.room[self.chosen :].view(torch.float32)
         weights, scores = rest[: self.weights], rest[self.weights :][: math.prod(self.shapes[2])]
-        parts = (part.view(shape) for part, shape in zip((chosen, weights, scores), self.shapes, strict=True))
-        chosen, weights, scores = parts
-        return list(map(Routing, scores, chosen, weights))
+        cut = (part.view(shape) for part, shape in zip((chosen, weights, scores), self.shapes, strict=True))
+        return [Routing(s, c, w) for c, w, s in zip(*cut, strict=True)]
 
 
 # --- blocks and their stores, laid out once --------------------------------------------------------------------------
