@@ -5,9 +5,10 @@ that have moved, or passes by whoever watches.
 
 import ctypes
 import gc
+import math
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,7 +130,7 @@ def model() -> Transformer:
 
 @torch.inference_mode()
 def test_what_has_moved_is_noticed(model: Transformer) -> None:
-    """A parameter's numbers, a part of the block, and stores that grow with the pool."""
+    """A parameter's numbers, a part of the block, what collapses the streams, and stores that grow with the pool."""
     ids, memory = tokens(model, 400), model.new_cache()[0]
 
     def both(at: int) -> Tensor:
@@ -150,7 +151,11 @@ def test_what_has_moved_is_noticed(model: Transformer) -> None:
     both(2)
     layer.attn.indexer.wq_b.weight = nn.Parameter(layer.attn.indexer.wq_b.weight * -1)
     both(3)
-    for at in range(4, 140):  # pages are added, and those before them move
+    model.hc_head_fn.data = model.hc_head_fn.data * 2
+    both(4)
+    model.hc_head_scale = nn.Parameter(model.hc_head_scale * 3)
+    both(5)
+    for at in range(6, 140):  # pages are added, and those before them move
         both(at)
     held = [memory.pool.new() for _ in range(3)]  # slots, too
     both(140)
@@ -272,6 +277,12 @@ def arrays(step: Any, groups: Any, part: Part) -> Iterator[tuple[np.ndarray, np.
             yield from ring(got.rows, want.rows, step.n)
 
 
+def numbers(place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What lies somewhere."""
+    held = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(place)
+    return torch.frombuffer(bytearray(held), dtype=dtype).view(shape)
+
+
 @pytest.mark.parametrize("max_rewind", [0, 7])
 def test_a_step_is_planned_as_parts_are(max_rewind: int) -> None:
     """Random sequences, at every place of rings, groups and pages; calls that are longer than a ring is."""
@@ -287,14 +298,15 @@ def test_a_step_is_planned_as_parts_are(max_rewind: int) -> None:
         lengths = [draw.choice((1, 1, 2, 3, draw.randrange(1, 12), 64 // count)) for _ in memories]
         segments = [Segment(n, m) for n, m in zip(lengths, memories, strict=True)]
         run = plan(model.config, segments, torch.device("cpu"))
-        laid, places, (positions, turned) = step._step(run, block)
-        assert positions[: laid.n].tolist() == run.positions.tolist()
+        laid, _ = step._step(run, block)
+        assert torch.equal(numbers(laid.positions, (laid.n,), torch.int64), run.positions)
         groups = [run.parts[0].groups[kind.name] for kind in model.config.compressed_kinds]
         for got, want in arrays(laid, groups, run.parts[0]):
             assert (got is None) == (want is None) and (got is None or np.array_equal(got, want))
             compared += 1
         kept += bool(laid.ring.kept)
-        rotations = [run.turn["compressed"], *(g.turn for g in groups)]
-        assert torch.equal(turned[1], torch.cat(rotations)) and places[1] == turned[1].data_ptr()
-        assert torch.equal(turned[0][: laid.n], run.turn["window"])
+        rotations = torch.cat([run.turn["compressed"], *(g.turn for g in groups)])
+        assert torch.equal(numbers(laid.turn, rotations.shape, torch.complex64), rotations)
+        window = run.turn["window"]
+        assert torch.equal(numbers(laid.window_turn, window.shape, torch.complex64), window)
     assert compared > 150 * 20 and (max_rewind > 0 or kept > 5)

@@ -30,7 +30,7 @@ class Block(nn.Module):
         """Streams [T, N, M] -> streams, and the gate's decision (Routing); `views` as in Attention. Where the run is
         one in which the indexer learns, and there is one, what it came to (Indexed) is third."""
         if len(views) == 1 and (done := run_blocks(self, [self], x_TNM, ids_T, run, views)) is not None:
-            return done[0], done[1][0]  # the same in one call, for a few tokens
+            return done.streams, done.routing[0]  # the same in one call, for a few tokens
         h_TM, mix = self.attn_norm(x_TNM, hyper.parameters_of(self, "hc_attn"))  # N streams -> 1
         indexed: list[Indexed] = []
         x_TNM = hyper.write(x_TNM, self.attn(h_TM, run, views, indexed), mix)  # 1 -> N, mixed by the Sinkhorn matrix

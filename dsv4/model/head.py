@@ -21,5 +21,5 @@ class Head(nn.Module):
         The sum is taken block by block over the rows (ops.cross_entropy): no [n, V] is held, forward or backward.
         """
         if targets is None:
-            return ops.linear(hidden.float(), self.weight)
+            return ops.linear(ops.cast(hidden, torch.float32), self.weight)
         return ops.cross_entropy(hidden, self.weight, targets, IGNORE)

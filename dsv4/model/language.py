@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, Self, overload
 import torch
 from torch import Tensor, nn
 
+from dsv4 import ops
 from dsv4.config import AnyConfig
 from dsv4.errors import UserError
 from dsv4.model.head import IGNORE, Head
@@ -243,6 +244,8 @@ class LanguageModel(nn.Module):
         trunk = self.trunk(flat, cut)
         if rows is None:
             return self.head(trunk.hidden).view(*ids.shape, -1)
+        if isinstance(rows, str) and len(cut) == len(flat):  # a token each: all of them are last
+            return self.head(trunk.hidden)
         return self.head(trunk.hidden[trunk.last if isinstance(rows, str) else rows.to(self.device)])
 
     def _losses(self, ids: Tensor, segments: list[Segment], targets: Tensor, mtp: bool, phase: IndexPhase) -> Losses:
@@ -271,7 +274,8 @@ class LanguageModel(nn.Module):
         return self.head(hidden)
 
     def _check_ids(self, ids: Tensor) -> None:
-        low, high = int(ids.min()), int(ids.max())
+        few = ids.tolist() if ids.ndim == 1 and len(ids) <= 64 else None
+        low, high = (min(few), max(few)) if few else (int(ids.min()), int(ids.max()))
         if low < 0 or high >= self.config.vocab_size:
             bad = low if low < 0 else high
             raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}: wrong tokenizer?")
@@ -279,7 +283,7 @@ class LanguageModel(nn.Module):
     def embedded(self, ids: Tensor, given: Tensor | None) -> Tensor:
         """What the blocks begin with, [T, M]: the embeddings of ids, or what was given in their place."""
         if given is None:
-            return self.embed(ids).to(self.compute_dtype)
+            return ops.cast(self.embed(ids), self.compute_dtype)
         assert given.shape == (len(ids), self.config.hidden_size), "a row for each id, which hash layers route by"
         return given.to(self.compute_dtype)
 

@@ -23,16 +23,6 @@ def frequencies(config: ModelConfig, table: str) -> Tensor:
     return pair_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling)
 
 
-def both_frequencies(config: ModelConfig) -> Tensor:
-    """The same of all TABLES, fp32 [2, 1, qk_rope_head_dim / 2]: for `turns` of both at once."""
-    return _both(config.qk_rope_head_dim, config.rope_theta, config.compress_rope_theta, config.rope_scaling)
-
-
-@lru_cache(maxsize=64)
-def _both(dim: int, base: float, compressed: float, scaling: RopeScaling) -> Tensor:
-    return torch.stack([pair_frequencies(dim, base), pair_frequencies(dim, compressed, scaling)])[:, None]
-
-
 @lru_cache(maxsize=64)  # every step asks for the same; nobody writes to them
 def pair_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
     """base^(-2i/dim) radians per position for pair i, fp32 [dim / 2], slowed down as `scaling` says (YaRN)."""
@@ -56,3 +46,22 @@ def turns(freq: Tensor, positions: Tensor) -> Tensor:
     """exp(i position frequency): complex64 [n, pairs] for positions int64 [n]; [2, n, pairs] for both frequencies."""
     angle = positions.float()[:, None] * freq.to(positions.device)
     return torch.polar(torch.ones_like(angle), angle)
+
+
+def both_turns(config: ModelConfig, start: int, count: int, block: int) -> tuple[Tensor, int]:
+    """`turns` of both TABLES, complex64 [.., 2, pairs], of positions in a row on the CPU, and the first of these: from
+    the last multiple of `block` up to `start` on, to start + count - 1 at least. Kept, for the next step asks again."""
+    number, of = start // block, (config.qk_rope_head_dim, config.rope_theta, config.compress_rope_theta)
+    fits = start + count <= (number + 1) * block
+    make = _kept_turns if fits else _both_turns
+    return make(
+        *of, config.rope_scaling, number * block, (number + 1) * block if fits else start + count
+    ), number * block
+
+
+def _both_turns(dim: int, base: float, compressed: float, scaling: RopeScaling | None, first: int, stop: int) -> Tensor:
+    freq = torch.stack([pair_frequencies(dim, base), pair_frequencies(dim, compressed, scaling)])[:, None]
+    return turns(freq, torch.arange(first, stop, device="cpu")).transpose(0, 1).contiguous()
+
+
+_kept_turns = lru_cache(maxsize=128)(_both_turns)  # more than the sequences that take part in a step

@@ -6,24 +6,26 @@ in its place, wrapped ops, a graph that is being compiled), or where any of the 
 run op by op. A model asks for all of its blocks at once, and a block that was left out, or the MTP block, for itself.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain, repeat
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from dsv4 import ops
 from dsv4.cache import Compressed, LayerMemory
+from dsv4.config import ModelConfig
 from dsv4.model import hyper
 from dsv4.model.attention import Attention
 from dsv4.model.compressor import Compressor
 from dsv4.model.moe import Routing
-from dsv4.model.rope import both_frequencies, turns
+from dsv4.model.rope import both_turns
 from dsv4.model.segments import Run
 from dsv4.ops import Spans
 from dsv4.ops.formats import Packed, PagedRows, Plain, RowFormat
@@ -33,31 +35,79 @@ Block = Any  # that of block.py, which imports this file
 FEW = 64  # tokens: with more, what lies between the ops takes no time, and what stands between them much room
 
 
+class Ran(NamedTuple):
+    """What blocks made of a run: streams [T, N, M], these collapsed [T, M] where that was asked for, and what their
+    gates decided."""
+
+    streams: Tensor
+    hidden: Tensor | None
+    routing: "Decided"
+
+
 def run_blocks(
-    owner: nn.Module, blocks: Sequence[Block], x: Tensor, ids: Tensor, run: Run, views: Sequence[LayerMemory | None]
-) -> tuple[Tensor, list[Routing]] | None:
-    """Streams [T, N, M] through blocks, each with its memory, and what their gates decided; or None: the blocks are to
-    run by themselves. owner: what has them, and lives as long: a block itself, or the list of a model's."""
+    owner: nn.Module,
+    blocks: Sequence[Block],
+    x: Tensor,
+    ids: Tensor,
+    run: Run,
+    views: Sequence[LayerMemory | None],
+    end: hyper.Hyper | None = None,
+) -> Ran | None:
+    """x through blocks, each with its memory; or None: the blocks are to run by themselves.
+
+    owner: what has them, and lives as long: a block itself, or the list of a model's. x: streams [T, N, M], or rows
+    [T, M] of which all streams of their token are copies. end: the maps by which the streams are collapsed at last.
+    """
     n = x.shape[0]
     if n > FEW or None in views or torch.is_grad_enabled() or torch.compiler.is_compiling() or run.pinned:
         return None
     backend = ops.whole_blocks(x.device)
     if backend is None or ids.dtype != torch.int64:
         return None
-    laid = _laid_out(owner, blocks, x, views, backend)
+    laid = _laid_out(owner, blocks, x, views, end or (), backend)
     if not laid.layers or laid.outline.watched():
         return None
-    step, turned, _ = run.derived.get("step") or _step(run, backend)
-    gate, count = blocks[0].ffn.gate, len(blocks)
-    x, ids, out = x.contiguous(), ids.contiguous(), torch.empty_like(x)
-    room = torch.empty_like(x) if count > 1 else out
-    scores = x.new_empty(count, n, gate.weight.shape[0], dtype=torch.float32)
-    chosen, weights = ids.new_empty(count, n, gate.topk), x.new_empty(count, n, gate.topk, dtype=torch.float32)
+    step, _ = run.derived.get("step") or _step(run, backend)
+    gate, config = blocks[0].ffn.gate, blocks[0].config
+    if not (x.is_contiguous() and ids.is_contiguous()):
+        x, ids = x.contiguous(), ids.contiguous()
+    out = x.new_empty(n, config.num_streams, config.hidden_size)
+    hidden = None if end is None else x.new_empty(n, config.hidden_size)
+    decided = Decided(ids, len(blocks), n, gate.weight.shape[0], gate.topk)
     backend.run(
-        laid.order, step, *turned, ids.data_ptr(), x.data_ptr(), room.data_ptr(), out.data_ptr(), scores.data_ptr(),
-        chosen.data_ptr(), weights.data_ptr(),
+        laid.order, step, ids.data_ptr(), x.data_ptr(), x.ndim == 2, out.data_ptr(), *decided.places(),
+        laid.end, None if hidden is None else hidden.data_ptr(),
     )  # fmt: skip
-    return out, list(map(Routing, scores, chosen, weights))
+    return Ran(out, hidden, decided)
+
+
+class Decided(Sequence[Routing]):
+    """What the gates of some blocks decided. It lies in one piece and is cut up when somebody asks, as few do."""
+
+    def __init__(self, like: Tensor, blocks: int, tokens: int, experts: int, topk: int):
+        self.shapes = (blocks, tokens, topk), (blocks, tokens, topk), (blocks, tokens, experts)
+        self.chosen = self.weights = blocks * tokens * topk  # how many numbers
+        size = self.chosen + (self.weights + blocks * tokens * experts + 1) // 2
+        self.room = like.new_empty(size)  # chosen int64, then weights and scores fp32
+
+    def places(self) -> tuple[int, int, int]:
+        """Where scores, chosen and weights lie."""
+        chosen = self.room.data_ptr()
+        weights = chosen + 8 * self.chosen
+        return weights + 4 * self.weights, chosen, weights
+
+    def __len__(self) -> int:
+        return self.shapes[0][0]
+
+    def __getitem__(self, index):
+        return self._all[index]
+
+    @cached_property
+    def _all(self) -> list[Routing]:
+        chosen, rest = self.room[: self.chosen], self.room[self.chosen :].view(torch.float32)
+        weights, scores = rest[: self.weights], rest[self.weights :][: math.prod(self.shapes[2])]
+        cut = (part.view(shape) for part, shape in zip((chosen, weights, scores), self.shapes, strict=True))
+        return [Routing(s, c, w) for c, w, s in zip(*cut, strict=True)]
 
 
 # --- blocks and their stores, laid out once --------------------------------------------------------------------------
@@ -69,14 +119,16 @@ class Outline:
     It is asked at every step, so its loops are those of the interpreter's own functions.
     """
 
-    def __init__(self, owner: nn.Module, blocks: Sequence[nn.Module], views: Sequence[LayerMemory]):
+    def __init__(
+        self, owner: nn.Module, blocks: Sequence[nn.Module], views: Sequence[LayerMemory], end: Sequence[Tensor]
+    ):
         modules = [m for block in blocks for m in block.modules()]
         # held, or another could come to lie where one was; not the owner, which must be free to go, and around whose
         # call its own hooks run as around any other
         self.parts = [m for m in modules if m is not owner]
         every = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self.held = [d for d in every if d]  # what is empty is only filled by taking away elsewhere
-        self.tensors = [t for d in self.held for t in d.values() if isinstance(t, Tensor)]
+        self.tensors = [*end, *(t for d in self.held for t in d.values() if isinstance(t, Tensor))]
         self.stores = [store for view in views for _, store in view.stores()]
         self.hooks = [d for m in self.parts for d in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]  # of all modules
@@ -86,11 +138,11 @@ class Outline:
         """Whether a part of the blocks must run by itself."""
         return any(self.hooks) or any(map(dict.__contains__, self.own, repeat("forward")))
 
-    def places(self, blocks: Sequence[nn.Module], x: Tensor) -> list[object]:
+    def places(self, blocks: Sequence[nn.Module], x: Tensor, end: Sequence[Tensor]) -> list[object]:
         parts = map(id, chain.from_iterable(map(dict.values, self.held)))
         stores = map(Tensor.data_ptr, map(_data, self.stores))
         return [
-            x.dtype, *map(id, blocks), *parts, *map(Tensor.data_ptr, self.tensors), *stores,
+            x.dtype, *map(id, blocks), *map(id, end), *parts, *map(Tensor.data_ptr, self.tensors), *stores,
             *map(id, map(_format, self.stores)),
         ]  # fmt: skip
 
@@ -102,11 +154,22 @@ class Laid:
     """Blocks and their stores as the backend takes them, all or none: `layers` is empty where it cannot."""
 
     def __init__(
-        self, owner: nn.Module, blocks: Sequence[Block], x: Tensor, views: Sequence[LayerMemory], backend: Any
+        self,
+        owner: nn.Module,
+        blocks: Sequence[Block],
+        x: Tensor,
+        views: Sequence[LayerMemory],
+        end: Sequence[Tensor],
+        backend: Any,
     ):
-        self.outline = Outline(owner, blocks, views)
-        self.places = self.outline.places(blocks, x)
-        fits = all(_fits(block, x, view, backend) for block, view in zip(blocks, views, strict=True))
+        self.outline = Outline(owner, blocks, views, end)
+        self.places = self.outline.places(blocks, x, end)
+        c: ModelConfig = blocks[0].config
+        streams, eps = x.new_empty(1, c.num_streams, c.hidden_size), (c.hc_eps, c.rms_norm_eps)
+        fits = all(_fits(block, streams, view, backend) for block, view in zip(blocks, views, strict=True))
+        fits = fits and not (end and ops.refusal("head_collapse", x.device.type, streams, *end, *eps))
+        self.collapse = backend.Collapse(*map(backend.address, end), *eps) if end else None
+        self.end = None if self.collapse is None else backend.where(self.collapse)
         self.layers = [_layer(*both, x, backend) for both in zip(blocks, views, strict=True)] if fits else []
         self.order = backend.in_order(self.layers)
 
@@ -114,13 +177,15 @@ class Laid:
 _known: WeakKeyDictionary[nn.Module, WeakKeyDictionary[LayerMemory, Laid]] = WeakKeyDictionary()
 
 
-def _laid_out(owner: nn.Module, blocks: Sequence[Block], x: Tensor, views: Any, backend: Any) -> Laid:
+def _laid_out(
+    owner: nn.Module, blocks: Sequence[Block], x: Tensor, views: Any, end: Sequence[Tensor], backend: Any
+) -> Laid:
     of_owner = _known.get(owner)
     if of_owner is None:
         of_owner = _known[owner] = WeakKeyDictionary()
     laid = of_owner.get(views[0])  # of one pool, as all of them are
-    if laid is None or laid.places != laid.outline.places(blocks, x):
-        laid = of_owner[views[0]] = Laid(owner, blocks, x, views, backend)
+    if laid is None or laid.places != laid.outline.places(blocks, x, end):
+        laid = of_owner[views[0]] = Laid(owner, blocks, x, views, end, backend)
     return laid
 
 
@@ -232,24 +297,24 @@ def _layer(block: Block, view: LayerMemory, x: Tensor, b: Any) -> Any:
 # --- a step, laid out once for all layers ----------------------------------------------------------------------------
 
 
-def _step(run: Run, backend: Any) -> tuple[Any, tuple[int, int], Any]:
-    """The run as the backend takes it, the rotations of window layers and all others, and what holds their numbers."""
+def _step(run: Run, backend: Any) -> tuple[Any, Any]:
+    """The run as the backend takes it, and what holds its numbers."""
     if not run.is_causal:
         run.derived["step"] = _of_windows(run, backend)
         return run.derived["step"]
     memories = run.memories()
     pool, config = memories[0].pool, run.config
-    sequences = np.array([[m.slot for m in memories], run.starts, run.lengths])
-    kinds = np.array([(k.ratio, k.overlap) for k in config.compressed_kinds], dtype=np.int64).reshape(-1, 2)
+    kinds = tuple((kind.ratio, kind.overlap) for kind in config.compressed_kinds)
     tables = [table.ctypes.data for table in run.tables]  # type: ignore[union-attr]
-    step, positions = backend.plan(sequences, tables, config.sliding_window, pool.max_rewind, pool.page_tokens, kinds)
-    turned = turns(both_frequencies(config), torch.from_numpy(positions)).unbind()
-    places = turned[0].data_ptr(), turned[1].data_ptr()
-    run.derived["step"] = step, places, (positions, turned)
+    turned = [both_turns(config, at, n, pool.page_tokens) for at, n in zip(run.starts, run.lengths, strict=True)]
+    run.derived["step"] = backend.plan(
+        [m.slot for m in memories], run.starts, run.lengths, tables, config.sliding_window, pool.max_rewind,
+        pool.page_tokens, kinds, turned,
+    )  # fmt: skip
     return run.derived["step"]
 
 
-def _of_windows(run: Run, b: Any) -> tuple[Any, tuple[int, int], Any]:
+def _of_windows(run: Run, b: Any) -> tuple[Any, Any]:
     """`_step` of a run of window layers alone whose one part says what each token sees."""
     (part,), turned = run.parts, (run.turn["window"], run.turn["compressed"])
     rows, window = part.ring, part.window
@@ -257,6 +322,5 @@ def _of_windows(run: Run, b: Any) -> tuple[Any, tuple[int, int], Any]:
     before, stored = len(rows.read), len(rows.write)
     joined = before + sum(run.lengths) if rows.order is None else len(rows.order)
     ring = b.RingRows(*map(b.address, (rows.read, rows.order, rows.write, rows.kept)), before, joined, stored)
-    places = map(b.address, (run.positions, window.start, window.stop, part.table))
-    step = b.Step(sum(run.lengths), len(part.pages), *places, ring)
-    return step, (turned[0].data_ptr(), turned[1].data_ptr()), (part, turned)
+    places = map(b.address, (run.positions, window.start, window.stop, part.table, *turned))
+    return b.Step(sum(run.lengths), len(part.pages), *places, ring), (part, turned)

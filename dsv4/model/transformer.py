@@ -6,7 +6,7 @@ one): the input is a flat run of T tokens cut into segments, each starting a doc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dsv4.model.head import Head
 from dsv4.model.indexer import Indexed
 from dsv4.model.init import initialise
 from dsv4.model.language import LanguageModel
+from dsv4.model.large_pages import lay_on_large_pages
 from dsv4.model.layers import Embedding, RMSNorm
 from dsv4.model.moe import Routing
 from dsv4.model.mtp import MTP
@@ -40,7 +41,7 @@ class Trunk:
     run: Run
     streams: Tensor
     hidden: Tensor
-    routing: list[Routing]
+    routing: Sequence[Routing]
     indexed: dict[int, Indexed]
 
     @property
@@ -119,7 +120,12 @@ class Transformer(LanguageModel):
         max_rewind: int = 128,
         mtp: bool = False,
     ) -> Pool:
-        """A pool for the memories of many sequences; `pool.new()` is one. Arguments: see `cache.Pool`."""
+        """A pool for the memories of many sequences; `pool.new()` is one. Arguments: see `cache.Pool`.
+
+        Who makes one is going to serve: weights on a CPU are laid on large pages (large_pages.py).
+        """
+        if self.stream is None:
+            lay_on_large_pages(chain(self.parameters(), self.buffers()))
         format = format or ("packed" if self.numbers == "published" else self.compute_dtype)
         return Pool(
             self.config, format=format, device=self.device, max_rewind=max_rewind,
@@ -158,12 +164,13 @@ class Transformer(LanguageModel):
         for memory in memories:
             memory.begin()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not memories):
-            ids = ids.to(self.device)
-            x = self.embedded(ids, embedded)[:, None].expand(-1, self.config.num_streams, -1).contiguous()
-            x, routing, features, indexed = self._layers(x, ids, run)
+            ids = ids if ids.device == self.device else ids.to(self.device)
+            x, hidden, routing, features, indexed = self._layers(self.embedded(ids, embedded), ids, run)
             if features:
                 self.drafter.remember(torch.cat(features, dim=1), run)
-            hidden = self.norm(hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config))
+            if hidden is None:
+                hidden = hyper.collapse(x, hyper.parameters_of(self, "hc_head"), self.config)
+            hidden = self.norm(hidden)
         for segment in segments:
             if segment.memory is not None:
                 segment.memory.advance(segment.length)
@@ -171,31 +178,39 @@ class Transformer(LanguageModel):
 
     def _layers(
         self, x: Tensor, ids: Tensor, run: Run
-    ) -> tuple[Tensor, list[Routing], list[Tensor], dict[int, Indexed]]:
-        """Streams through all blocks, what their gates decided, what a drafter remembers of the run (the mean of the
-        streams [T, M] after each of its target layers, if a memory has windows for it), and the indexers that learn."""
-        pools, routing, features, indexed = run.pools, list[Routing](), list[Tensor](), dict[int, Indexed]()
+    ) -> tuple[Tensor, Tensor | None, Sequence[Routing], list[Tensor], dict[int, Indexed]]:
+        """Embedded tokens [T, M], which all streams begin with, through all blocks -> streams, and these collapsed
+        where the blocks have done that as well; what the gates decided, what a drafter remembers of the run (the mean
+        of the streams [T, M] after each of its target layers, if a memory has windows for it), and the indexers that
+        learn."""
+        pools, features, indexed = run.pools, list[Tensor](), dict[int, Indexed]()
         reads = any(pool is not None and pool.mtp for pool in pools)
         targets = [i + 1 for i in self.config.dspark_target_layer_ids] if reads else []
-        for start, stop in pairwise(sorted({0, *targets, len(self.layers)})):
+        count, decided = len(self.layers), list[Sequence[Routing]]()
+        hidden = None
+        for start, stop in pairwise(sorted({0, *targets, count})):
             blocks = list(self.layers)[start:stop]
             done = None
             if len(pools) == 1 and pools[0] is not None:
-                done = run_blocks(self.layers, blocks, x, ids, run, pools[0].layers[start:stop])
+                end = hyper.parameters_of(self, "hc_head") if stop == count else None
+                done = run_blocks(self.layers, blocks, x, ids, run, pools[0].layers[start:stop], end)
             if done is not None:
-                x = done[0]
-                routing += done[1]
+                x, hidden = done.streams, done.hidden
+                decided.append(done.routing)
+            elif start == 0:
+                x = x[:, None].expand(-1, self.config.num_streams, -1).contiguous()
             for i, block in enumerate(blocks if done is None else (), start):
                 views = [None if pool is None else pool.layers[i] for pool in pools]
                 if self.recompute and torch.is_grad_enabled():
-                    x, decided, *learned = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
+                    x, routing, *learned = checkpoint(block, x, ids, run, views, use_reentrant=False)  # type: ignore[misc]
                 else:
-                    x, decided, *learned = block(x, ids, run, views)
-                routing.append(decided)
+                    x, routing, *learned = block(x, ids, run, views)
+                decided.append([routing])
                 indexed.update((i, found) for found in learned)
             if stop in targets:
                 features.append(x.mean(dim=1))
-        return x, routing, features, indexed
+        routings = decided[0] if len(decided) == 1 else [routing for part in decided for routing in part]
+        return x, hidden, routings, features, indexed
 
     def predict_next(self, trunk: Trunk, ids: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """The MTP block over a run without memories: hidden [n, M], its rows int64 [n] in the run, routing.

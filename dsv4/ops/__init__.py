@@ -16,7 +16,7 @@ from dsv4.ops import blocked, index_loss, reference
 from dsv4.ops.formats import Packed, PackedRows
 from dsv4.ops.index_loss import index_recall
 from dsv4.ops.newton_schulz import newton_schulz
-from dsv4.ops.reference import hyper_read, index_scores, rms_norm, swiglu
+from dsv4.ops.reference import cast, hyper_read, index_scores, rms_norm, swiglu
 from dsv4.ops.spans import Spans
 from dsv4.ops.table import (
     BACKENDS,
@@ -35,7 +35,7 @@ from dsv4.ops.table import (
 from dsv4.ops.weights import PackedMatrix
 
 __all__ = [
-    "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "best_rows", "compress", "compressor_rows",
+    "BACKENDS", "PackedMatrix", "Pool", "Spans", "TABLE", "active", "best_rows", "cast", "compress", "compressor_rows",
     "cross_entropy", "experts", "explain", "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read",
     "hyper_write", "index_kl", "index_recall", "index_scores", "index_scores_topk", "keep_out_of_graphs", "linear",
     "mlp", "newton_schulz", "pack_rows", "project_in", "project_out", "refusal", "rms_norm", "rotate", "sinkhorn",

@@ -147,7 +147,12 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / rms(x) * gain over the last dimension, in fp32, cast back to x's dtype; gain [dim]."""
-    return F.rms_norm(x.float(), gain.shape, gain.float(), eps).to(x.dtype)
+    return cast(F.rms_norm(cast(x, torch.float32), gain.shape, cast(gain, torch.float32), eps), x.dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype: itself, if it is. A call of torch that changes nothing takes its time, and a token has many."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 # --- hyper-connections -----------------------------------------------------------------------------------------------

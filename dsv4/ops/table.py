@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -207,6 +207,11 @@ def whole_blocks(device: torch.device) -> Any:
     another was asked for, or ops are wrapped, which nothing may then pass by."""
     if device.type != "cpu" or _wraps or _wanted not in ("auto", "cpu") or _try("cpu"):
         return None
+    return _whole_blocks()
+
+
+@cache
+def _whole_blocks() -> ModuleType:
     return importlib.import_module("dsv4.ops.cpu.block")
 
 

@@ -5,6 +5,7 @@ outlive the call.
 """
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from ctypes import c_double, c_long, c_void_p
 
@@ -16,8 +17,8 @@ from dsv4.ops.cpu.library import _LIB, DTYPES, Kernel, address
 from dsv4.ops.formats import Packed, RowFormat
 from dsv4.ops.weights import PackedMatrix
 
-_blocks = Kernel("blocks", "plpppppppppp")
-_plan = Kernel("plan", "lppppllllppp")
+_blocks = Kernel("blocks", "plppplpppppp")
+_plan = Kernel("plan", "lppppllllppplpp")
 
 KINDS = 2  # of layers with compressed entries, at most
 
@@ -84,6 +85,12 @@ class Layer(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Collapse(ctypes.Structure):
+    """Streams into one, at the end."""
+
+    _fields_ = [*((name, c_void_p) for name in ("fn", "base", "scale")), ("hc_eps", c_double), ("eps", c_double)]
+
+
 class RingRows(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("read", "order", "write", "kept")),
@@ -101,13 +108,14 @@ class Groups(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        ("n", c_long), ("pages", c_long), *((name, c_void_p) for name in ("positions", "start", "stop", "table")),
+        ("n", c_long), ("pages", c_long),
+        *((name, c_void_p) for name in ("positions", "start", "stop", "table", "window_turn", "turn")),
         ("ring", RingRows), ("groups", Groups * KINDS),
     ]  # fmt: skip
 
 
 _LIB.dsv4_sizes.restype = c_long
-for _i, _laid in enumerate((Layer, Step)):
+for _i, _laid in enumerate((Layer, Step, Collapse)):
     assert ctypes.sizeof(_laid) == _LIB.dsv4_sizes(_i), f"{_laid.__name__} is laid out in another way in the library"
 
 
@@ -136,7 +144,10 @@ def shared(w1: Weight, w3: Weight, w2: Weight) -> Mlp:
     return Mlp(*places, kind, w1.shape[0], *steps)
 
 
-def run(layers: ctypes.Array, step: Step, *places: int) -> None:
+where = ctypes.addressof  # of a structure, which must outlive the use of it
+
+
+def run(layers: ctypes.Array, step: Step, *places: int | None) -> None:
     """Streams and memory of a step, through all layers (`in_order`); `places` as in src/block.cpp."""
     _blocks(ctypes.addressof(layers), len(layers), ctypes.addressof(step), *places)
 
@@ -147,22 +158,33 @@ def in_order(layers: Sequence[Layer]) -> ctypes.Array:
 
 
 def plan(
-    sequences: np.ndarray, tables: list[int], window: int, max_rewind: int, page_tokens: int, kinds: np.ndarray
+    slots: list[int],
+    starts: list[int],
+    lengths: list[int],
+    tables: list[int],
+    window: int,
+    max_rewind: int,
+    page_tokens: int,
+    kinds: tuple[tuple[int, int], ...],
+    turned: list[tuple[Tensor, int]],
 ) -> tuple[Step, np.ndarray]:
-    """Where the tokens of a step read and write, and their positions int64 [n + groups that close].
+    """Where the tokens of a step read and write, and what holds it: it has addresses in that, and in tables.
 
-    sequences: int64 [3, n], slot, length so far and new tokens of each; tables: the addresses of their pages' numbers;
-    kinds: int64 [n, 2], ratio and overlap. The step holds addresses in what the positions are a part of, and in tables.
+    For each sequence its slot, its length so far, new tokens, and the address of its pages' numbers. kinds: ratio and
+    overlap of each. turned: for each sequence rotations complex64 [.., 2, pairs] of positions in a row, as many as its
+    tokens and the groups that they close need, and the first of these positions.
     """
-    count, tokens = sequences.shape[1], int(sequences[2].sum())
-    held = int((sequences[1:].sum(axis=0) // page_tokens + 1).sum()) if count > 1 else 0
-    size = count * (8 + 2 * window + 4 * int(kinds[:, 0].sum())) + tokens * (8 + 12 * len(kinds)) + held
-    room, step = np.empty(size, dtype=np.int64), Step()
-    slot, start, length = (sequences.ctypes.data + sequences.strides[0] * i for i in range(3))
-    places = (c_void_p * count)(*tables)
+    count, tokens, pairs = len(slots), sum(lengths), turned[0][0].shape[2]
+    held = sum((a + n) // page_tokens + 1 for a, n in zip(starts, lengths, strict=True)) if count > 1 else 0
+    size = count * (8 + 2 * window + 4 * sum(ratio for ratio, _ in kinds)) + held
+    size += tokens * (8 + 12 * len(kinds) + 2 * pairs * (1 + len(kinds)))
+    given = [*slots, *starts, *lengths, *(first for _, first in turned), *tables, *(t.data_ptr() for t, _ in turned)]
+    room, step, flat = np.empty(size, dtype=np.int64), Step(), [number for kind in kinds for number in kind]
+    numbers = array("q", given + flat)
+    at = numbers.buffer_info()[0]
+    slot, start, length, first, table, turn, kind = (at + 8 * count * i for i in range(7))
     _plan(
-        count, slot, start, length, ctypes.addressof(places), window, max_rewind, page_tokens,
-        len(kinds), kinds.ctypes.data, room.ctypes.data, ctypes.addressof(step),
+        count, slot, start, length, table, window, max_rewind, page_tokens, len(kinds), kind, turn, first, pairs,
+        room.ctypes.data, ctypes.addressof(step),
     )  # fmt: skip
-    first = (step.positions - room.ctypes.data) // room.itemsize
-    return step, room[first : first + tokens + sum(g.closing for g in step.groups)]
+    return step, room

@@ -74,6 +74,12 @@ struct Layer {
     Experts experts;
 };
 
+// Streams into one at the end.
+struct Collapse {
+    const float *fn, *base, *scale;
+    double hc_eps, eps;
+};
+
 // Either counts the bytes of pieces of a room, or gives them.
 struct Needed {
     long bytes = 0;
@@ -248,18 +254,28 @@ template <class T> struct Block {
 
 }  // namespace
 
-// Streams x [n, N, M] -> out, both FP32 or BF16, through `count` layers; what their gates decided: scores [count, n, X], chosen
-// and weights [count, n, k]. turn, of layers with a window alone and of all others: FP32 pairs [tokens and groups that close,
-// pairs, 2]; ids [n]: of the tokens. `room` is for streams, as many as x.
+// Streams x [n, N, M] -> out, both FP32 or BF16, through `count` layers; or rows x [n, M] that are all streams of their token,
+// where `rows`. ids [n]: of the tokens. What their gates decided: scores [count, n, X], chosen and weights [count, n, k]. With
+// `end` the last streams are collapsed as well, into hidden [n, M].
 EXPORT(blocks)
-(const Layer* const* layers, long count, const Step* step, const float* window_turn, const float* turn, const int64_t* ids,
- const void* x, void* room, void* out, float* scores, int64_t* chosen, float* weights) {
+(const Layer* const* layers, long count, const Step* step, const int64_t* ids, const void* x, long rows, void* out, float* scores,
+ int64_t* chosen, float* weights, const Collapse* end, void* hidden) {
+    const Layer& first = *layers[0];
+    long n = step->n, N = first.streams, row = first.width * (first.is_bf16 ? 2 : 4);
+    static thread_local Room room;
+    room.open(n * N * row + 64);
+    char *spare = room.take<char>(n * N * row), *last = static_cast<char*>(out);
     const void* from = x;
+    if (rows) {
+        char* to = count % 2 ? spare : last;  // which the first layer does not write
+        for (long i = 0; i < n * N; i++) std::memcpy(to + i * row, static_cast<const char*>(x) + i / N * row, row);
+        from = to;
+    }
     for (long i = 0; i < count; i++) {
         const Layer& l = *layers[i];
-        const float* turned = l.kind < 0 ? window_turn : turn;
-        void* to = (count - i) % 2 ? out : room;  // the last one is `out`
-        long at = i * step->n, X = l.experts.gate.rows, k = l.experts.k;
+        const float* turned = l.kind < 0 ? step->window_turn : step->turn;
+        void* to = (count - i) % 2 ? last : spare;  // the last one is `out`
+        long at = i * n, X = l.experts.gate.rows, k = l.experts.k;
         if (l.is_bf16)
             Block<bf16>{l, *step, turned, ids}.run(static_cast<const bf16*>(from), static_cast<bf16*>(to), scores + at * X,
                                                    chosen + at * k, weights + at * k);
@@ -268,11 +284,14 @@ EXPORT(blocks)
                                                     chosen + at * k, weights + at * k);
         from = to;
     }
+    if (end)
+        CALL(head_collapse)(out, int(first.is_bf16), n, int(N), first.width, end->fn, end->base, end->scale, float(end->hc_eps),
+                            float(end->eps), hidden);
 }
 
 #if !defined(__AVX512F__)  // once: block.py compares
 extern "C" __attribute__((visibility("default"))) long dsv4_sizes(int which) {
-    const long sizes[] = {sizeof(Layer), sizeof(Step)};
+    const long sizes[] = {sizeof(Layer), sizeof(Step), sizeof(Collapse)};
     return sizes[which];
 }
 #endif

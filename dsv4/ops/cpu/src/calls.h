@@ -41,6 +41,10 @@ EXPORT(hyper_enter)
 EXPORT(hyper_write)
 (const void* x, const void* y, int is_bf16, long n, int N, long M, const float* post, const float* comb, void* out);
 
+EXPORT(head_collapse)
+(const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, float eps,
+ float norm_eps, void* out);
+
 EXPORT(sparse_attention)
 (const void* q, int is_bf16, long n, long H, long D, const int64_t* window, const int64_t* entries, const void* start,
  const void* stop, const void* entry_start, const void* entry_stop, const void* chosen, long K, const float* sink, float scale,

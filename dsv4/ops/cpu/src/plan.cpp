@@ -44,11 +44,13 @@ RingRows ring_rows(const Sequences& s, long size, const int64_t* before, const i
 }  // namespace
 
 // count sequences: slot, start (its length so far), length (new tokens) int64 [count], and the tables of their pages.
-// window: rows that a token sees, itself among them. kinds: ratio and overlap of each of `num_kinds`. `room` is for all
-// arrays of `step`, which is valid as long as it and the tables are.
+// window: rows that a token sees, itself among them. kinds: ratio and overlap of each of `num_kinds`. turns, turned_from [count]:
+// for each sequence rotations FP32 [.., 2, pairs, 2] of a window's layers and of others, and of which position the first is.
+// `room` is for all arrays of `step`, which is valid as long as it and the tables are.
 EXPORT(plan)
 (long count, const int64_t* slot, const int64_t* start, const int64_t* length, const int64_t* const* tables, long window,
- long max_rewind, long page_tokens, long num_kinds, const int64_t* kinds, int64_t* room, Step* step) {
+ long max_rewind, long page_tokens, long num_kinds, const int64_t* kinds, const float* const* turns, const int64_t* turned_from,
+ long pairs, int64_t* room, Step* step) {
     Sequences s{count, slot, start, length};
     Pieces take{room};
     Step& out = *step;
@@ -112,10 +114,17 @@ EXPORT(plan)
     long closing = 0;
     for (long k = 0; k < num_kinds; k++) closing += out.groups[k].closing;
     int64_t* position = out.positions = take(out.n + closing);
+    float *window_turn = reinterpret_cast<float*>(take((out.n + closing) * pairs)),
+          *turn = reinterpret_cast<float*>(take((out.n + closing) * pairs));
+    out.window_turn = window_turn, out.turn = turn;
+    auto add = [&](long sequence, int64_t at) {
+        const float* from = turns[sequence] + (at - turned_from[sequence]) * 4 * pairs;
+        *position++ = at;
+        window_turn = std::copy_n(from, 2 * pairs, window_turn), turn = std::copy_n(from + 2 * pairs, 2 * pairs, turn);
+    };
     for (long i = 0; i < count; i++)
-        for (long j = 0; j < length[i]; j++) *position++ = start[i] + j;
+        for (long j = 0; j < length[i]; j++) add(i, start[i] + j);
     for (long k = 0; k < num_kinds; k++)
         for (long i = 0; i < count; i++)
-            for (long e = start[i] / kinds[2 * k]; e < (start[i] + length[i]) / kinds[2 * k]; e++)
-                *position++ = e * kinds[2 * k];
+            for (long e = start[i] / kinds[2 * k]; e < (start[i] + length[i]) / kinds[2 * k]; e++) add(i, e * kinds[2 * k]);
 }

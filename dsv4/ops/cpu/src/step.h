@@ -37,6 +37,7 @@ struct Step {
     int64_t *positions;  // [n], then that of the first token of every group that closes, by kind: they all rotate
     int64_t *start, *stop;
     const int64_t* table;
+    const float *window_turn, *turn;  // [positions, pairs, 2]: rotations, of layers with a window alone and of all others
     RingRows ring;
     Groups groups[KINDS];
 };
