@@ -3,8 +3,10 @@ the model, a peer that is timed although it computes something else, an op's tim
 an option that fails late. Nothing here says how fast anything is.
 """
 
+import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from dsv4 import cost, ops
-from dsv4.bench import train
+from dsv4.bench import train, trainstep
 from dsv4.cli import main
 from dsv4.config import ModelConfig
 from dsv4.measure.backward import spent
@@ -51,7 +53,7 @@ def test_a_row_of_ours_and_of_the_peer(
     assert report == json.loads(out.read_text(encoding="utf-8"))
     ours, peer = report["rows"]
     assert (ours["who"], peer["who"]) == ("dsv4", "transformers")
-    assert set(ours) - {"muon_seconds"} == set(peer) and all(ours[k] == v for k, v in LIMITS.items())
+    assert set(ours) == set(peer) and all(ours[k] == v for k, v in LIMITS.items())
     flops = 2 * cost.weighted(cost.train(ModelConfig.preset("tiny"), 60, mtp=False))
     for row in (ours, peer):
         seconds = row["forward_seconds"] + row["backward_seconds"]
@@ -60,7 +62,7 @@ def test_a_row_of_ours_and_of_the_peer(
         assert row["share"] == pytest.approx(flops / 1e9 / seconds)
         assert row["whole_tok_s"] == pytest.approx(120 / (seconds + row["optimizer_seconds"]))
         assert row["peak_rss"] > 1e8
-    assert ours["muon_share"] == pytest.approx(ours["muon_seconds"] * ours["whole_tok_s"] / 120)
+        assert row["muon_share"] == pytest.approx(row["muon_seconds"] * row["whole_tok_s"] / 120)
     # weights drawn alike, the same tokens, nothing predicted across the end of a document
     assert ours["loss"] == pytest.approx(peer["loss"], rel=1e-5)
     assert peer["loss_apart"] <= train.CLOSE_LOSS and peer["gradients_apart"] <= train.CLOSE_GRADIENT
@@ -73,7 +75,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "_apart", here)
-    real = train.twin
+    real = trainstep.twin
     options = ["--context", "40", "--steps", "1", "--against", "transformers", "--out", str(tmp_path / "r.json")]
 
     def other(ours: Any, dtype: torch.dtype) -> Any:
@@ -82,10 +84,51 @@ def test_a_peer_that_computes_something_else_is_not_timed(
             next(p for n, p in peer.named_parameters() if n.endswith("sinks")).add_(0.1)
         return peer
 
-    monkeypatch.setattr(train, "twin", other)
+    monkeypatch.setattr(trainstep, "twin", other)
     assert run(monkeypatch, "tiny", *options) == 1
     text = capsys.readouterr().out
     assert "computes another function" in text and "dsv4" in text and "x as fast" not in text
+
+
+def test_a_length_that_cannot_fit_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said what it would take, along the line through the two longest of the shorter ones."""
+    peaks = {10: 2 << 30, 20: 3 << 30}
+    begun = []
+
+    def measured(work: Callable[[train.Job], Any], job: train.Job) -> Any:
+        begun.append(job.context)
+        seconds = dict.fromkeys((f"{part}_seconds" for part in ("forward", "backward", "optimizer", "muon")), 1.0)
+        return {**seconds, "loss": 1.0, "peak_rss": peaks[job.context], "profile": None}
+
+    monkeypatch.setattr(train, "_apart", measured)
+    monkeypatch.setattr(train, "available_bytes", lambda: 6 << 30)
+    assert train.least_bytes({10: 100}, 40) == 0 and train.least_bytes({5: 0, 10: 100, 20: 300}, 40) == 700
+    assert run(monkeypatch, "tiny", "--context", "10,20,60", "--out", str(tmp_path / "r.json")) == 1
+    assert begun == [10, 20]
+    assert "at 60: skipped: it would need at least 7 GiB of memory, and 6 GiB are there" in capsys.readouterr().out
+
+
+def test_the_peers_matrices_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step on the same weights and tokens the peer's parameters are ours, so Muon took the same matrices."""
+    job = train.Job(trainstep.Plan("tiny", ModelConfig.preset("tiny").without_drafts(), "float32", [40]), 40, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        names = trainstep.compared(dataclasses.replace(job, folder=folder))["names"]
+        peer = trainstep._Peer(dataclasses.replace(job, folder=folder, names=names))
+    ours = trainstep._Ours(job)
+    parameters = dict(ours.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    ours(), peer()
+    for name, p in peer.model.named_parameters():
+        mine = parameters[names[name]]
+        torch.testing.assert_close(p.flatten(), mine.flatten(), rtol=0, atol=0.05 * train_rate())
+    assert sum(not torch.equal(p, before[name]) for name, p in parameters.items()) > 0.9 * len(before)
+
+
+def train_rate() -> float:
+    """The size of an update: of AdamW's first step, and more than most numbers of Muon's."""
+    return trainstep.RATE
 
 
 def test_wrong_options_fail_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from dsv4.ops.table import (
     using,
     wanted,
     whole_blocks,
+    whole_updates,
     wrapped,
 )
 from dsv4.ops.weights import PackedMatrix
@@ -39,7 +40,8 @@ __all__ = [
     "cross_entropy", "experts", "explain", "gate", "head_collapse", "hyper_enter", "hyper_maps", "hyper_read",
     "hyper_write", "index_kl", "index_recall", "index_scores", "index_scores_topk", "keep_out_of_graphs", "linear",
     "mlp", "newton_schulz", "pack_rows", "project_in", "project_out", "refusal", "rms_norm", "rotate", "sinkhorn",
-    "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "whole_blocks", "wrapped",
+    "sparse_attention", "swiglu", "topk_lowest", "unpack_rows", "using", "wanted", "whole_blocks", "whole_updates",
+    "wrapped",
 ]  # fmt: skip
 
 enrol("reference", reference)

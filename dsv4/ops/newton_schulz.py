@@ -1,14 +1,17 @@
 """Orthogonalisation for Muon: replace every singular value of a matrix by one, keep its singular vectors.
 
-`newton_schulz` is V4's hybrid of ten polynomial steps (matmuls only, so it is fast everywhere), or another sequence
-of steps; `polar` is the exact answer by SVD, for tests and ablations. Which matrices are orthogonalised, and how the
-result is scaled into an update, belongs to `train/optim.py`.
+`newton_schulz` is V4's hybrid of ten polynomial steps (matmuls only, so it is fast everywhere), or another sequence of
+steps, in C++ where that serves; `plain_newton_schulz` is what it means, in torch. `polar` is the exact answer by SVD,
+for tests and ablations. Which matrices are orthogonalised, and how the result is scaled into an update, belongs to
+`train/optim.py`.
 
 a, b the two sides of a matrix, ... any leading dims (each matrix is handled by itself).
 """
 
 import torch
 from torch import Tensor
+
+from dsv4.ops import table
 
 Coefficients = tuple[float, float, float]  # (a, b, c) of s -> a s + b s^3 + c s^5, s a singular value
 
@@ -44,6 +47,16 @@ def newton_schulz(m: Tensor, steps: tuple[Coefficients, ...] = HYBRID, *, dtype:
     dtype: the dtype of the arithmetic and of the result; bf16 ends within [0.98, 1.02] on the same matrices.
     Returns [..., a, b]. Source: paper section 2.4, hybrid Newton-Schulz.
     """
+    fast = table.whole_updates(m.device)
+    if fast is not None and fast.serves(m, *m.shape[-2:], dtype):
+        return fast.newton_schulz(m, steps, dtype)
+    return plain_newton_schulz(m, steps, dtype=dtype)
+
+
+def plain_newton_schulz(
+    m: Tensor, steps: tuple[Coefficients, ...] = HYBRID, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """As `newton_schulz`, on any device: three products in each step, all matrices at once."""
     wide = m.mT if m.shape[-2] > m.shape[-1] else m  # the Gram matrix below is of the shorter side
     x = _unit_norm(wide).to(dtype).flatten(0, -3) if m.ndim > 2 else _unit_norm(wide).to(dtype)[None]
     for a, b, c in steps:

@@ -205,14 +205,24 @@ def active(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
 def whole_blocks(device: torch.device) -> Any:
     """What of a backend runs a block in one call (ops/cpu/block.py), or None: it has none for tensors of this device,
     another was asked for, or ops are wrapped, which nothing may then pass by."""
-    if device.type != "cpu" or _wraps or _wanted not in ("auto", "cpu") or _try("cpu"):
+    return None if _wraps else _of_cpu("block", device)
+
+
+def whole_updates(device: torch.device) -> Any:
+    """What of a backend makes Muon's updates in one call (ops/cpu/newton_schulz.py), or None, as above."""
+    return _of_cpu("newton_schulz", device)
+
+
+def _of_cpu(module: str, device: torch.device) -> Any:
+    """A module of the cpu backend that no op stands for; None where another is asked for or it cannot be used."""
+    if device.type != "cpu" or _wanted not in ("auto", "cpu") or _try("cpu"):
         return None
-    return _whole_blocks()
+    return _module_of_cpu(module)
 
 
 @cache
-def _whole_blocks() -> ModuleType:
-    return importlib.import_module("dsv4.ops.cpu.block")
+def _module_of_cpu(module: str) -> ModuleType:
+    return importlib.import_module(f"dsv4.ops.cpu.{module}")
 
 
 def wanted() -> str:

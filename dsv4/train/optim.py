@@ -28,16 +28,16 @@ from torch import Tensor
 from dsv4.config import AnyConfig, ModelConfig, V32Config
 from dsv4.errors import UserError
 from dsv4.model.init import fill
-from dsv4.ops.newton_schulz import JORDAN, POLAR_EXPRESS, newton_schulz, polar
+from dsv4.ops import whole_updates
+from dsv4.ops.newton_schulz import HYBRID, JORDAN, POLAR_EXPRESS, newton_schulz, polar
 
 Kind = Literal["muon", "adamw_decay", "adamw_plain"]
 Stack = tuple[int, int, int]  # count, a, b: that many matrices [a, b], stored one after the other
 
 UPDATE_RMS = 0.18  # gamma of the paper: RMS of Muon's update per unit of learning rate, close to AdamW's
+POLYNOMIALS = {"hybrid10": HYBRID, "jordan5": JORDAN, "polar_express": POLAR_EXPRESS}
 ORTHOGONALISERS: dict[str, Callable[..., Tensor]] = {
-    "hybrid10": newton_schulz,
-    "jordan5": partial(newton_schulz, steps=JORDAN),
-    "polar_express": partial(newton_schulz, steps=POLAR_EXPRESS),
+    **{name: partial(newton_schulz, steps=steps) for name, steps in POLYNOMIALS.items()},
     "svd": polar,
 }
 
@@ -128,7 +128,9 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     Muon (section 2.4), for each logical matrix W [n, m]:
         M <- mu M + G;  O = orthogonalise(mu M + G) sqrt(max(n, m)) 0.18;  W <- W (1 - lr wd) - lr O
-    so that the update's RMS is 0.18 lr for a matrix of full rank. AdamW is that of Loshchilov and Hutter.
+    so that the update's RMS is 0.18 lr for a matrix of full rank. On a processor C++ does that for all matrices in one
+    call (ops/cpu/newton_schulz.py); what it does not serve goes through torch, shape by shape, to the same but for
+    rounding. AdamW is that of Loshchilov and Hutter.
 
     Sharded parameters (DTensors, as fully_shard makes them) take the same steps: each matrix is orthogonalised whole by
     one process, which the others send their parts (parallel/ownership.py).
@@ -138,9 +140,9 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     groups: what `parameter_groups` returns. lr: peak or current rate; `set_lr` changes it. momentum: mu.
     ns: `hybrid10` (V4), `jordan5` (the usual Muon), `polar_express` or `svd` (exact), for ablations. ns_dtype: its
-    arithmetic, fp32 or bf16. chunk_elements: same-shaped matrices are orthogonalised together, at most this many
-    numbers at a time (the step needs a handful of such buffers), or one matrix where a single one is larger; default:
-    what stays in a processor's cache, or fills a GPU. It changes no bit.
+    arithmetic, fp32 or bf16. chunk_elements: torch gets same-shaped matrices together, at most this many numbers at
+    a time (the step needs a handful of such buffers), or one matrix where a single one is larger; default: what stays
+    in a processor's cache, or fills a GPU. It changes no bit.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             if not 0 <= value < 1:
                 raise UserError(f"{label} is {value}: choose it at least 0 and below 1")
         self._orthogonalise = partial(ORTHOGONALISERS[ns], dtype=ns_dtype)
+        self._steps, self._ns_dtype = POLYNOMIALS.get(ns), ns_dtype
         self._chunk_elements = chunk_elements
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
         self.set_lr(lr)
@@ -183,22 +186,32 @@ class HybridOptimizer(torch.optim.Optimizer):
                 self._adamw(group)
 
     def _muon(self, group: dict[str, Any]) -> None:
-        lr, mu = group["lr"], group["momentum"]
+        lr, mu, keep = group["lr"], group["momentum"], 1 - group["lr"] * group["weight_decay"]
         piles: dict[tuple, list[tuple[Tensor, ...]]] = {}  # same-shaped (weight, momentum, gradient)
         sharded: list[tuple[Any, ...]] = []
+        whole: list[tuple[Any, ...]] = []  # those that C++ takes, all in one call
+        update: Any = None
         for parameter, stacks in zip(group["params"], group["matrices"], strict=True):
             if parameter.grad is None:
                 continue
             assert parameter.is_contiguous(), "the views below must write into the parameter"
             momentum = self._state(group, parameter)["momentum"]
+            plain = self._steps is None or is_sharded(parameter)
+            fast = None if plain else whole_updates(parameter.device)
+            if fast is not None and fast.update_served(parameter, parameter.grad, stacks, self._ns_dtype):
+                whole.append((parameter, momentum, parameter.grad, stacks))
+                update = fast.muon_update
+                continue
             momentum.mul_(mu).add_(parameter.grad)
-            parameter.mul_(1 - lr * group["weight_decay"])
+            parameter.mul_(keep)
             if is_sharded(parameter):
                 sharded.append((parameter, momentum, parameter.grad, stacks))
                 continue
             views = (logical_view(t, stacks) for t in (parameter, momentum, parameter.grad))
             for weight, m, grad in zip(*views, strict=True):
                 piles.setdefault((weight.device, *weight.shape[1:]), []).append((weight, m, grad))
+        if whole:
+            update(whole, mu, keep, -lr * UPDATE_RMS, self._steps, self._ns_dtype)
         if sharded:
             from dsv4.train.parallel import ownership
 
