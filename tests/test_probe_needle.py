@@ -246,7 +246,9 @@ def test_the_probe_runs_on_a_model_of_each_kind_and_its_map_is_drawn() -> None:
     plain = Subject(small_model((0, 4, 128), max_position_embeddings=700))
     found = list(run(plain, Few()))
     assert [r.status for r in found] == ["measured", "measured", "skipped"]
-    reads = Subject(small_model((0, 4), vocab_size=258, max_position_embeddings=700), ByteTokenizer(), text="work. " * 9)
+    reads = Subject(
+        small_model((0, 4), vocab_size=258, max_position_embeddings=700), ByteTokenizer(), text="work. " * 9
+    )
     assert [r.status for r in run(reads, Few())] == ["measured", "measured", "skipped"]
     about = {"model": "m", "dtype": "float32", "config_hash": "h", "fingerprint": "f", "text": False,
              "settings": {"suite": "quick", "seed": 0}}  # fmt: skip

@@ -51,7 +51,7 @@ def test_entries_are_what_the_layer_pools() -> None:
 @pytest.mark.parametrize("carried", [0, 5, 12])
 def test_an_entry_that_carries_so_many_bits_is_read_for_as_many(carried: int) -> None:
     """Channel j takes the token at place j alone and tells which of two it is, for the first `carried` of 16 places;
-    the other channels are empty. A sample of 128 never shows certainty: 0.6% of each bit is kept back. A place that says
+    the other channels are empty. A sample of 128 never shows certainty: 0.6% of a bit is kept back. A place that says
     nothing is read for 0 within some 0.03 (a calibration by 128 is 0.09 off); the largest of 16 is within 0.12."""
     model = small_model((128,), hidden_size=128)
     places = spread_places(128, 16)
@@ -94,7 +94,10 @@ def test_places_are_spread_and_bits_are_put_there() -> None:
     assert spread_places(128, 1).tolist() == [64] and spread_places(128, 128).tolist() == list(range(128))
     ids = torch.zeros(2, 8, dtype=torch.int64)
     pairs, bits = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0, 1], [1, 0]])
-    assert put_in(ids, pairs, bits, torch.tensor([2, 6])).tolist() == [[0, 0, 1, 0, 0, 0, 4, 0], [0, 0, 2, 0, 0, 0, 3, 0]]
+    assert put_in(ids, pairs, bits, torch.tensor([2, 6])).tolist() == [
+        [0, 0, 1, 0, 0, 0, 4, 0],
+        [0, 0, 2, 0, 0, 0, 3, 0],
+    ]
     assert not ids.any()
 
 

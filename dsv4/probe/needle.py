@@ -7,10 +7,10 @@ are open when the question comes. Each text has a needle at every depth, all at 
 is asked for alone, on a copy of the memory. Over the texts of a length every phase comes equally often.
 
 Scores. Exact match: the likeliest of all tokens is the value. Bits: log2 of the value's probability among the C values
-that there are, plus log2 C: 0 by chance, log2 C at most, negative for a model that is sure of something else; its mean is
-a lower bound on the information that the answer has about the value. A model that cannot retrieve is right with a
-probability of at most 1 / C and has at most 0 bits. Then there is nothing to compare phases by: the spread over phases
-is left out with that reason (a spread of 0 between failures is no pass).
+that there are, plus log2 C: 0 by chance, log2 C at most, negative for a model that is sure of something else; the mean
+is a lower bound on the information that the answer has about the value. A model that cannot retrieve is right with a
+probability of at most 1 / C and has at most 0 bits in the mean. Then there is nothing to compare phases by: the spread
+over phases is left out with that reason (a spread of 0 between failures is no pass).
 
 Spread: the share right at the best phase minus that at the worst, over the cells (length, depth) that are above chance.
 It is above 0 by chance too, so beside it stand a simultaneous 95% interval (from Wilson's, Bonferroni) and the p-value
@@ -18,8 +18,8 @@ of a permutation of the phases among the texts of each length.
 
 Does not cover: needles that take reasoning, several values for a key, the length that the model was trained at (its
 files do not say), or a needle within the question's own windows: the nearest is a whole group away, `in_windows` says
-which depths windows of all layers together could still hand on. Asks of one text share its filler and the other needles;
-intervals count them as independent.
+which depths windows of all layers together could still hand on. Questions of one text share its filler and its other
+needles; intervals count them as independent.
 """
 
 import math
@@ -59,7 +59,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Spread:
-    """Over the phases of one kind: best share minus worst, its interval, the p-value, and each phase's (right, asks)."""
+    """Over phases: best share minus worst, its interval, the p-value, and of each phase (right, asks)."""
 
     value: float
     low: float
@@ -246,7 +246,9 @@ def _grid(record: Recorder, asks: Sequence[Ask], chance: float) -> Record:
     lengths, rows = sorted({a.length for a in asks}), list(range(DEPTHS))
     z: list[list[float | None]] = []
     for row in rows:
-        own = [[a.right for a in asks if a.length == n and min(DEPTHS - 1, int(a.depth * DEPTHS)) == row] for n in lengths]
+        own = [
+            [a.right for a in asks if a.length == n and min(DEPTHS - 1, int(a.depth * DEPTHS)) == row] for n in lengths
+        ]
         z.append([sum(cell) / len(cell) if cell else None for cell in own])
     plot = {"kind": "heat", "title": "share of needles found", "x": lengths, "xlabel": "tokens",
             "y": [f"{r / DEPTHS:.1f} to {(r + 1) / DEPTHS:.1f}" for r in rows], "ylabel": "depth", "z": z}  # fmt: skip

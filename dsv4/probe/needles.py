@@ -1,8 +1,8 @@
 """Texts with needles: a key and a value somewhere in filler, and the question for the value, as ids of a model.
 
 A task makes them: `TextTask` in English through a tokenizer, `IdTask` of ids alone, for models without one. A value is
-always a single token, one of C that are equally likely whatever the rest of the text is. So a model that has not read it
-has it right with a probability of exactly 1 / C if it names one of the C, of at most that if it may name anything.
+always a single token, one of C that are equally likely whatever the rest of the text is. So a model that has not read
+it has it right with a probability of exactly 1 / C if it names one of the C, of at most that if it may name anything.
 
 `answers` reads a text once and asks each question on a copy of the memory: what is measured is the serving path, and no
 question sees another.

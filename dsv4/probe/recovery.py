@@ -20,7 +20,7 @@ that the model was not asked by.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -99,7 +99,7 @@ def decode(entries: Tensor, bits: Tensor) -> Decoded:
 
 def _calibrated(said: Tensor, signs: Tensor, part: slice) -> Tensor:
     """1 + log2 of the probability of each bit [G, m], if outputs of either sign were normal with equal spread, as they
-    are in `part`. One probability in as many as `part` has groups is kept back: certainty is never shown by a sample."""
+    are in `part`. Of certainty one part in as many as `part` has groups is kept back: no sample ever shows it."""
     right = said[part] * signs[part]
     n = len(right)
     mean, spread = right.mean(dim=0), right.var(dim=0).clamp_min(1e-12)
@@ -121,7 +121,11 @@ def spread_places(r: int, m: int) -> Tensor:
 
 def needs(config: AnyConfig) -> str | None:
     why = needs_hca(config)
-    if why is None and isinstance(config, ModelConfig) and GROUPS * config.compress_rate_hca > config.max_position_embeddings:
+    if (
+        why is None
+        and isinstance(config, ModelConfig)
+        and GROUPS * config.compress_rate_hca > config.max_position_embeddings
+    ):
         why = f"its {config.max_position_embeddings} positions are too few for a needle that has left the window"
     return why
 
@@ -243,8 +247,8 @@ def told(record: Recorder, found: dict[int, Asked], candidates: int) -> Iterator
                                           for name, key in (("HCA alone", "alone"), ("everything", "everything"))}
             | {"guessing": [chance] * len(found)}}  # fmt: skip
     yield record(
-        "bits per entry, read by HCA alone", value, "bits", interval=stats.bootstrap(counted, seed=record.settings.seed),
-        n=len(counted),
+        "bits per entry, read by HCA alone", value, "bits", n=len(counted),
+        interval=stats.bootstrap(counted, seed=record.settings.seed),
         detail={"needles": m, "temperature_factor": heat, "bits_put_in": m * math.log2(candidates), "chance": chance,
                 "by_needles": by_load, "plot": plot},
         finding=f"With CSA and the window closed, the model reads {max(0.0, value):.2f} bits from one HCA entry; with "

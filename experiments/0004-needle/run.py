@@ -1,6 +1,6 @@
 """Trains a small V4 to find values by their keys, then asks it at many times the length that it was trained at.
 
-`python experiments/0004-needle/run.py [--out FOLDER] [--texts N] [--seed N]`: about twenty minutes on one core. The subject has
+`python experiments/0004-needle/run.py [--out FOLDER] [--texts N] [--seed N]`: minutes on one core. The subject has
 a layer of each kind (window, CSA, HCA); a control, trained on the first part of the same course, has windows alone.
 Prints the figures of README.md and writes everything to FOLDER: figures.json, report.html, the models. What is there
 already is not computed again.
@@ -84,7 +84,7 @@ def row(length: int, gap: int, generator: torch.Generator) -> tuple[Tensor, Tens
     needles = TASK.needles(pairs, generator)
     order = torch.randperm(slots, generator=generator).tolist()
     free = set(order)
-    for needle in needles:
+    for one in needles:
         first = next((s for s in order if s in free and 2 * s + gap < length - 2), None)
         again = next((s for s in order if s in free and first is not None and 2 * (s - first) >= gap), None)
         if first is None or again is None:
@@ -92,8 +92,8 @@ def row(length: int, gap: int, generator: torch.Generator) -> tuple[Tensor, Tens
         free -= {first, again}
         for slot in (first, again):
             place = 2 * slot + shift
-            ids[place], ids[place + 1] = needle.before[0], TASK.candidates[needle.value]
-        targets[2 * again + shift] = TASK.candidates[needle.value]
+            ids[place], ids[place + 1] = one.before[0], TASK.candidates[one.value]
+        targets[2 * again + shift] = TASK.candidates[one.value]
     return ids, targets
 
 
