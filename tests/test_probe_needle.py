@@ -40,10 +40,10 @@ class Planted:
     def __call__(self, ids: torch.Tensor, segments: list, rows: str) -> torch.Tensor:
         assert rows == "last"
         logits, start = torch.zeros(len(segments), 97), 0
-        for row, s in zip(logits, segments, strict=True):
-            s.memory.ids += ids[start : start + s.length].tolist()
-            start += s.length
-            *before, last = s.memory.ids
+        for row, (length, memory) in zip(logits, segments, strict=True):
+            memory.ids += ids[start : start + length].tolist()
+            start += length
+            *before, last = memory.ids
             place = before.index(last) + 1 if last in before else len(before)
             if place < len(before) and self.rule(place, len(before) + 1):
                 row[before[place]] = 60.0

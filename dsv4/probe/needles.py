@@ -20,7 +20,7 @@ from torch import Tensor
 from dsv4 import ops
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError
-from dsv4.model import LanguageModel, Segment
+from dsv4.model import LanguageModel
 from dsv4.ops import Pool, Spans
 from dsv4.probe.subject import Subject
 from dsv4.text import Tokenizer
@@ -164,12 +164,12 @@ def answers(
     pool = model.new_pool()
     memory = pool.new(len(text) + max(map(len, questions)))
     for part in text.split(CHUNK):
-        model(part.to(model.device), segments=[Segment(len(part), memory)], rows="last")
+        model(part.to(model.device), segments=[(len(part), memory)], rows="last")
     ids, found = torch.cat(list(questions)).to(model.device), []
     for under in unders or [nullcontext()]:
         copies = [memory.fork() for _ in questions]
         with under:
-            asked = [Segment(len(q), copy) for q, copy in zip(questions, copies, strict=True)]
+            asked = [(len(q), copy) for q, copy in zip(questions, copies, strict=True)]
             found.append(model(ids, segments=asked, rows="last").float().cpu())
         for copy in copies:
             copy.release()

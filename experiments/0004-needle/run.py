@@ -26,7 +26,7 @@ from dsv4.model import Transformer
 from dsv4.model.head import IGNORE
 from dsv4.model.segments import IndexPhase
 from dsv4.probe import needle, recovery, report, runner
-from dsv4.probe.needles import IdTask
+from dsv4.probe.needles import IdTask, text_of
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Recorder, Settings, Subject
 from dsv4.probe.table import PROBES, Probe
@@ -44,17 +44,20 @@ RATE, WARMUP = 4e-3, 20
 
 @dataclass(frozen=True)
 class Stage:
-    """Updates with rows of one length. phase: of the indexers (docs/indexer.md)."""
+    """Updates with rows of one length. phase: of the indexers (docs/indexer.md). needles: so many in one group, which
+    is asked about from the last one (`grouped`); 0: pairs all over the row (`row`)."""
 
     steps: int
     length: int
     phase: IndexPhase = "dense"
+    needles: int = 0
 
 
 COURSE = (
     Stage(300, 64), Stage(120, 128), Stage(120, 256), Stage(160, 512), Stage(50, 512, "warmup"),
     Stage(100, 512, "sparse"),
 )  # fmt: skip
+HCA_COURSE = (Stage(150, 256, needles=1), Stage(150, 256, needles=2), Stage(150, 512, needles=4))
 TRAINED = 512
 LENGTHS = [TRAINED << i for i in range(5)]  # up to 16 times
 
@@ -97,10 +100,29 @@ def row(length: int, gap: int, generator: torch.Generator) -> tuple[Tensor, Tens
     return ids, targets
 
 
-def batch(length: int, gap: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[int]]:
+def grouped(length: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Ids and targets int64 [length]: `count` pairs in one group of 128 but the last, and 31 keys of them in the last
+    one, at each of which its value is to be learned; it does not follow there, so no question answers another."""
+    groups = length // 128
+    group = int(torch.randint(0, groups - 1, (1,), generator=generator))
+    needles = TASK.needles(count, generator)
+    places = 128 * group + 2 * torch.randperm(64, generator=generator)[:count] + 1
+    ids = text_of(TASK, length, needles, places.tolist(), generator)
+    targets = torch.full((length,), IGNORE)
+    asked = length - 128 + 3 + 4 * torch.arange(31)
+    which = torch.randint(0, count, (31,), generator=generator)
+    ids[asked] = torch.cat([n.question for n in needles])[which]
+    targets[asked] = TASK.candidates[torch.tensor([n.value for n in needles])[which]]
+    return ids, targets
+
+
+def batch(stage: Stage, gap: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[int]]:
     """About TOKENS tokens of rows: ids, targets, lengths."""
-    rows = [row(length, gap, generator) for _ in range(TOKENS // length)]
-    return torch.cat([ids for ids, _ in rows]), torch.cat([targets for _, targets in rows]), [length] * len(rows)
+    rows = [
+        grouped(stage.length, stage.needles, generator) if stage.needles else row(stage.length, gap, generator)
+        for _ in range(TOKENS // stage.length)
+    ]
+    return torch.cat([ids for ids, _ in rows]), torch.cat([targets for _, targets in rows]), [stage.length] * len(rows)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -122,7 +144,7 @@ def train(config: ModelConfig, seed: int, course: Sequence[Stage] = COURSE) -> T
         phase = stage.phase if indexed else "off"
         thaw(named.items(), phase if indexed else "dense")
         optimizer.set_lr(RATE * (1.0 if phase == "warmup" else lr_scale(done, trunk, WARMUP, trunk // 2)))
-        ids, targets, lengths = batch(stage.length, gap, generator)
+        ids, targets, lengths = batch(stage, gap, generator)
         optimizer.zero_grad(set_to_none=True)
         loss = training_loss(model, ids, targets, lengths, mtp_weight=0.0, balance_weight=1e-4, phase=phase)
         loss.total.backward()
