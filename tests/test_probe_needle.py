@@ -213,16 +213,16 @@ def test_depth_and_length_that_are_out_of_reach_are_empty_in_the_map() -> None:
 
 
 def test_even_chances_are_seldom_called_uneven() -> None:
-    """At the 5% level of an exact test 20 draws have more than 4 with a probability of 0.26%; these have not."""
+    """At the 5% level of an exact test, 10 draws have more than 3 with a probability of 0.1%; these have not."""
     generator = torch.Generator().manual_seed(0)
     few = 0
-    for seed in range(20):
+    for seed in range(10):
         right = torch.rand(128, generator=generator) < 0.5
         asks = [needle.Ask(512, i, 0.5, i, 600, bool(right[i]), 0.0) for i in range(128)]
         spread = spread_of(asks, lambda a: a.place % 4, 4, seed)
         few += spread.p <= 0.05
         assert spread.low <= spread.value <= spread.high
-    assert few <= 4
+    assert few <= 3
 
 
 def test_bits_are_relative_to_an_even_guess_among_the_values() -> None:

@@ -70,8 +70,8 @@ def _loaded(r: Record) -> str:
 
 def _recovered(r: Record) -> str:
     return (
-        f"wrong: nothing is decoded; of {r.detail['put_in']} bits put into a group of this model a linear decoder reads "
-        f"{max(0.0, r.value or 0):.1f} from its entry"
+        f"wrong: nothing is decoded; of {r.detail['put_in']} bits put into a group of this model a linear decoder "
+        f"reads {max(0.0, r.value or 0):.1f} from its entry"
     )
 
 
@@ -102,8 +102,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "HCA stores distant keys and values by low-rank decomposition and quantisation and decodes them on demand.",
-        "It pools 128 tokens into one entry, near and far alike, and reads entries as they are; nothing is decoded. What "
-        "follows for security is that an entry can mix tokens of different trust.",
+        "It pools 128 tokens into one entry, near and far alike, and reads entries as they are; nothing is decoded. "
+        "What follows for security is that an entry can mix tokens of different trust.",
         probe="fidelity.hca", quantity="bits per entry, linear decoder", judge=_recovered,
     ),
     Claim(

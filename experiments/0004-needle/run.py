@@ -26,7 +26,7 @@ from dsv4.model import Transformer
 from dsv4.model.head import IGNORE
 from dsv4.model.segments import IndexPhase
 from dsv4.probe import needle, recovery, report, runner
-from dsv4.probe.needles import IdTask, text_of
+from dsv4.probe.needles import IdTask
 from dsv4.probe.record import Record
 from dsv4.probe.subject import Recorder, Settings, Subject
 from dsv4.probe.table import PROBES, Probe
@@ -44,20 +44,14 @@ RATE, WARMUP = 4e-3, 20
 
 @dataclass(frozen=True)
 class Stage:
-    """Updates with rows of one length. phase: of the indexers (docs/indexer.md). needles: so many in one group, which
-    is asked about from the last one (`grouped`); 0: pairs all over the row (`row`)."""
+    """Updates with rows of one length. phase: of the indexers (docs/indexer.md)."""
 
     steps: int
     length: int
     phase: IndexPhase = "dense"
-    needles: int = 0
 
 
-COURSE = (
-    Stage(300, 64), Stage(120, 128), Stage(120, 256), Stage(160, 512), Stage(50, 512, "warmup"),
-    Stage(100, 512, "sparse"),
-)  # fmt: skip
-HCA_COURSE = (Stage(150, 256, needles=1), Stage(150, 256, needles=2), Stage(150, 512, needles=4))
+COURSE = (Stage(220, 64), Stage(60, 128), Stage(100, 512), Stage(30, 512, "warmup"), Stage(50, 512, "sparse"))
 TRAINED = 512
 LENGTHS = [TRAINED << i for i in range(5)]  # up to 16 times
 
@@ -100,28 +94,9 @@ def row(length: int, gap: int, generator: torch.Generator) -> tuple[Tensor, Tens
     return ids, targets
 
 
-def grouped(length: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ids and targets int64 [length]: `count` pairs in one group of 128 but the last, and 31 keys of them in the last
-    one, at each of which its value is to be learned; it does not follow there, so no question answers another."""
-    groups = length // 128
-    group = int(torch.randint(0, groups - 1, (1,), generator=generator))
-    needles = TASK.needles(count, generator)
-    places = 128 * group + 2 * torch.randperm(64, generator=generator)[:count] + 1
-    ids = text_of(TASK, length, needles, places.tolist(), generator)
-    targets = torch.full((length,), IGNORE)
-    asked = length - 128 + 3 + 4 * torch.arange(31)
-    which = torch.randint(0, count, (31,), generator=generator)
-    ids[asked] = torch.cat([n.question for n in needles])[which]
-    targets[asked] = TASK.candidates[torch.tensor([n.value for n in needles])[which]]
-    return ids, targets
-
-
 def batch(stage: Stage, gap: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[int]]:
     """About TOKENS tokens of rows: ids, targets, lengths."""
-    rows = [
-        grouped(stage.length, stage.needles, generator) if stage.needles else row(stage.length, gap, generator)
-        for _ in range(TOKENS // stage.length)
-    ]
+    rows = [row(stage.length, gap, generator) for _ in range(TOKENS // stage.length)]
     return torch.cat([ids for ids, _ in rows]), torch.cat([targets for _, targets in rows]), [stage.length] * len(rows)
 
 
@@ -211,7 +186,7 @@ def of_folder(folder: Path, ratios: Sequence[int], course: Sequence[Stage], seed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--texts", type=int, default=128, help="of each length; a multiple of 128 has every phase")
+    parser.add_argument("--texts", type=int, default=64, help="of each length; 128 have every phase once")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
