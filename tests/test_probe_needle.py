@@ -106,6 +106,8 @@ def test_every_phase_comes_equally_often_and_depths_are_those_of_the_groups() ->
     for depth in {a.depth for a in asks}:
         own = [a for a in asks if a.depth == depth]
         assert sorted(a.place % 128 for a in own) == sorted(a.prompt % 128 for a in own) == list(range(128))
+        for four in (own[i : i + 4] for i in range(0, 128, 4)):
+            assert {a.place % 4 for a in four} == {a.prompt % 4 for a in four} == {0, 1, 2, 3}
         assert all(a.place // 128 == depth * 7 and 1024 <= a.prompt < 1152 for a in own)
     assert lengths_of(small_config(), 2048) == [512, 1024, 2048] and needs(small_config()) is None
     assert lengths_of(small_config(), 1 << 20)[-1] == 4096, "a prompt is up to a group longer than its length"
@@ -239,7 +241,7 @@ def test_bits_are_relative_to_an_even_guess_among_the_values() -> None:
 
 class Few(Settings):
     def pick(self, quick: int, full: int) -> int:  # type: ignore[override]
-        return max(4, quick // 32)
+        return max(4, quick // 16)
 
 
 def test_the_probe_runs_on_a_model_of_each_kind_and_its_map_is_drawn() -> None:

@@ -33,7 +33,7 @@ ONE, OTHER = 90, 91
 
 class Few(Settings):
     def pick(self, quick: int, full: int) -> int:  # type: ignore[override]
-        return max(4, quick // 32)
+        return max(4, quick // 16)
 
 
 def recorder(model: torch.nn.Module) -> Recorder:

@@ -4,7 +4,8 @@ A needle (needles.py) is put into filler and asked for at the end. Depth: where 
 between the text's beginning (0) and end (1). Phase: the place of the value in its group of 4 and in its group of 128,
 which is what a compressor's fault would show in; and the same of the length of the prompt, which decides which groups
 are open when the question comes. Each text has a needle at every depth, all at one phase, with keys of their own; each
-is asked for alone, on a copy of the memory. Over the texts of a length every phase comes equally often.
+is asked for alone, on a copy of the memory. Every four texts of a length have each phase of 4 once, every 128 each
+phase of 128.
 
 Scores. Exact match: the likeliest of all tokens is the value. Bits: log2 of the value's probability among the C values
 that there are, plus log2 C: 0 by chance, log2 C at most, negative for a model that is sure of something else; the mean
@@ -96,11 +97,11 @@ def ask(
 
     kind: of the layers by which alone a question reads the text ("window", "csa", "hca"); all of them without.
     """
-    long = ratios(model.config)[1]
+    short, long = ratios(model.config)
     groups = length // long
     # none in the first group, which would have no room before it, nor in the last, which windows may reach
     some = torch.linspace(1, groups - 2, min(DEPTHS, groups - 2)).round().long().unique().tolist()
-    phases, residues = (_balanced(texts, long, generator) for _ in range(2))
+    phases, residues = (_balanced(texts, short, long, generator) for _ in range(2))
     for number in range(texts):
         needles = task.needles(len(some), generator)
         questions = [n.question for n in needles]
@@ -124,9 +125,13 @@ def bits_of(logits: Tensor, task: Task, value: int) -> float:
     return (float(among[value]) + math.log(len(among))) / math.log(2)
 
 
-def _balanced(count: int, long: int, generator: torch.Generator) -> list[int]:
-    """`count` phases from 0 to long - 1, each equally often in every `long` of them, in random order."""
-    rounds = [torch.randperm(long, generator=generator) for _ in range(-(-count // long))]
+def _balanced(count: int, short: int, long: int, generator: torch.Generator) -> list[int]:
+    """`count` phases below `long` in random order: every `long` have each once, every `short` each mod short once."""
+    rounds = []
+    for _ in range(-(-count // long)):
+        high = torch.stack([torch.randperm(long // short, generator=generator) for _ in range(short)], dim=1)
+        order = torch.rand(high.shape, generator=generator).argsort(dim=1)
+        rounds.append((high * short + torch.arange(short)).gather(1, order).flatten())
     return torch.cat(rounds)[:count].tolist()
 
 
@@ -179,7 +184,7 @@ def run(subject: Subject, settings: Settings) -> Iterator[Record]:
     task, generator = task_of(subject), settings.generator(21)
     long = ratios(subject.config)[1]
     lengths = lengths_of(subject.config, long * settings.pick(16, 128))
-    texts = settings.pick(long, 2 * long)
+    texts = settings.pick(long // 2, 2 * long)
     asks = (a for length in lengths for a in ask(subject.model, task, length, texts, generator))
     yield from told(Recorder(NAME, subject, settings), asks, len(task.candidates))
 

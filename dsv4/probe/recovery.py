@@ -5,13 +5,13 @@ rest is ordinary text. From the entries of many such groups (each the beginning 
 else can tell) a ridge regression learns every bit, a second part of the groups makes probabilities of its outputs, and
 a third counts: the mean of sum_j (1 + log2 p(bit_j)). For independent bits that is a lower bound on the information
 that the entry has about them, whatever p is (Barber and Agakov): 0 or a little less where nothing can be read. Linear,
-because what attention reads of an entry is linear. Bits per entry: of the best number of bits put in, which the second
-part chooses.
+because attention adds entries up and maps them linearly. Bits per entry: of the best number of bits put in, which the
+second part chooses.
 
 By the model itself, HCA alone: needles in one group of a long text, and while the question is read CSA and the window
 are closed to it (needles.py). The text before it was read with everything. Bits of all needles of the entry, by how
 many there are; probabilities are flattened by one temperature, which half of the texts choose, along with the number of
-needles, and the other half measure. A model that finds nothing with everything open is left out with that reason; one
+needles, and the other half measures. A model that finds nothing with everything open is left out with that reason; one
 that finds needles, but not by HCA alone, has 0 bits here, and that is a finding.
 
 Does not cover: what a decoder that is not linear could read, entries of groups further on in a text (where attention
@@ -141,7 +141,7 @@ def decoded(record: Recorder, subject: Subject, settings: Settings) -> Record:
     """The record of what a linear decoder reads, of ordinary text with bits put in."""
     c = subject.config
     assert isinstance(c, ModelConfig)
-    r, number = c.compress_rate_hca, settings.pick(1024, 4096)
+    r, number = c.compress_rate_hca, settings.pick(512, 4096)
     generator = settings.generator(31)
     loads = [m for m in (1, 8, 32, r) if m <= r]
     found: dict[int, dict[int, Decoded]] = {}
@@ -187,7 +187,7 @@ def by_needles(model: LanguageModel, task: Task, settings: Settings) -> dict[int
     """By number of needles in a group."""
     c = model.config
     assert isinstance(c, ModelConfig)
-    r, generator, texts = c.compress_rate_hca, settings.generator(33), settings.pick(64, 256)
+    r, generator, texts = c.compress_rate_hca, settings.generator(33), settings.pick(32, 256)
     size = len(task.needles(1, generator)[0].before) + 1 + len(task.needles(1, generator)[0].after)
     length = GROUPS * r
     found: dict[int, Asked] = {}
