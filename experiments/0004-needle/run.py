@@ -51,7 +51,10 @@ class Stage:
     phase: IndexPhase = "dense"
 
 
-COURSE = (Stage(220, 64), Stage(60, 128), Stage(100, 512), Stage(30, 512, "warmup"), Stage(50, 512, "sparse"))
+COURSE = (
+    Stage(300, 64), Stage(120, 128), Stage(120, 256), Stage(160, 512), Stage(50, 512, "warmup"),
+    Stage(100, 512, "sparse"),
+)  # fmt: skip
 TRAINED = 512
 LENGTHS = [TRAINED << i for i in range(5)]  # up to 16 times
 
@@ -186,7 +189,7 @@ def of_folder(folder: Path, ratios: Sequence[int], course: Sequence[Stage], seed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--texts", type=int, default=64, help="of each length; 128 have every phase once")
+    parser.add_argument("--texts", type=int, default=128, help="of each length; 128 have every phase once")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
