@@ -169,10 +169,10 @@ def test_what_always_retrieves_is_found_everywhere_and_no_phase_stands_out() -> 
 def test_what_cannot_retrieve_has_no_spread_and_passes_nothing(guess: bool) -> None:
     found = records(lambda place, size: False, guess=guess)
     at = found["exact match at 512 tokens"]
-    assert "retrieves nothing" in at.finding and at.low is not None and at.low <= at.detail["chance"] == 1 / 16
+    assert "not above guessing" in at.finding and at.low is not None and at.low <= at.detail["chance"] == 1 / 16
     assert at.detail["bits"] == pytest.approx(0.0, abs=1e-9) if not guess else at.detail["bits"] < 0.1
     assert not any(name.startswith("spread") for name in found)
-    assert found["skipped"].status == "skipped" and "retrieves nothing" in found["skipped"].reason
+    assert found["skipped"].status == "skipped" and "not to retrieve" in found["skipped"].reason
 
 
 def test_a_value_that_is_found_at_two_phases_of_four_has_a_spread_of_one() -> None:

@@ -219,7 +219,7 @@ def _by_length(asks: Iterator[Ask]) -> Iterator[tuple[int, list[Ask]]]:
 
 def _said(length: int, share: float, low: float, chance: float) -> str:
     if low <= chance:
-        return f"At {length} tokens it retrieves nothing: {share:.0%} right, where guessing has up to {chance:.0%}."
+        return f"At {length} tokens it is not above guessing: {share:.0%} right, guessing up to {chance:.0%}."
     return f"At {length} tokens it finds {share:.0%} of the needles (guessing: up to {chance:.0%})."
 
 
@@ -269,8 +269,8 @@ def _phases(record: Recorder, every: Sequence[Ask], chance: float) -> Iterator[R
     if not asks:
         yield record.absent(
             "skipped",
-            f"nowhere in the grid is the model above chance ({chance:.3g}), so phases cannot be compared: it retrieves "
-            "nothing, which is no even retrieval",
+            f"nowhere in the grid is the model above chance ({chance:.3g}), so phases cannot be compared: not to "
+            "retrieve is not to retrieve evenly",
         )
         return
     short, long = ratios(record.subject.config)
