@@ -68,6 +68,13 @@ def _loaded(r: Record) -> str:
     )
 
 
+def _recovered(r: Record) -> str:
+    return (
+        f"wrong: nothing is decoded; of {r.detail['put_in']} bits put into a group of this model a linear decoder "
+        f"reads {max(0.0, r.value or 0):.1f} from its entry"
+    )
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         "Small adversarial changes of the input travel through mHC with full strength, where a standard residual would "
@@ -95,9 +102,9 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         "HCA stores distant keys and values by low-rank decomposition and quantisation and decodes them on demand.",
-        "It pools 128 tokens into one entry, near and far alike, and reads entries as they are; nothing is decoded, "
-        "and a token cannot be recovered from an entry.",
-        "wrong; what follows for security is that an entry can mix tokens of different trust",
+        "It pools 128 tokens into one entry, near and far alike, and reads entries as they are; nothing is decoded. "
+        "What follows for security is that an entry can mix tokens of different trust.",
+        probe="fidelity.hca", quantity="bits per entry, linear decoder", judge=_recovered,
     ),
     Claim(
         "Better routing wastes fewer activations.",

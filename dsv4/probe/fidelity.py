@@ -12,10 +12,10 @@ entries that pool tokens of two texts at all, since a CSA entry also pools the g
 later text's first entry reads the end of the text before it, never the other way; 0 where a group of neutral tokens is
 put between). Measured for HCA: the later text's gate mass in the entry at a boundary, for ordinary text.
 
-Does not cover: what a query can still recover of a group (that takes a model trained to retrieve: needle grids by
-phase, bits per entry), gate mass in CSA entries, or tokens chosen to eclipse from the later side of a boundary (at most
-what eclipse finds). The engine does not align texts: `aligned` says what whoever writes a prompt would add. Entries
-are counted as a layer pools its own input, which below the top already holds what attention has read elsewhere.
+Does not cover: what a query can still recover of a group (needle.py, recovery.py), gate mass in CSA entries, or tokens
+chosen to eclipse from the later side of a boundary (at most what eclipse finds). The engine does not align texts:
+`aligned` says what whoever writes a prompt would add. Entries are counted as a layer pools its own input, which below
+the top already holds what attention has read elsewhere.
 """
 
 from collections.abc import Callable, Iterator, Sequence

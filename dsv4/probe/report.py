@@ -1,7 +1,8 @@
 """The page of a probe run, or of two models side by side: one file, plots drawn into it, no script, nothing fetched.
 
 A record whose detail has a "plot" is drawn: {"title", "x": [...], "series": {label: [y, ...]}, "xlabel", "ylabel",
-"logx", "logy", "kind": "line" or "bar"}; None in a series is a gap. Two models share axes where both have the plot.
+"logx", "logy", "kind": "line" or "bar"}; None in a series is a gap. Two models share axes where both have the plot. A
+heat map of shares has {"kind": "heat", "y": [...], "z": rows of y with columns of x}, and axes for each model.
 """
 
 import html
@@ -117,7 +118,26 @@ def _figures(name: str, models: Sequence[str], found: Sequence[list[Record]]) ->
     return "".join(drawn)
 
 
+def _heat(plots: Sequence[tuple[str, dict[str, Any]]], named: bool) -> Any:
+    """Shares from 0 to 1, each written into its cell; an empty cell is one that was not asked."""
+    drawn, (row,) = panels(len(plots), 3.2)
+    for axes, (model, plot) in zip(row, plots, strict=True):
+        z = [[float("nan") if v is None else v for v in line] for line in plot["z"]]
+        axes.imshow(z, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
+        for i, line in enumerate(plot["z"]):
+            for j, v in enumerate(line):
+                if v is not None:
+                    axes.text(j, i, f"{v:.2f}", ha="center", va="center", color="white" if v > 0.6 else "black")
+        axes.set_xticks(range(len(plot["x"])), [str(x) for x in plot["x"]])
+        axes.set_yticks(range(len(plot["y"])), [str(y) for y in plot["y"]])
+        title = plot.get("title", "")
+        axes.set(title=f"{model}: {title}" if named else title, xlabel=plot["xlabel"], ylabel=plot["ylabel"])
+    return drawn
+
+
 def _draw(plots: Sequence[tuple[str, dict[str, Any]]], named: bool) -> Any:
+    if plots[0][1].get("kind") == "heat":
+        return _heat(plots, named)
     drawn, ((axes,),) = panels(1, 3.2)
     number = 0
     bars = sum(len(plot["series"]) for _, plot in plots)

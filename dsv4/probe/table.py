@@ -14,7 +14,9 @@ from dsv4.probe import (
     hijack,
     indexed,
     mixing,
+    needle,
     numerics,
+    recovery,
     routing,
     selection,
 )
@@ -72,6 +74,14 @@ _ALL: list[Probe] = [
     ),
     Probe(
         fidelity.BLEED, "Which entries mix texts of two authors?", "quick", fidelity.needs_entries, fidelity.run_bleed,
+    ),
+    Probe(
+        needle.NAME, "What can it read back from far before, by depth, length and phase?", "quick", needle.needs,
+        needle.run,
+    ),
+    Probe(
+        recovery.NAME, "How many bits of 128 tokens can be read back from one HCA entry?", "quick", recovery.needs,
+        recovery.run,
     ),
     Probe(
         hashing.NAME, "What do the public hash tables let anyone do to the experts' load?", "quick", hashing.needs,
