@@ -9,7 +9,7 @@ clean pass: D = sigma / sigma(frozen) says what their dependence on the input ad
 
 Does not cover: large changes (attention is not Lipschitz, so a local gain bounds nothing beyond its neighbourhood), and
 jumps of the discrete choices (selection.*, routing.*). In gain.ratio the weights were trained with mHC; trained with
-another residual they would be others.
+another residual they would be others (experiments/0003-residuals trains them).
 """
 
 import math

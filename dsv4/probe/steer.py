@@ -6,6 +6,7 @@ the ids of the text; what lower indexers and gates choose is chosen as it is and
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from dsv4.model.indexer import Indexer
 from dsv4.probe.attacks import GRADIENT, RUN, Target
 from dsv4.probe.indexed import NEG_INF
 
-Margin = Callable[[Tensor], Tensor]  # scores [n, E] of the queries of one layer -> [n], above 0: the attacker has it
-SLOPE = 2.0  # of the sigmoid that stands for "above 0", per standard deviation of a query's scores
+SLOPE = 4.0  # of the sigmoid that stands for "above 0", per standard deviation of a query's scores
+PACE = 0.3  # of an embedding's mean number, a step of `bend`
 BEST = 8  # tokens of a slot that `swap_many` draws from
 
 
@@ -48,52 +49,64 @@ def scores_of(model: LanguageModel, texts: Tensor, x: Tensor, rows: Tensor) -> l
     return found
 
 
-def evicts(blocks: int, k: int) -> Margin:
-    """Above 0 where k of the entries after the first `blocks` are above all of those, so that none of them is read."""
+@dataclass(frozen=True)
+class Aim:
+    """What an attacker wants of a query: that at least `need` of margins(scores [n, E]) [n, c] are above 0."""
 
-    def margin(scores: Tensor) -> Tensor:
-        others = scores[:, blocks:].topk(k, dim=1).values[:, -1]
-        return (others - scores[:, :blocks].amax(dim=1)) / spread(scores)
+    margins: Callable[[Tensor], Tensor]
+    need: int
 
-    return margin
+    def reached(self, scores: Tensor) -> Tensor:
+        """bool [n]."""
+        return (self.margins(scores) > 0).sum(dim=1) >= self.need
+
+    def loss(self, scores: Tensor) -> Tensor:
+        """[n], smooth in the scores: exp(-c / need), c the count of margins above 0 with a sigmoid for each. So every
+        entry has a gradient, not the k-th alone, and queries that are far from it have as much as others."""
+        return torch.exp(-torch.sigmoid(SLOPE * self.margins(scores)).sum(dim=1) / self.need)
 
 
-def wins(block: int, k: int) -> Margin:
-    """Above 0 where an entry is above the k-th best of the others, so that it is read."""
+def evicts(blocks: int, k: int) -> Aim:
+    """That k of the entries after the first `blocks` are above all of those, so that none of them is read."""
 
-    def margin(scores: Tensor) -> Tensor:
+    def margins(scores: Tensor) -> Tensor:
+        return (scores[:, blocks:] - scores[:, :blocks].amax(dim=1, keepdim=True)) / spread(scores)
+
+    return Aim(margins, k)
+
+
+def wins(block: int, k: int) -> Aim:
+    """That an entry is above the k-th best of the others, so that it is read."""
+
+    def margins(scores: Tensor) -> Tensor:
         others = torch.cat([scores[:, :block], scores[:, block + 1 :]], dim=1)
-        return (scores[:, block] - others.topk(k, dim=1).values[:, -1]) / spread(scores)
+        return (scores[:, block, None] - others.topk(k, dim=1).values[:, -1:]) / spread(scores)
 
-    return margin
+    return Aim(margins, 1)
 
 
 def spread(scores: Tensor) -> Tensor:
-    """The standard deviation of the scores of what each query sees, [n], without a gradient."""
+    """The standard deviation of the scores of what each query sees, [n, 1], without a gradient."""
     seen = scores.detach() > NEG_INF
     count = seen.sum(dim=1)
     filled = scores.detach().masked_fill(~seen, 0.0)
     mean = filled.sum(dim=1) / count
     square = (filled - mean[:, None]).masked_fill(~seen, 0.0).square().sum(dim=1) / count
-    return square.sqrt().clamp_min(1e-12)
+    return square.sqrt().clamp_min(1e-12)[:, None]
 
 
 class Steered:
     """A text in whose slots an attacker wants to move what CSA reads: a `Target`, whose loss is the mean over layers
-    and queries of sigmoid(-SLOPE margin), near the share of queries that go on reading as the attacker would not."""
+    and queries of that of the aim."""
 
-    def __init__(self, model: LanguageModel, ids: Tensor, slots: Tensor, rows: Tensor, margin: Margin, allowed: Tensor):
+    def __init__(self, model: LanguageModel, ids: Tensor, slots: Tensor, rows: Tensor, aim: Aim, allowed: Tensor):
         self.model, self.ids, self.slots, self.rows = model, ids, slots, rows
-        self.margin, self.allowed = margin, allowed
-
-    def margins(self, texts: Tensor, x: Tensor) -> Tensor:
-        """[B, queries of all layers]."""
-        layers = scores_of(self.model, texts, x, self.rows)
-        return torch.stack([torch.cat([self.margin(layer[i]) for layer in layers]) for i in range(len(texts))])
+        self.aim, self.allowed = aim, allowed
 
     def loss(self, texts: Tensor, x: Tensor) -> Tensor:
         """[B], with a graph to x [B T, M]."""
-        return torch.sigmoid(-SLOPE * self.margins(texts, x)).mean(dim=1)
+        layers = scores_of(self.model, texts, x, self.rows)
+        return torch.stack([self.aim.loss(s.flatten(0, 1)).view(s.shape[:2]).mean(dim=1) for s in layers]).mean(dim=0)
 
     def embedded(self, texts: Tensor) -> Tensor:
         with torch.no_grad():
@@ -120,7 +133,8 @@ class Steered:
         """The share of queries of all layers in which the attacker has it."""
         with torch.no_grad():
             x = self.embedded(text[None]) if x is None else x
-            return float((self.margins(text[None], x) > 0).double().mean())
+            layers = scores_of(self.model, text[None], x, self.rows)
+            return float(torch.cat([self.aim.reached(s[0]) for s in layers]).double().mean())
 
 
 def bend(goal: Steered, text: Tensor, steps: int) -> tuple[float, Tensor, float]:
@@ -133,7 +147,7 @@ def bend(goal: Steered, text: Tensor, steps: int) -> tuple[float, Tensor, float]
     start, table = goal.embedded(text[None]), goal.model.embed.weight.detach().float()
     size, slots = table.norm(dim=1).median(), goal.slots.to(start.device)
     free = start[slots].clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([free], lr=0.1 * float(size) / free.shape[1] ** 0.5)
+    optimiser = torch.optim.Adam([free], lr=PACE * float(size) / free.shape[1] ** 0.5)
     best, where, lowest = goal.rate(text), free.detach().clone(), float("inf")
     for _ in range(steps):
         whole = start.clone()
