@@ -233,3 +233,19 @@ def test_ranks_and_spearman() -> None:
     assert stats.ranks(x).tolist() == [2.0, 3.5, 3.5, 1.0]
     assert stats.spearman(x, x.exp()) == pytest.approx(1.0) and stats.spearman(x, -x) == pytest.approx(-1.0)
     assert stats.spearman(x, torch.ones(4)) == 0.0
+
+
+def test_intervals_of_few_runs() -> None:
+    """Quantiles of Student's t from tables; an interval of three runs that holds the mean as often as it says; rows
+    and columns that are both drawn."""
+    for freedom, want in ((1, 12.706), (2, 4.303), (5, 2.571), (30, 2.042)):
+        assert stats.student_quantile(0.975, freedom) == pytest.approx(want, abs=1e-3)
+    assert stats.student([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    generator, held = torch.Generator().manual_seed(1), 0
+    for _ in range(400):
+        low, high = stats.student(torch.randn(3, generator=generator))
+        held += low <= 0 <= high
+    assert 0.92 < held / 400 < 0.98
+    rows = torch.tensor([[0.0], [1.0]]).expand(2, 50)
+    assert stats.crossed(rows) == (0.0, 1.0), "texts that agree say nothing of another run"
+    assert stats.crossed(rows.T) == (0.0, 1.0) and stats.crossed(torch.full((3, 4), 2.0)) == (2.0, 2.0)

@@ -71,14 +71,18 @@ class Indexer(nn.Module):
             keys = self.compressor(x, run, stores)
             if not (any(wanted) or learns):
                 return [ALL] * len(run.parts)
-            q = rotate(self.wq_b(qr).view(len(x), self.heads, self.width), run.turn["compressed"])
-            weights = self.weights_proj(x).float() * (self.width * self.heads) ** -0.5
+            q, weights = self.queries(x, qr, run)
         found = []
         for part, pool, store, want in zip(run.parts, keys, stores, wanted, strict=True):
             asked = Asked(part.of(q), part.of(weights), pool) if learns else None
             chosen = self._choose(part.of(q), part.of(weights), pool, part, store) if want else None
             found.append((chosen, asked))
         return found
+
+    def queries(self, x: Tensor, qr: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """What tokens ask with: q [T, Hi, Di] and the weights of the heads fp32 [T, Hi]."""
+        q = rotate(self.wq_b(qr).view(len(x), self.heads, self.width), run.turn["compressed"])
+        return q, self.weights_proj(x).float() * (self.width * self.heads) ** -0.5
 
     @torch.no_grad()
     def _choose(self, q: Tensor, weights: Tensor, keys: ops.Pool, part: Part, store: Compressed | None) -> Tensor:

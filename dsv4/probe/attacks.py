@@ -18,6 +18,7 @@ again as text is in the detail.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,18 @@ RUN = 4096  # tokens of texts that are run at once
 
 def needs(config: AnyConfig) -> str | None:
     return None if config.vocab_size > 2 else "a vocabulary of two tokens leaves nothing to swap"
+
+
+class Target(Protocol):
+    """What swaps of tokens are to bring down: ids int64 [T] to begin with, slots int64 [L] that may be filled, with
+    tokens that are allowed (bool [V]); the loss of each text, and one text's gradient as `Goal` has it."""
+
+    ids: Tensor
+    slots: Tensor
+    allowed: Tensor
+
+    def losses(self, texts: Tensor) -> Tensor: ...
+    def gradient(self, text: Tensor) -> Tensor: ...
 
 
 class Goal:
@@ -106,7 +119,7 @@ class Swaps:
         return gradient[self.place, self.token] - gradient[self.place, text[slots][self.place]]
 
 
-def any_swaps(goal: Goal, text: Tensor, count: int, generator: torch.Generator) -> Swaps:
+def any_swaps(goal: Target, text: Tensor, count: int, generator: torch.Generator) -> Swaps:
     """Of any slot for any allowed token but its own; drawn with replacement."""
     place = torch.randint(0, len(goal.slots), (count,), generator=generator)
     tokens = goal.allowed.nonzero()[:, 0]
@@ -118,7 +131,7 @@ def any_swaps(goal: Goal, text: Tensor, count: int, generator: torch.Generator) 
     return Swaps(place, token)
 
 
-def best_swaps(goal: Goal, text: Tensor, gradient: Tensor, top: int, count: int, generator: torch.Generator) -> Swaps:
+def best_swaps(goal: Target, text: Tensor, gradient: Tensor, top: int, count: int, generator: torch.Generator) -> Swaps:
     """Up to `count` different ones, drawn among the `top` tokens of each slot whose predicted loss is lowest; never
     those whose gradient [L, V] is infinite."""
     ranked = gradient.masked_fill(~goal.allowed, float("inf"))
@@ -138,7 +151,7 @@ class Found:
     cost: int
 
 
-def search(goal: Goal, budget: int, generator: torch.Generator, *, top: int | None = None, batch: int = 32) -> Found:
+def search(goal: Target, budget: int, generator: torch.Generator, *, top: int | None = None, batch: int = 32) -> Found:
     """From goal.ids on, keep the best swap of every batch if it lowers the loss, until `budget` texts have been run.
 
     top: GCG, among so many tokens a slot by the gradient; None: random search, among all. No swap of a text is tried
@@ -165,6 +178,13 @@ def search(goal: Goal, budget: int, generator: torch.Generator, *, top: int | No
         else:
             gradient[swaps.place, swaps.token] = float("inf")
     return Found(text, loss, cost)
+
+
+def correlation(goal: Target, count: int, generator: torch.Generator) -> float:
+    """Spearman's, of predicted and true change over random swaps of goal.ids."""
+    swaps = any_swaps(goal, goal.ids, count, generator)
+    predicted = swaps.predicted(goal.gradient(goal.ids), goal.ids, goal.slots)
+    return stats.spearman(predicted, goal.losses(swaps.of(goal.ids, goal.slots)))
 
 
 def fidelity(goal: Goal, count: int, generator: torch.Generator) -> tuple[float, float]:

@@ -9,7 +9,7 @@ clean pass: D = sigma / sigma(frozen) says what their dependence on the input ad
 
 Does not cover: large changes (attention is not Lipschitz, so a local gain bounds nothing beyond its neighbourhood), and
 jumps of the discrete choices (selection.*, routing.*). In gain.ratio the weights were trained with mHC; trained with
-another residual they would be others.
+another residual they would be others (experiments/0003-residuals trains them).
 """
 
 import math
@@ -63,7 +63,8 @@ def run_jacobian(subject: Subject, settings: Settings) -> Iterator[Record]:
     number = settings.pick(4, 16)
     found = end_to_end(subject, settings, number, directions=8)
     worst = max(g.residual for g in found)
-    detail = {"tokens": tokens_of(settings), "each": [g.sigma for g in found], "steps": [g.steps for g in found],
+    detail = {"tokens": tokens_of(settings), "each": [g.sigma for g in found],
+              "relative": [g.relative for g in found], "steps": [g.steps for g in found],
               "asymmetry": max(g.asymmetry for g in found)}  # fmt: skip
     sigma, rho, random = ([getattr(g, name) for g in found] for name in ("sigma", "relative", "random"))
     mean = _geometric(rho)

@@ -62,10 +62,12 @@ def enough_tokens(config: ModelConfig) -> int:
     return min(2 * config.compress_rate_csa * config.index_topk, config.max_position_embeddings)
 
 
-def watch(model: LanguageModel, ids: Tensor, pinned: int = 0) -> tuple[list[Asked], list[Tensor]]:
+def watch(
+    model: LanguageModel, ids: Tensor, pinned: int = 0, embedded: Tensor | None = None
+) -> tuple[list[Asked], list[Tensor]]:
     """For every CSA layer what its indexer was asked (without pins), and what it reads int64 [T, k], -1: none.
 
-    ids [T] must be long enough that something is left out.
+    ids [T] must be long enough that something is left out. embedded: [T, M] in place of their embeddings.
     """
     asked: list[Asked] = []
     read: list[Tensor] = []
@@ -87,7 +89,7 @@ def watch(model: LanguageModel, ids: Tensor, pinned: int = 0) -> tuple[list[Aske
         return choose if name == "index_scores_topk" else attend
 
     with torch.no_grad(), ops.wrapped(["index_scores_topk", "sparse_attention"], wrap):
-        model(ids, segments=[Segment(len(ids), pinned=pinned)], rows="last")
+        model.trunk(ids, [Segment(len(ids), pinned=pinned)], embedded=embedded)
     assert len(read) == len(layers), "the text is too short for anything to be left out"
     return asked, read
 

@@ -43,6 +43,45 @@ def bootstrap(
     return low, high
 
 
+def student(values: Sequence[float] | Tensor, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of a few independent values [n], n >= 2: for runs, of which there are too few to
+    draw from."""
+    x = torch.as_tensor(values, dtype=torch.float64).flatten()
+    assert len(x) > 1, "one value has no spread"
+    half = student_quantile(0.5 + confidence / 2, len(x) - 1) * float(x.std()) / math.sqrt(len(x))
+    return float(x.mean()) - half, float(x.mean()) + half
+
+
+def student_quantile(p: float, freedom: int) -> float:
+    """Of Student's t, p above 1/2: by bisection on its density's integral (Simpson's rule in the angle, where t =
+    sqrt(freedom) tan a and the density is cos(a)^(freedom - 1))."""
+    assert 0.5 < p < 1 and freedom > 0
+
+    def area(angle: float) -> float:
+        a = torch.linspace(0, angle, 2001, dtype=torch.float64)
+        y = a.cos().clamp_min(0) ** (freedom - 1)
+        return float((y[0] + y[-1] + 4 * y[1::2].sum() + 2 * y[2:-1:2].sum()) * angle / 6000)
+
+    low, high, whole = 0.0, math.pi / 2, 2 * area(math.pi / 2)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if 0.5 + area(middle) / whole < p else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def crossed(values: Tensor, *, seed: int = 0, draws: int = 2000, confidence: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of the mean of values [S, P] of which both rows and columns are samples, such as runs and
+    the texts that all of them were asked: both are drawn anew, each apart. Of few rows it is too narrow: `student` over
+    the rows' means stands beside it."""
+    x = torch.as_tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randint(0, n, (draws, n), generator=generator) for n in x.shape)
+    means = x[rows[:, :, None], columns[:, None, :]].mean(dim=(1, 2))
+    tail = (1 - confidence) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def median(x: Tensor) -> Tensor:
     """The middle of the last dimension (the mean of the two middle ones), for `bootstrap`."""
     return x.quantile(0.5, dim=-1)

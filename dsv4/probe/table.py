@@ -7,6 +7,7 @@ from dsv4.config import AnyConfig
 from dsv4.errors import UserError, nearest
 from dsv4.probe import (
     attacks,
+    compression,
     embedding,
     fidelity,
     gain,
@@ -59,6 +60,10 @@ _ALL: list[Probe] = [
     Probe(
         attacks.NAME, "Can tokens be found that make the model say what an attacker wants?", "quick", attacks.needs,
         attacks.run,
+    ),
+    Probe(
+        compression.NAME, "Do attacks on tokens work the same without compression, and with narrow memories?", "quick",
+        compression.needs, compression.run,
     ),
     Probe(
         selection.NAME, "How little does it take to change what CSA reads?", "quick", indexed.needs_choice,
