@@ -286,7 +286,7 @@ EXPORT(blocks)
     }
     if (end)
         CALL(head_collapse)(out, int(first.is_bf16), n, int(N), first.width, end->fn, end->base, end->scale, float(end->hc_eps),
-                            float(end->eps), hidden);
+                            float(end->eps), hidden, nullptr);
 }
 
 #if !defined(__AVX512F__)  // once: block.py compares

@@ -43,7 +43,7 @@ EXPORT(hyper_write)
 
 EXPORT(head_collapse)
 (const void* x, int is_bf16, long n, int N, long M, const float* fn, const float* base, const float* scale, float eps,
- float norm_eps, void* out);
+ float norm_eps, void* out, float* kept);
 
 EXPORT(sparse_attention)
 (const void* q, int is_bf16, long n, long H, long D, const int64_t* window, const int64_t* entries, const void* start,
