@@ -80,7 +80,7 @@ def first_choice_of(model, ids: torch.Tensor, way: str) -> int:
 
 
 def test_an_attack_by_the_window_alone_works_in_every_way() -> None:
-    """A model of entries that write nothing: their values are zero but for the sink's share, which is the window's."""
+    """A model of a window layer alone, which has no entries: no way of reading changes anything."""
     model = small_model((0,), sliding_window=WINDOW)
     for seed in range(5):
         goal, found = forced(model, tokens(model, 40, seed), torch.arange(34, 38), ON)
