@@ -114,21 +114,20 @@ def test_the_peers_matrices_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a step on the same weights and tokens the peer's parameters are ours, so Muon took the same matrices."""
     job = train.Job(trainstep.Plan("tiny", ModelConfig.preset("tiny").without_drafts(), "float32", [40]), 40, 1)
     with tempfile.TemporaryDirectory() as folder:
-        names = trainstep.compared(dataclasses.replace(job, folder=folder))["names"]
+        trainstep.compared(dataclasses.replace(job, folder=folder))
+        names = trainstep.counterparts(job)["names"]
         peer = trainstep._Peer(dataclasses.replace(job, folder=folder, names=names))
     ours = trainstep._Ours(job)
     parameters = dict(ours.model.named_parameters())
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    ours(), peer()
+    for step in (ours, peer):
+        step()
+    moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
+    # no gradient flows to indexers, nor to compressors none of whose groups closed
+    assert all(".indexer." in name or ".compressor." in name for name in before.keys() - moved)
     for name, p in peer.model.named_parameters():
-        mine = parameters[names[name]]
-        torch.testing.assert_close(p.flatten(), mine.flatten(), rtol=0, atol=0.05 * train_rate())
-    assert sum(not torch.equal(p, before[name]) for name, p in parameters.items()) > 0.9 * len(before)
-
-
-def train_rate() -> float:
-    """The size of an update: of AdamW's first step, and more than most numbers of Muon's."""
-    return trainstep.RATE
+        if not names[name].startswith("layers.0.hc_attn"):  # all streams are alike there: its gradients are roundings
+            torch.testing.assert_close(p.flatten(), parameters[names[name]].flatten(), rtol=0, atol=5e-6)
 
 
 def test_wrong_options_fail_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

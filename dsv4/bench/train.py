@@ -24,7 +24,7 @@ from dsv4.bench.cost import available_bytes
 from dsv4.bench.frontier import DTYPES, Say, machine
 from dsv4.bench.peers import installed
 from dsv4.bench.show import machine_line
-from dsv4.bench.trainstep import Job, Plan, compared, run
+from dsv4.bench.trainstep import Job, Plan, compared, counterparts, run
 from dsv4.config import ModelConfig
 from dsv4.errors import UserError, nearest
 from dsv4.measure.clock import Skip
@@ -69,8 +69,9 @@ def measure(plan: Plan, say: Say) -> Iterator[Row]:
         if "skipped" not in found:
             say(f"transformers: loss {found['loss']:.2g} and gradients {found['gradients']:.2g} from ours (fp32)")
             if not (found["loss"] <= CLOSE_LOSS and found["gradients"] <= CLOSE_GRADIENT):
-                apart = {name: found[name] for name in ("loss", "gradients")}
-                found = {"skipped": f"transformers computes another function: {apart}; times would compare nothing"}
+                found = {"skipped": f"transformers computes another function: {found}; times would compare nothing"}
+            else:
+                found |= _apart(counterparts, Job(plan, 0, threads))
         for context in plan.contexts:
             if "skipped" in found:
                 yield {"who": "transformers", "ctx": context, **found}

@@ -178,8 +178,7 @@ def _targets(ids: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def compared(job: Job) -> Row:
-    """How far the peer's loss and gradients are from ours, in fp32 with the same weights, which are left in the folder;
-    and the names of its parameters, to ours.
+    """How far the peer's loss and gradients are from ours, in fp32 with the same weights, which are left in the folder.
 
     Ours are put in place of the weights of a model, which is then read as the peer reads models: what belongs to what
     needs no second table of names. An indexer's have no gradient there, and zeros here.
@@ -207,25 +206,27 @@ def compared(job: Job) -> Row:
         largest = grad.abs().max().item()
         away = (grad - mine[name]).abs().max().item()
         apart = max(apart, away / largest if largest else (math.inf if away else 0.0))
-    names = _names(ours, mine)
-    return {"loss": abs(found.next_token / theirs.item() - 1), "gradients": apart, "names": names}
+    return {"loss": abs(found.next_token / theirs.item() - 1), "gradients": apart}
 
 
 @torch.no_grad()
-def _names(ours: Transformer, mine: dict[str, Tensor]) -> dict[str, str]:
-    """The names of a peer's parameters, to ours. mine: its parameters with the numbers that ours have now. Both lie in
-    the same order in memory, as what is orthogonalised is cut out of that."""
+def counterparts(job: Job) -> Row:
+    """The names of the peer's parameters, to ours. Both lie in the same order in memory, as what is orthogonalised is
+    cut out of that: both are read with random numbers, then with each parameter's own number in it."""
+    ours = _model(job.plan, "float32")
+    mine = dict(twin(ours, torch.float32).named_parameters())
     named = list(ours.named_parameters())
-    before = {name: p.clone() for name, p in named}
+    before = [p.clone() for _, p in named]
     for number, (_, p) in enumerate(named):
         p.fill_(number)
-    found = {}
+    found: dict[str, str] = {}
     for theirs, p in twin(ours, torch.float32).named_parameters():
-        name = named[int(p.flatten()[0])][0]
-        assert torch.equal(mine[theirs].flatten(), before[name].flatten()), f"{theirs} is not laid out as {name}"
+        number = int(p.flatten()[0])
+        name = named[number][0]
+        assert torch.equal(mine[theirs].flatten(), before[number].flatten()), f"{theirs} is not laid out as {name}"
         found[theirs] = name
     assert len(found) == len(set(found.values())) == len(named), "a parameter has no counterpart, or two"
-    return found
+    return {"names": found}
 
 
 def _profile(found: dict[str, Spent], forward: float, backward: float) -> list[Row]:
