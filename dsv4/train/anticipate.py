@@ -1,4 +1,4 @@
-"""Anticipatory routing (paper, on training stability): experts of update t are chosen by the parameters of update t - delay.
+"""Anticipatory routing (paper, on training stability): the parameters of update t - delay choose the experts of t.
 
 Features, scores and the weights of the experts are those of the parameters that learn; only which experts a token goes
 to is decided earlier. The paper reads the batch of update t early and computes and keeps its choice at t - delay, when
