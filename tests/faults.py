@@ -89,12 +89,12 @@ class Bench:
         run = Trainer(config or self.config, folder, resume="auto")
         gradient = run._gradient
 
-        def noted(step: int, mtp: float) -> Any:
+        def noted(step: int, mtp: float, *ahead: Any) -> Any:
             batch = run.batches.batch(step)
             digest = hashlib.sha256(batch.ids.numpy().tobytes() + batch.targets.numpy().tobytes()).hexdigest()
             with samples.open("a") as file:  # type: ignore[union-attr]
                 file.write(f"{step} {digest}\n")
-            return gradient(step, mtp)
+            return gradient(step, mtp, *ahead)
 
         if samples is not None:
             run._gradient = noted  # type: ignore[method-assign]
