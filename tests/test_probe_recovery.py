@@ -3,7 +3,9 @@ a decoder that beats a channel's capacity; needles asked of more than HCA; a mod
 whose HCA is empty, or the other way.
 """
 
+import itertools
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from dsv4.measure.subjects import small_config, small_model, tokens
 from dsv4.probe import needles as needles_file
 from dsv4.probe import recovery
 from dsv4.probe.fidelity import gate_scores
-from dsv4.probe.needles import IdTask
+from dsv4.probe.needles import IdTask, Needle
 from dsv4.probe.recovery import (
     Asked,
     by_needles,
@@ -151,6 +153,21 @@ def test_needles_lie_in_one_group_and_are_asked_of_hca_alone(monkeypatch: pytest
     assert sorted(found) == [1, 2, 4, 8, 16] and found[4].alone.shape == (4, 4, 16) and kinds == {"hca"}
     assert all(128 <= place < 256 for places in hidden for place in places)
     assert not torch.equal(found[4].alone, found[4].everything)
+
+
+def test_needles_whose_names_have_more_tokens_at_times_find_room() -> None:
+    drawn = itertools.count()
+
+    @dataclass(frozen=True)
+    class Named(IdTask):
+        def needles(self, count: int, generator: torch.Generator) -> list[Needle]:
+            longer = 1 if next(drawn) < 3 else 12
+            found = super().needles(count, generator)
+            return [replace(n, before=n.before.repeat(longer), question=n.question.repeat(longer)) for n in found]
+
+    task = Named(keys=range(64, 80), values=range(80, 96), fill=range(64))
+    found = by_needles(small_model((4, 128), index_topk=128), task, Few())
+    assert sorted(found) == [1, 2, 4, 8], "16 of up to 13 tokens are more than 128"
 
 
 def test_the_probe_says_what_it_cannot_measure() -> None:

@@ -103,7 +103,10 @@ def run(subject: Subject, settings: Settings) -> Iterator[Record]:
             interval=stats.wilson(len(won), len(every)),
             detail={"budget": budget, "tokens": length, "rank": RANK,
                     "csa_leaves_out": length > c.compress_rate_csa * (c.index_topk + 1)},
+            finding="" if won else "No attack worked, so none could be tried the other way: this is no pass.",
         )  # fmt: skip
+        if not won:
+            continue  # there is none to try otherwise
         yield kept(record, f"of those found with compression {said}, work with it {'off' if way == ON else 'on'}",
                    [works(g, f, other) for g, f in won])  # fmt: skip
         if way == OFF:
@@ -114,10 +117,8 @@ def run(subject: Subject, settings: Settings) -> Iterator[Record]:
 
 
 def kept(record: Recorder, name: str, still: list[bool]) -> Record:
-    """The share of attacks that still work; no value where there were none."""
+    """The share of attacks that still work."""
     n = len(still)
-    if not n:
-        return record(name, None, "share", n=0, finding="No attack worked to begin with, so there is none to keep.")
     return record(
         name, sum(still) / n, "share", n=n, interval=stats.wilson(sum(still), n),
         finding=f"{sum(still)} of {n} attacks {name.removeprefix('of those, ')}."

@@ -188,17 +188,19 @@ def by_needles(model: LanguageModel, task: Task, settings: Settings) -> dict[int
     c = model.config
     assert isinstance(c, ModelConfig)
     r, generator, texts = c.compress_rate_hca, settings.generator(33), settings.pick(32, 256)
-    size = len(task.needles(1, generator)[0].before) + 1 + len(task.needles(1, generator)[0].after)
     length = GROUPS * r
     found: dict[int, Asked] = {}
     for m in (1, 2, 4, 8, 16):
-        if m * size > r or m > task.most:
+        if m > task.most:
+            break
+        drawn = [task.needles(m, generator) for _ in range(texts)]
+        size = max(len(needles[0].before) + 1 + len(needles[0].after) for needles in drawn)  # a name's tokens differ
+        room = r // m
+        if size > room:
             break
         alone, everything, values = [], [], []
-        for _ in range(texts):
-            needles = task.needles(m, generator)
+        for needles in drawn:
             questions = [n.question for n in needles]
-            room = r // m
             jitter = torch.randint(0, room - size + 1, (m,), generator=generator).tolist()
             places = [r + room * i + jitter[i] + len(needles[0].before) for i in range(m)]
             text = text_of(task, length - len(questions[0]), needles, places, generator)

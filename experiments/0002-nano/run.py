@@ -61,9 +61,9 @@ def ours(config: RunConfig, out: Path, seconds: float) -> dict[str, Any]:
     trial.close()
     steps = max(2, int(seconds / each))
     warmup = min(config.schedule.warmup, steps // 10)
-    config = merge(
-        config, {"schedule": {"steps": steps, "warmup": warmup}, "save": {"every": steps, "eval_every": steps}}
-    )
+    phases = {name: getattr(config.indexer, name) * steps // config.schedule.steps for name in ("dense", "warmup")}
+    changes = {"schedule": {"steps": steps, "warmup": warmup}, "save": {"every": steps, "eval_every": steps}}
+    config = merge(config, {**changes, "indexer": phases})
     run = Trainer(config, out / "dsv4")
     last: dict[str, Any] = {}
     run.run(last.update)
