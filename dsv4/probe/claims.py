@@ -98,7 +98,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "Whoever attacks the attention works from incomplete information.",
         "Weights and inference code are public, so anybody can compute the scores that select: an attacker has them.",
-        probe="selection.hijack", quantity="V of the worst text (level 3)", judge=_evicted,
+        probe="selection.hijack", quantity="V of the tokens found by gradient (level 4)", judge=_evicted,
     ),
     Claim(
         "HCA stores distant keys and values by low-rank decomposition and quantisation and decodes them on demand.",
