@@ -1,6 +1,8 @@
-"""Experts under autograd: products by torch, of all tokens of an expert at once, and between them a pass over rows.
+"""Experts under autograd. Of a call are kept its arguments and the products before the activation, which is computed
+again in the backward pass.
 
-Of a call are kept its arguments and the products before the activation, which is computed again in the backward pass.
+Where experts keep all threads busy, each is left to one thread (src/expert_gradients.cpp). Else products are torch's,
+of all tokens of an expert at once, and between them is a pass over rows.
 """
 
 from collections.abc import Iterator
@@ -14,6 +16,23 @@ from dsv4.ops.cpu.library import Kernel, address
 
 _swiglu = Kernel("swiglu", "pipllfp")
 _swiglu_backward = Kernel("swiglu_backward", "pippllfppp")
+_forward = Kernel("experts_forward", "plllppllpppfppp")
+_backward = Kernel("experts_backward", "plllppllpppfppppppp")
+
+WIDEST = (
+    1024  # numbers of a row, in an expert or before it, that one thread takes: of wider ones too much leaves its cache
+)
+
+
+def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+    """As ops.experts, of plain weights. Pairs of tokens and experts are sorted by expert; a token's experts are added
+    in the order in which it chose them."""
+    counts = torch.bincount(chosen.flatten(), minlength=len(w13))
+    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, weights, w13, w2))
+    alone = plain and max(x.shape[1], 2 * w13.shape[2]) <= WIDEST
+    alone = alone and int((counts > 0).sum()) >= 4 * torch.get_num_threads()
+    form = ExpertsInThreads if alone else ExpertsByTorch
+    return form.apply(x, chosen, weights, w13, w2, counts, limit)  # type: ignore[return-value]
 
 
 def _activated(hidden: Tensor, weights: Tensor | None, limit: float) -> Tensor:
@@ -39,15 +58,50 @@ def _activated_backward(
     return act, d_hidden, d_weights
 
 
-class RoutedExperts(torch.autograd.Function):
-    """As ops.experts, of plain weights. Pairs of tokens and experts are sorted by expert; a token's experts are added
-    in the order in which it chose them."""
+class ExpertsInThreads(torch.autograd.Function):
+    """Each expert by one thread; all in fp32. counts int64 [experts]: pairs of each."""
 
     @staticmethod
-    def forward(ctx: Any, x, chosen, weights, w13, w2, limit: float):
-        k, dtype = chosen.shape[1], x.dtype
+    def forward(ctx: Any, x, chosen, weights, w13, w2, counts: Tensor, limit: float):
+        ctx.limit, ctx.k = limit, chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(w13)).tolist()
+        ws, out = weights.flatten()[order], torch.empty_like(x)
+        hidden, rows = x.new_empty(len(order), 2 * w13.shape[2]), x.new_empty(len(order), x.shape[1])
+        given = ExpertsInThreads._given(ctx, x, ws, w13, w2, order, counts)
+        _forward(*given, hidden.data_ptr(), rows.data_ptr(), out.data_ptr())
+        ctx.save_for_backward(x, ws, w13, w2, hidden, order, counts)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any):
+        x, ws, w13, w2, hidden, order, counts = ctx.saved_tensors
+        d_out, d_x, rows = grads[0].contiguous(), torch.empty_like(x), x.new_empty(len(order), x.shape[1])
+        d_ws, d_w13, d_w2 = torch.empty_like(ws), torch.empty_like(w13), torch.empty_like(w2)
+        _backward(
+            *ExpertsInThreads._given(ctx, x, ws, w13, w2, order, counts), hidden.data_ptr(), d_out.data_ptr(),
+            rows.data_ptr(), d_x.data_ptr(), d_ws.data_ptr(), d_w13.data_ptr(), d_w2.data_ptr(),
+        )  # fmt: skip
+        d_weights = torch.empty_like(d_ws)
+        d_weights[order] = d_ws
+        return d_x, None, d_weights.view(len(x), ctx.k), d_w13, d_w2, None, None
+
+    @staticmethod
+    def _given(ctx: Any, x, ws, w13, w2, order, counts) -> tuple[Any, ...]:
+        """What both directions take."""
+        return (
+            x.data_ptr(), *x.shape, w13.shape[2], order.data_ptr(), counts.data_ptr(), len(counts), ctx.k,
+            ws.data_ptr(), w13.data_ptr(), w2.data_ptr(), ctx.limit,
+        )  # fmt: skip
+
+
+class ExpertsByTorch(torch.autograd.Function):
+    """Each expert by all threads. counts as above."""
+
+    @staticmethod
+    def forward(ctx: Any, x, chosen, weights, w13, w2, numbers: Tensor, limit: float):
+        k, dtype, counts = chosen.shape[1], x.dtype, numbers.tolist()
+        order = chosen.flatten().argsort(stable=True)
         ws, token = weights.flatten()[order], order // k
         hidden, ys = x.new_empty(len(order), 2 * w13.shape[2]), x.new_empty(len(order), x.shape[1])
         for e, rows in _of_experts(counts):
@@ -79,7 +133,7 @@ class RoutedExperts(torch.autograd.Function):
             into_gradient(dy.T, act, d_w2[e])
             into_gradient(d_hidden.T, x[mine], d_w13[e].view(-1, x.shape[1]))
             torch.mm(d_hidden, w13[e].flatten(0, 1).to(dtype), out=d_xs[rows])
-        return _added(d_xs, back, k).to(dtype), None, d_ws[back].view(len(x), k), d_w13, d_w2, None
+        return _added(d_xs, back, k).to(dtype), None, d_ws[back].view(len(x), k), d_w13, d_w2, None, None
 
 
 def _added(rows: Tensor, back: Tensor, k: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsv4.ops.cpu.expert_gradients import OneExpert, RoutedExperts
+from dsv4.ops.cpu.expert_gradients import OneExpert, routed_experts
 from dsv4.ops.cpu.library import DTYPES, PLAIN, Kernel, address, needs_gradient
 from dsv4.ops.limits import Limits
 from dsv4.ops.weights import PackedMatrix
@@ -41,7 +41,7 @@ def laid_mlp(w1: Weight, w3: Weight, w2: Weight) -> Laid:
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float) -> Tensor:
     if needs_gradient(x, weights, w13, w2):
-        return RoutedExperts.apply(x, chosen, weights, w13, w2, limit)  # type: ignore[return-value]
+        return routed_experts(x, chosen, weights, w13, w2, limit)
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     n, width = x.shape
     inner, out = w2.shape[-1], x.new_empty(n, width, dtype=torch.float32)

@@ -1,44 +1,21 @@
-// The clamped SwiGLU of experts, silu(min(gate, limit)) * clamp(up, -limit, limit) * weight, and its gradients, row by row.
-#include "norm.h"
+// The clamped SwiGLU of many rows, for experts that torch multiplies.
+#include "swiglu.h"
 
 namespace {
 
-INLINE vf bounded(vf x, float limit) { return x > limit ? splat(limit) : (x < -limit ? splat(-limit) : x); }  // a NaN stays
-
 template <class T> void forward(const T* hidden, const float* weights, long n, long I, float limit, T* act) {
 #pragma omp parallel for schedule(static) if (n * I > 20000)
-    for (long i = 0; i < n; i++) {
-        const T *gate = hidden + i * 2 * I, *up = gate + I;
-        vf weight = splat(weights ? weights[i] : 1.0f);
-        for (long c = 0; c < I; c += LANES) {
-            vf g = load_up_to(gate + c, I - c);
-            g = g > limit ? splat(limit) : g;
-            store_up_to(act + i * I + c, g * sigmoid(g) * bounded(load_up_to(up + c, I - c), limit) * weight, I - c);
-        }
-    }
+    for (long i = 0; i < n; i++) swiglu_row(hidden + i * 2 * I, weights ? weights[i] : 1.0f, I, limit, act + i * I);
 }
 
-// A clamped number carries no gradient; on the bound itself it does, as in torch.clamp.
 template <class T>
 void backward(const T* hidden, const float* weights, const T* d_act, long n, long I, float limit, T* act, T* d_hidden,
               float* d_weights) {
 #pragma omp parallel for schedule(static) if (n * I > 20000)
     for (long i = 0; i < n; i++) {
-        const T *gate = hidden + i * 2 * I, *up = gate + I;
-        T* to = d_hidden + i * 2 * I;
-        vf weight = splat(weights ? weights[i] : 1.0f), total = {};
-        for (long c = 0; c < I; c += LANES) {
-            long left = I - c;
-            vf raw = load_up_to(gate + c, left), y = load_up_to(up + c, left), d = load_up_to(d_act + i * I + c, left);
-            vf g = raw > limit ? splat(limit) : raw, u = bounded(y, limit), s = sigmoid(g), silu = g * s, a = silu * u;
-            total += d * a;
-            store_up_to(act + i * I + c, a * weight, left);
-            d = d * weight;
-            vf d_gate = d * u * (s + silu * (1.0f - s)), d_up = d * silu;
-            store_up_to(to + c, raw > limit ? vf{} : d_gate, left);
-            store_up_to(to + I + c, (y > limit) | (y < -limit) ? vf{} : d_up, left);
-        }
-        if (d_weights) d_weights[i] = sum(total);
+        float found = swiglu_row_backward(hidden + i * 2 * I, weights ? weights[i] : 1.0f, d_act + i * I, I, limit, act + i * I,
+                                          d_hidden + i * 2 * I);
+        if (d_weights) d_weights[i] = found;
     }
 }
 
