@@ -4,9 +4,10 @@ A prompt of random ids is read once per repeat; at each context of the list it s
 taken, and a fork of the memory decodes some tokens. A peer that cannot fork reads each context from its beginning. What
 stands in a row is the median over the repeats. A peer is timed once it is seen to compute the same (agree.py).
 
-At best, by what this machine does in the same run: a prompt takes the FLOPs counted by dsv4/cost at the rate of square
-matrix products of the same dtype, or the reading of all weights and the writing of its memory, whichever is longer; a
-token takes the reading of the weights that it uses and of the rows that it attends to. Shares are of that.
+At best, by what this machine does in the same run, before and after each repeat (the median): a prompt takes the FLOPs
+counted by dsv4/cost at the rate of square matrix products of the same dtype, or the reading of all weights and the
+writing of its memory, whichever is longer; a token takes the reading of the weights that it uses and of the rows that
+it attends to. Shares are of that.
 """
 
 import resource
@@ -29,7 +30,7 @@ from dsv4.config import ModelConfig
 from dsv4.cost import kv_bytes
 from dsv4.cost.params import active_bytes, weight_bytes
 from dsv4.errors import UserError, nearest
-from dsv4.measure.ceilings import measured_cpu, read_rate
+from dsv4.measure.ceilings import measured_cpu, product_rate, read_rate
 from dsv4.measure.clock import Skip
 from dsv4.measure.rows import Row
 from dsv4.measure.subjects import randomise, tokens
@@ -175,19 +176,37 @@ def measure(plan: Plan, say: Say) -> Iterator[Row]:
     if plan.released:
         pack_weights(model)
     judge = Judge(model) if plan.against else None
-    limits = machine(plan.dtype)
-    say(machine_line(limits))
+    limits = Limits(plan.dtype)
+    say(machine_line(limits.row()))
     ours = Ours(model, plan.format, plan.contexts[-1], plan.batch)
-    for context, found in passes(ours, plan.contexts, plan.repeats, say):
-        yield row(plan, "dsv4", context, found, limits)
+    for context, found in passes(ours, plan.contexts, plan.repeats, say, limits.again):
+        yield row(plan, "dsv4", context, found, limits.row())
     for name, peer in plan.against.items():
         assert judge
+        limits = Limits(plan.dtype)
         try:
-            timed = _outside(plan, peer, model, judge, say) if peer else _inside(plan, model, judge, say)
+            timed = _outside(plan, peer, model, judge, say) if peer else _inside(plan, model, judge, say, limits.again)
             for context, found in timed:
-                yield row(plan, name, context, found, limits)
+                yield row(plan, name, context, found, limits.row())
         except Skip as reason:
             yield {"who": name, "skipped": str(reason)}
+
+
+class Limits:
+    """What this processor does at best, in the dtype of a run. On a shared machine it is not the same from one minute
+    to the next, so rows are read against the median of what was measured in between."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.first = dtype, machine(dtype)
+        self.flops, self.read = [self.first["matmul_tflops"]], [self.first["read_gb_s"]]
+
+    def again(self) -> None:
+        self.flops.append(product_rate(self.dtype) / 1e12)
+        self.read.append(read_rate(torch.device("cpu")) / 1e9)
+
+    def row(self) -> Row:
+        medians = {"matmul_tflops": statistics.median(self.flops), "read_gb_s": statistics.median(self.read)}
+        return {**self.first, **medians}
 
 
 def machine(dtype: torch.dtype) -> Row:
@@ -202,8 +221,11 @@ def machine(dtype: torch.dtype) -> Row:
 
 
 @torch.inference_mode()
-def passes(who: Ours | Theirs, contexts: Sequence[int], repeats: int, say: Say) -> Iterator[tuple[int, Row]]:
-    """For each context seconds of its prefill and of a decoded token, medians over the repeats."""
+def passes(
+    who: Ours | Theirs, contexts: Sequence[int], repeats: int, say: Say, after: Callable[[], object]
+) -> Iterator[tuple[int, Row]]:
+    """For each context seconds of its prefill and of a decoded token, medians over the repeats. after: called after
+    each of these."""
     ids = tokens(who.model, contexts[-1] + 1)
     samples = Samples(contexts)
     size: dict[int, int | None] = {}
@@ -222,6 +244,7 @@ def passes(who: Ours | Theirs, contexts: Sequence[int], repeats: int, say: Say) 
                 together[context].append(who.side_by_side())
             size[context] = who.bytes()
             say(f"{who.name}: {context} tokens, repeat {repeat + 1} of {repeats}")
+        after()
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for context, found in samples.medians():
         batch = statistics.median(together[context]) if together[context] else None
@@ -245,7 +268,9 @@ class Samples:
             yield n, {"prefill_seconds": statistics.median(seconds), "decode_seconds": decode}
 
 
-def _inside(plan: Plan, model: Transformer, judge: Judge, say: Say) -> Iterator[tuple[int, Row]]:
+def _inside(
+    plan: Plan, model: Transformer, judge: Judge, say: Say, after: Callable[[], object]
+) -> Iterator[tuple[int, Row]]:
     """transformers, in this process."""
     who = Theirs(twin(model, plan.dtype))
     found: dict[int, Best] = {}
@@ -255,7 +280,7 @@ def _inside(plan: Plan, model: Transformer, judge: Judge, say: Say) -> Iterator[
             parts = [who.read(part) for part in judge.ids[:length].split(who.chunk)]
             found[length] = best(parts[-1].float().log_softmax(-1), judge.number)
     apart = _checked(plan, who.name, found, judge, say)
-    for context, row in passes(who, plan.contexts, plan.repeats, say):
+    for context, row in passes(who, plan.contexts, plan.repeats, say, after):
         yield context, {**row, **apart}
 
 

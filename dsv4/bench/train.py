@@ -7,7 +7,8 @@ peak of memory is its own. The peer is timed once its loss and gradients are see
 into the memory, going by two shorter ones, is not begun.
 
 At best: the FLOPs of forward and backward as dsv4/cost counts them, at the rate of square matrix products of the same
-dtype that this machine reaches in the same run. Shares are of that.
+dtype that this machine reaches between the steps, the median of that: on a shared machine it is not the same from one
+minute to the next. Shares are of that.
 """
 
 import tempfile
@@ -101,15 +102,15 @@ def _row(plan: Plan, job: Job, limits: Row, say: Say, peaks: dict[int, int], apa
     peaks[job.context] = found["peak_rss"]
     tokens = plan.batch * job.context
     flops = plan.batch * cost.weighted(cost.train(plan.config, job.context, mtp=False))
-    best, pass_seconds = flops / (1e12 * limits["matmul_tflops"]), found["forward_seconds"] + found["backward_seconds"]
+    best, pass_seconds = flops / (1e12 * found["matmul_tflops"]), found["forward_seconds"] + found["backward_seconds"]
     whole = pass_seconds + found["optimizer_seconds"]
     say(f"{who}: {job.context} tokens, {whole:.2f} s a step")
     return {
         "who": who, "model": plan.name, "dtype": plan.dtype, "ctx": job.context, "batch": plan.batch,
-        "recompute": plan.recompute and who == "dsv4", **found, "tok_s": tokens / pass_seconds,
+        "recompute": plan.recompute and who == "dsv4", **limits, **found, "tok_s": tokens / pass_seconds,
         "whole_tok_s": tokens / whole, "best_tok_s": tokens / best, "share": best / pass_seconds,
         "muon_share": found["muon_seconds"] / whole,
-        "loss_apart": apart and apart["loss"], "gradients_apart": apart and apart["gradients"], **limits,
+        "loss_apart": apart and apart["loss"], "gradients_apart": apart and apart["gradients"],
     }  # fmt: skip
 
 

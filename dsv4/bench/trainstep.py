@@ -18,6 +18,7 @@ from torch import Tensor
 from dsv4.bench.peers import installed, twin
 from dsv4.config import ModelConfig
 from dsv4.measure.backward import Spent, spent
+from dsv4.measure.ceilings import product_rate
 from dsv4.measure.resident import forget_peak, peak_bytes
 from dsv4.measure.rows import Row
 from dsv4.measure.subjects import randomise, tokens
@@ -56,14 +57,20 @@ class Job:
 
 
 def run(job: Job) -> Row:
-    """Seconds of the parts of a step, medians; the loss of the first; the most bytes that the process had in memory."""
+    """Seconds of the parts of a step and the rate of matrix products after it, medians over all steps but the first;
+    the first one's loss; the most bytes that the process had in memory."""
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     step = _Peer(job) if job.folder else _Ours(job)
     forget_peak()
-    times = [step() for _ in range(job.plan.steps)]
+    times, rates = [], []
+    for i in range(job.plan.steps):
+        times.append(step())
+        if i or job.plan.steps == 1:
+            rates.append(product_rate(getattr(torch, job.plan.dtype)))
     peak, counted = peak_bytes(), times[1:] or times
     found: Row = {f"{part}_seconds": statistics.median(t[part] for t in counted) for part in counted[0]}
+    found["matmul_tflops"] = statistics.median(rates) / 1e12
     profile = step.profile() if job.plan.profile and isinstance(step, _Ours) else None
     return {**found, "loss": step.losses[0], "peak_rss": peak, "profile": profile}
 

@@ -33,15 +33,20 @@ def ceiling(rows: list[Row], kind: str) -> float | None:
     return next((row["value"] * factor[row["unit"]] for row in rows if row["name"].startswith(kind)), None)
 
 
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of this processor in square matrix products, the fastest of some sizes and ways, measured now."""
+    cpu, budget, rates = torch.device("cpu"), Budget(1), dict.fromkeys(_WAYS, 0.0)
+    for n in (256, 512, 1024, 2048):  # small ones first: without bf16 units torch's large products take minutes
+        for way, best in rates.items():
+            if best == 0.0 or 2 * INNER * n**3 / best < 0.5:
+                rates[way] = max(best, _multiply_rate(cpu, dtype, n, budget, (way,)))
+    return max(rates.values())
+
+
 def measured_cpu() -> Accelerator:
     """This machine's processor as an accelerator: matrix products and copies, measured now, in a few seconds."""
     cpu, budget = torch.device("cpu"), Budget(1)
-    rates = {(dtype, way): 0.0 for dtype in (torch.bfloat16, torch.float32) for way in _WAYS}
-    for n in (256, 512, 1024, 2048):  # small ones first: without bf16 units torch's large products take minutes
-        for (dtype, way), best in rates.items():
-            if best == 0.0 or 2 * INNER * n**3 / best < 0.5:
-                rates[dtype, way] = max(best, _multiply_rate(cpu, dtype, n, budget, (way,)))
-    bf16, fp32 = (max(rates[dtype, way] for way in _WAYS) for dtype in (torch.bfloat16, torch.float32))
+    bf16, fp32 = map(product_rate, (torch.bfloat16, torch.float32))
     copied = _copy_rate(cpu, 1 << 28, budget)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     return Accelerator(

@@ -41,7 +41,7 @@ def laid_mlp(w1: Weight, w3: Weight, w2: Weight) -> Laid:
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float) -> Tensor:
     if needs_gradient(x, weights, w13, w2):
-        return routed_experts(x, chosen, weights, w13, w2, limit)
+        return routed_experts(x, chosen, weights, w13, w2, limit)  # type: ignore[arg-type]
     x, chosen, weights = x.contiguous(), chosen.contiguous(), weights.contiguous()
     n, width = x.shape
     inner, out = w2.shape[-1], x.new_empty(n, width, dtype=torch.float32)
