@@ -106,39 +106,63 @@ def batch(stage: Stage, gap: int, generator: torch.Generator) -> tuple[Tensor, T
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train(config: ModelConfig, seed: int, course: Sequence[Stage] = COURSE) -> Transformer:
-    """A model that has seen the course."""
-    torch.manual_seed(seed)
-    model, generator = Transformer(config), torch.Generator().manual_seed(seed)
-    optimizer = HybridOptimizer(parameter_groups(model.named_parameters(), config, weight_decay=0.01), RATE)
-    named = dict(model.named_parameters())
-    sides = [[p for name, p in named.items() if is_index_parameter(name) is side] for side in (False, True)]
-    gap = config.num_hidden_layers * WINDOW  # what windows alone cannot hand on
-    indexed = any(kind.indexed for kind in config.trunk_kinds)
-    steps = [stage for stage in course for _ in range(stage.steps) if indexed or stage.phase != "warmup"]
-    trunk = sum(stage.phase != "warmup" for stage in steps)
-    done, recent, began = 0, list[float](), time.perf_counter()
-    for step, stage in enumerate(steps):
-        phase = stage.phase if indexed else "off"
-        thaw(named.items(), phase if indexed else "dense")
-        optimizer.set_lr(RATE * (1.0 if phase == "warmup" else lr_scale(done, trunk, WARMUP, trunk // 2)))
-        ids, targets, lengths = batch(stage, gap, generator)
+class Training:
+    """A model in its course: `trunk` updates of everything, beside those of the indexer alone."""
+
+    def __init__(self, config: ModelConfig, seed: int, trunk: int):
+        torch.manual_seed(seed)
+        self.model, self.generator = Transformer(config), torch.Generator().manual_seed(seed)
+        groups = parameter_groups(self.model.named_parameters(), config, weight_decay=0.01)
+        self.optimizer, self.trunk, self.done = HybridOptimizer(groups, RATE), trunk, 0
+        self.indexed = any(kind.indexed for kind in config.trunk_kinds)
+        self.gap = config.num_hidden_layers * WINDOW  # what windows alone cannot hand on
+
+    def batch(self, stage: Stage) -> tuple[Tensor, Tensor, list[int]]:
+        return batch(stage, self.gap, self.generator)
+
+    def update(self, stage: Stage, rows: tuple[Tensor, Tensor, list[int]]) -> tuple[float, dict[str, Any]]:
+        """One update; the loss at questions, and the indexer's figures where it learns."""
+        model, optimizer, phase = self.model, self.optimizer, stage.phase if self.indexed else "off"
+        thaw(model.named_parameters(), phase if self.indexed else "dense")
+        warming = phase == "warmup"
+        optimizer.set_lr(RATE * (1.0 if warming else lr_scale(self.done, self.trunk, WARMUP, self.trunk // 2)))
         optimizer.zero_grad(set_to_none=True)
-        loss = training_loss(model, ids, targets, lengths, mtp_weight=0.0, balance_weight=1e-4, phase=phase)
+        loss = training_loss(model, *rows, mtp_weight=0.0, balance_weight=1e-4, phase=phase)
         loss.total.backward()
         drop_zero_gradients(model.parameters())
-        norms = [clip_gradients(some, 1.0) for some in sides]
+        named = list(model.named_parameters())
+        norms = [
+            clip_gradients([p for name, p in named if is_index_parameter(name) is side], 1.0) for side in (False, True)
+        ]
         optimizer.step()
-        if phase != "warmup":
+        if not warming:
             update_balance_bias(model, loss.loads, 1e-2)
-            done += 1
-        recent = [*recent, loss.next_token][-20:]
+            self.done += 1
+        return loss.next_token, index_figures(phase, [loss], norms[1]) if self.indexed else {}
+
+
+def updates_of(course: Sequence[Stage], indexed: bool = True) -> list[Stage]:
+    """The stage of every update; a model without indexers has none to warm up."""
+    return [stage for stage in course for _ in range(stage.steps) if indexed or stage.phase != "warmup"]
+
+
+def trunk_of(course: Sequence[Stage]) -> int:
+    """Updates of everything."""
+    return sum(stage.steps for stage in course if stage.phase != "warmup")
+
+
+def train(config: ModelConfig, seed: int, course: Sequence[Stage] = COURSE) -> Transformer:
+    """A model that has seen the course."""
+    training = Training(config, seed, trunk_of(course))
+    steps, recent, began = updates_of(course, training.indexed), list[float](), time.perf_counter()
+    for step, stage in enumerate(steps):
+        loss, figures = training.update(stage, training.batch(stage))
+        recent = [*recent, loss][-20:]
         if (step + 1) % 20 == 0:
-            learned = index_figures(phase, [loss], norms[1]).get("index_recall", "") if indexed else ""
             print(f"{step + 1} of {len(steps)}: rows of {stage.length}, loss {sum(recent) / 20:.3f} (chance "
-                  f"{math.log(len(TASK.values)):.3f}) {learned} {time.perf_counter() - began:.0f} s",
-                  file=sys.stderr, flush=True)  # fmt: skip
-    return model
+                  f"{math.log(len(TASK.values)):.3f}) {figures.get('index_recall', '')} "
+                  f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+    return training.model
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
