@@ -94,7 +94,7 @@ class Collapse(ctypes.Structure):
 class RingRows(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("read", "order", "write", "kept")),
-        *((name, c_long) for name in ("before", "joined", "stored")),
+        *((name, c_long) for name in ("before", "joined", "stored")), ("places", c_void_p),
     ]
 
 
@@ -176,8 +176,8 @@ def plan(
     """
     count, tokens, pairs = len(slots), sum(lengths), turned[0][0].shape[2]
     held = sum((a + n) // page_tokens + 1 for a, n in zip(starts, lengths, strict=True)) if count > 1 else 0
-    size = count * (8 + 2 * window + 4 * sum(ratio for ratio, _ in kinds)) + held
-    size += tokens * (8 + 12 * len(kinds) + 2 * pairs * (1 + len(kinds)))
+    size = count * (8 + 3 * window + 4 * sum(ratio for ratio, _ in kinds)) + held
+    size += tokens * (9 + 12 * len(kinds) + 2 * pairs * (1 + len(kinds)))
     given = [*slots, *starts, *lengths, *(first for _, first in turned), *tables, *(t.data_ptr() for t, _ in turned)]
     room, step, flat = np.empty(size, dtype=np.int64), Step(), [number for kind in kinds for number in kind]
     numbers = array("q", given + flat)

@@ -195,9 +195,10 @@ template <class T> struct Block {
         CALL(project_in)(b.h, BF, n, GIVE(a.wq_a), a.q_gain, GIVE(a.wq_b), GIVE(a.wkv), a.kv_gain, a.heads, float(l.eps), turn,
                          l.pairs, b.qr, b.q, b.kv, b.row);
         pack(a.window, b.row, n, b.kept);  // a query reads its own tokens as later ones will
-        s.ring.join(a.window.data, b.kept, a.window.row_bytes, b.window);
+        if (!s.ring.places) s.ring.join(a.window.data, b.kept, a.window.row_bytes, b.window);
         s.ring.store(a.window.data, b.kept, a.window.row_bytes);
-        Numbers window(a.window, b.window, nullptr, s.ring.joined), entries = window;
+        const void* rows = s.ring.places ? a.window.data : b.window;
+        Numbers window(a.window, rows, s.ring.places, s.ring.joined), entries = window;
         const int64_t *chosen = nullptr, *start = nullptr, *stop = nullptr;
         if (g) {
             compress(a.compressor);

@@ -29,20 +29,23 @@ template <class T> struct Projection {
     long wide() const { return outputs + 1; }  // numbers for a token: the products, then the sum of squares
     long parts() const { return (K + PART - 1) / PART; }
 
-    // sums[count][wide()] over part p of the rows of `count` tokens from `first` on; `room` has ROOM numbers.
-    void part(long p, long first, long count, float* sums, float* room) const {
+    // sums[count][wide()] over part p of the rows of `count` tokens from `first` on; `room` has ROOM numbers. Of the outputs
+    // those from `low` to `high`; the squares belong to the first.
+    void part(long p, long first, long count, float* sums, float* room, int low, int high) const {
         long k = p * PART, width = std::min(PART, K - k);
         for (long t = 0; t < count; t += MR) {
             long tokens = std::min<long>(MR, count - t);
             const T* rows = x + (first + t) * K + k;
             float* to = sums + t * wide();
-            for (long m = 0; m < tokens; m++)
-                to[m * wide() + outputs] = sum_of_squares(rows + m * K, width, PLAIN ? nullptr : room + m * APART);
+            for (long m = 0; m < tokens && (low == 0 || !PLAIN); m++) {
+                float squares = sum_of_squares(rows + m * K, width, PLAIN ? nullptr : room + m * APART);
+                if (low == 0) to[m * wide() + outputs] = squares;
+            }
             const float* from;
             if constexpr (PLAIN) from = rows;
             else from = room;
-            for (int n = 0; n < outputs; n += NR) {
-                int wanted = std::min(NR, outputs - n);
+            for (int n = low; n < high; n += NR) {
+                int wanted = std::min(NR, high - n);
                 PlainRow<float> w[NR];
                 for (int i = 0; i < NR; i++) w[i] = {fn + (n + std::min(i, wanted - 1)) * K + k};
                 for (long m = t + MR + n / NR; m < std::min(count, t + 2 * MR); m += (outputs + NR - 1) / NR)
@@ -63,11 +66,27 @@ template <class T> struct Projection {
         for (long i = 0; i < n * wide(); i++) sums[i] += more[i];
     }
 
+    void part(long p, long first, long count, float* sums, float* room) const { part(p, first, count, sums, room, 0, outputs); }
+
     // Calls finish(first, count, sums) for blocks of tokens. Threads share the blocks, or the parts of long rows where
-    // there are few tokens.
+    // there are few tokens, or the outputs of a single block.
     template <class Finish> void run(long n, const Finish& finish) const {
         long threads = omp_get_max_threads(), size = n >= TOKENS * threads ? TOKENS : MR;
         long blocks = (n + size - 1) / size;
+        if (blocks == 1 && parts() == 1 && threads > 1 && n * K * outputs > 30000) {
+            static thread_local std::vector<float> together;
+            together.resize(n * wide());
+            float* sums = together.data();
+            int tiles = (outputs + NR - 1) / NR;
+#pragma omp parallel
+            {
+                std::unique_ptr<float[]> room(new float[ROOM]);
+                int t = omp_get_thread_num(), team = omp_get_num_threads();
+                int low = tiles * t / team * NR, high = std::min(tiles * (t + 1) / team * NR, outputs);
+                if (low < high) part(0, 0, n, sums, room.get(), low, high);
+            }
+            return finish(0, n, sums);
+        }
         bool share = blocks < threads && parts() > 1;
         std::vector<float> apart(share ? parts() * n * wide() : 0);
 #pragma omp parallel if (n * K * outputs > 300000 && (blocks > 1 || share))

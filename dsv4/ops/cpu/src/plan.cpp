@@ -1,4 +1,4 @@
-// Where the tokens of a step read and write: what model/segments.py plans for a part of a run whose sequences all continue
+// Where the tokens of a step read and write: what model/parts.py plans for a part of a run whose sequences all continue
 // memories of one pool, for few tokens, in a few microseconds.
 #include "simd.h"
 #include "step.h"
@@ -16,8 +16,10 @@ struct Pieces {
     int64_t* operator()(long count) { return at += count, at - count; }
 };
 
-// A ring of `size` rows a slot: before[i] rows of sequence i precede its own, of which own[i] are joined to them.
-RingRows ring_rows(const Sequences& s, long size, const int64_t* before, const int64_t* own, Pieces& take) {
+// A ring of `size` rows a slot: before[i] rows of sequence i precede its own, of which own[i] are joined to them. in_place:
+// they are read where they lie, if all of them do so at once.
+RingRows ring_rows(const Sequences& s, long size, const int64_t* before, const int64_t* own, Pieces& take,
+                   bool in_place = false) {
     RingRows out{};
     long longest = 0, total = 0;
     for (long i = 0; i < s.count; i++) {
@@ -28,7 +30,12 @@ RingRows ring_rows(const Sequences& s, long size, const int64_t* before, const i
     out.write = take(total);
     if (s.count > 1) out.order = take(out.joined);
     if (longest > size) out.kept = take(total);
-    int64_t* read = out.read;
+    // a row that is written takes the place of one so far back that nobody reads it
+    for (long i = 0; i < s.count; i++) in_place &= before[i] + own[i] <= size;
+    if (in_place) out.places = take(out.joined);
+    int64_t *read = out.read, *place = out.places;
+    for (long i = 0; in_place && i < s.count; i++)
+        for (long j = -before[i]; j < own[i]; j++) *place++ = s.slot[i] * size + (s.start[i] + j) % size;
     for (long i = 0, at = 0, first = 0; i < s.count; first += s.length[i], i++) {
         for (long j = 0; out.order && j < before[i]; j++) out.order[at++] = read - out.read + j;
         for (long j = 0; out.order && j < own[i]; j++) out.order[at++] = out.before + first + j;
@@ -80,7 +87,7 @@ EXPORT(plan)
         }
         base += before[i] + own[i];
     }
-    out.ring = ring_rows(s, window + max_rewind, before, own, take);
+    out.ring = ring_rows(s, window + max_rewind, before, own, take, true);
 
     for (long k = 0; k < num_kinds; k++) {
         Groups& g = out.groups[k];

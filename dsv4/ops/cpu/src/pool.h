@@ -35,6 +35,10 @@ struct Pool {
 
     // Where the rows from..from+count-1 lie.
     void addresses(long from, long count, const uint8_t** out) const {
+        if (table && per_page == 1) {
+            for (long i = 0; i < count; i++) out[i] = data + table[from + i] * stride;
+            return;
+        }
         for (long i = 0; i < count;) {
             long left = table ? std::min(count - i, per_page - (from + i) % per_page) : count;
             const uint8_t* row = at(from + i);

@@ -1,5 +1,5 @@
 // What a step is to all layers, planned once (plan.cpp) and read by every block (block.cpp); laid out as in block.py, every
-// field of eight bytes. All rows and positions are int64; what each array is, model/segments.py says.
+// field of eight bytes. All rows and positions are int64; what each array is, model/parts.py says.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@ constexpr int KINDS = 2;  // of layers with compressed entries
 struct RingRows {
     int64_t *read, *order, *write, *kept;  // order, kept: null where rows are in order, where all are kept
     long before, joined, stored;
+    int64_t* places;  // of the joined rows, once those are stored; null where some would have been written over
 
     // The rows of a ring before the step's own ones, and its own, in order: `joined` of them.
     void join(const uint8_t* ring, const uint8_t* own, long bytes, uint8_t* out) const {
