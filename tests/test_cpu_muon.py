@@ -3,8 +3,6 @@ magnitude or set of instructions; a matrix that feels its neighbours or the numb
 NaN that spreads or is lost; a call that is served although it must not be, or is not served in silence.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,18 +16,13 @@ pytest.importorskip("dsv4.ops.cpu", exc_type=ImportError)
 from dsv4.ops.cpu import library  # noqa: E402
 from dsv4.ops.cpu import newton_schulz as form  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("isa")
 CONFIG = ModelConfig.preset("tiny")
 # Around the edges of tiles (6 or 12 rows, 16 or 32 columns) and of what is added up in a go (256)
 SHAPES = [
     (1, 1), (1, 7), (7, 1), (2, 2), (5, 16), (16, 5), (6, 17), (4, 1024), (33, 64), (37, 53), (53, 37), (96, 97),
     (64, 64), (97, 96), (130, 513), (300, 256), (256, 320),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, params=library.AVAILABLE)
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    with library.using_isa(request.param):
-        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -93,16 +86,12 @@ def test_singular_values_out_of_reach() -> None:
 
 def test_bits_depend_on_the_matrix_alone() -> None:
     """Not on those beside it, nor on how many threads there are."""
-    threads = torch.get_num_threads()
     for shape in ((33, 70), (70, 33)):
         m = normal(9, *shape)
         alone = torch.stack([served(one) for one in m])
-        try:
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                assert torch.equal(served(m), alone)
-        finally:
-            torch.set_num_threads(threads)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(served(m), alone)
 
 
 @pytest.mark.skipif(torch.bfloat16 not in form.DTYPES, reason="BF16 is multiplied by the machine's own instructions")
@@ -175,13 +164,9 @@ def test_update(ns: str) -> None:
 
 
 def test_update_depends_on_no_threads() -> None:
-    threads = torch.get_num_threads()
     alone = trained()[0]
-    try:
-        torch.set_num_threads(3)
-        assert all(torch.equal(weights, alone[name]) for name, weights in trained()[0].items())
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(3)
+    assert all(torch.equal(weights, alone[name]) for name, weights in trained()[0].items())
 
 
 def test_update_writes_nothing_beside_its_matrices() -> None:
