@@ -17,7 +17,8 @@ from dsv4.train.log import plot_loss
 from dsv4.train.memory import keep_freed_memory
 from dsv4.train.parallel.processes import Processes, processes
 from dsv4.train.plan import lines, plan
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trackers import check_tracker, tracking
 from dsv4.train.trainer import NotFinite, Trainer
 
