@@ -22,7 +22,8 @@ from dsv4 import ops
 from dsv4.measure.subjects import randomise, small_config, small_model, tokens
 from dsv4.model import Transformer, step
 from dsv4.model.packed import pack_weights
-from dsv4.model.segments import Part, Segment, plan
+from dsv4.model.parts import Part
+from dsv4.model.segments import Segment, plan
 
 block = pytest.importorskip("dsv4.ops.cpu.block", reason="the C++ ops are not built", exc_type=ImportError)
 library = pytest.importorskip("dsv4.ops.cpu.library", reason="the C++ ops are not built", exc_type=ImportError)
