@@ -17,7 +17,7 @@ from dsv4 import ops
 from dsv4.config import RopeScaling
 from dsv4.conform.adapters import ours
 from dsv4.conform.adapters.ours import Ours
-from dsv4.model import segments
+from dsv4.model import parts, segments
 from dsv4.model.rope import frequencies, pair_frequencies, turns
 from dsv4.ops import reference
 from dsv4.ops.formats import Packed
@@ -165,7 +165,7 @@ def turning(name: str, components: tuple[str, ...], change: Callable[[Any, Tenso
 
     def apply(port: Ours, patch: MonkeyPatch) -> None:
         c = port.model.config
-        for module in (segments, ours):
+        for module in (parts, segments, ours):
             patch.setattr(module, "turns", lambda f, positions: change(c, turns(f, positions), f, positions))
 
     FAULTS[name] = apply, components
@@ -194,7 +194,7 @@ def remembering(patch: MonkeyPatch, port: Ours) -> Callable[[Tensor], tuple[Any,
         known[id(out)] = f, positions, out  # held, so that no other comes to lie there
         return out
 
-    for module in (segments, ours):
+    for module in (parts, segments, ours):
         patch.setattr(module, "turns", turned)
     return lambda turn: known[id(turn)][:2]
 

@@ -127,17 +127,17 @@ def _(port: Ours, patch: MonkeyPatch) -> None:
         longest, out = max(len(part) for part in ids), []
         for part in ids:
             pads = longest - len(part)
-            right = segments._part
+            right = segments.part_of
 
             def blind(*a: Any, pads: int = pads, right: Callable = right, **more: Any) -> Any:
                 made = right(*a, **more)
                 start = made.window.start.clamp_min(pads)
                 return replace(made, window=ops.Spans(start, torch.maximum(made.window.stop, start)))
 
-            patch.setattr(segments, "_part", blind)
+            patch.setattr(segments, "part_of", blind)
             with torch.no_grad():
                 out.append(port.model(torch.cat([torch.zeros(pads, dtype=torch.int64), part]))[pads:])
-            patch.setattr(segments, "_part", right)
+            patch.setattr(segments, "part_of", right)
         return out
 
     patch.setattr(port, "batch", batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.conform.adapters.ours import Ours
-from dsv4.model import segments
+from dsv4.model import parts
 from dsv4.model.rope import turns
 from dsv4.ops import reference
 
@@ -102,15 +102,15 @@ def seeing(name: str, stop: Callable[[Any, int, Any], Any]) -> None:
     """stop(positions, ratio, entries there are) -> how many entries a query sees."""
 
     def apply(port: Ours, patch: MonkeyPatch) -> None:
-        right = segments._groups
+        right = parts._groups
 
         def groups(kind, part, slot, start, count, *rest):
             found = right(kind, part, slot, start, count, *rest)
-            t, there = segments.ragged(start, count), int(start[0] + count[0]) // kind.ratio
+            t, there = parts.ragged(start, count), int(start[0] + count[0]) // kind.ratio
             seen = torch.from_numpy(stop(t, kind.ratio, there) + 0 * t).clamp_max(there)
             return replace(found, visible=ops.Spans(found.visible.start, found.visible.start + seen))
 
-        patch.setattr(segments, "_groups", groups)
+        patch.setattr(parts, "_groups", groups)
 
     FAULTS[name] = apply, LAYERS
 

@@ -7,6 +7,7 @@ never wrote fails here instead of working by luck. Hypothesis draws the same exa
 import os
 import random
 import socket
+from collections.abc import Iterator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matmuls, should CUDA be used
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +32,30 @@ def same_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test may ask for more; the next one has one again."""
+    yield
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What uses `isa` runs with every set of instructions that the machine has."""
+    if "isa" in metafunc.fixturenames:
+        from dsv4.ops.cpu import library  # here: the other tests run on a machine without the C++ ops
+
+        metafunc.parametrize("isa", library.AVAILABLE, indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instructions that the C++ ops use in this test, by name."""
+    from dsv4.ops.cpu import library
+
+    with library.using_isa(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

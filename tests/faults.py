@@ -40,7 +40,8 @@ from dsv4.config import ModelConfig
 from dsv4.errors import UserError
 from dsv4.settings import merge
 from dsv4.train.log import read_log, reproducible
-from dsv4.train.recipes import RECIPES, RunConfig, resolve
+from dsv4.train.recipes import RECIPES, resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import Trainer
 
 LIMIT_S = 60.0  # a training of this size takes about a second: longer is a hang

@@ -19,7 +19,7 @@ from dsv4.settings import merge, read_overrides
 from dsv4.train.dataconfig import DataConfig
 from dsv4.train.optim import is_sharded, whole
 from dsv4.train.parallel.processes import Joined, Processes
-from dsv4.train.recipes import IndexerConfig, LossConfig, OptimConfig, RunConfig, SaveConfig, ScheduleConfig
+from dsv4.train.runconfig import IndexerConfig, LossConfig, OptimConfig, RunConfig, SaveConfig, ScheduleConfig
 from dsv4.train.trainer import Trainer
 
 

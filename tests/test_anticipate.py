@@ -20,7 +20,8 @@ from dsv4.train.anticipate import FILE, AnticipatoryConfig, Spikes, choose, part
 from dsv4.train.balance import learned_gates
 from dsv4.train.batches import split
 from dsv4.train.log import read_log, reproducible
-from dsv4.train.recipes import RECIPES, RunConfig
+from dsv4.train.recipes import RECIPES
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import NotFinite, Trainer
 
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from".split()

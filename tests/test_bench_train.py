@@ -125,9 +125,10 @@ def test_the_peers_matrices_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
     # no gradient flows to indexers, nor to compressors none of whose groups closed
     assert all(".indexer." in name or ".compressor." in name for name in before.keys() - moved)
+    # roundings of the gradients, which Muon carries into the update; found: 4e-7, each tensor moves by 4e-5 or more
     for name, p in peer.model.named_parameters():
         if not names[name].startswith("layers.0.hc_attn"):  # all streams are alike there: its gradients are roundings
-            torch.testing.assert_close(p.flatten(), parameters[names[name]].flatten(), rtol=0, atol=5e-6)
+            torch.testing.assert_close(p.flatten(), parameters[names[name]].flatten(), rtol=0, atol=2e-6)
 
 
 def test_wrong_options_fail_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

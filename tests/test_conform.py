@@ -22,7 +22,7 @@ from dsv4.conform.adapters.ours import Ours
 from dsv4.conform.diagnose import Verdict, judge
 from dsv4.conform.mistakes import HARMLESS, MISTAKES, WRONG_DRAFTER
 from dsv4.conform.vectors import Kit, kit_model
-from dsv4.model import segments
+from dsv4.model import parts, segments
 from dsv4.model.rope import turns
 from dsv4.ops import reference
 from dsv4.ops.formats import Packed
@@ -158,7 +158,8 @@ UNKNOWN: dict[str, tuple[tuple[str, ...], Callable]] = {
         "gate": lambda op: lambda x, w, b, given, k, scale: (lambda s, c, g: (s, c, torch.cat([g[:, :1] + g[:, 1:],
                 0 * g[:, 1:]], 1)))(*op(x, w, b, given, k, scale))}),
     "queries a position late": (("projections",), lambda port, patch: [patch.setattr(m, "turns",
-        lambda f, p: turns(f, p + 1)) for m in (segments, __import__("dsv4.conform.adapters.ours", fromlist=["x"]))]),
+        lambda f, p: turns(f, p + 1))
+        for m in (parts, segments, __import__("dsv4.conform.adapters.ours", fromlist=["x"]))]),
     "rows in FP4": (("number formats",), lambda port, patch: patch.setattr(
         "dsv4.conform.adapters.ours._ROW", Packed(512, "fp4", 64, tail=64))),
     "noise": (("experts",), lambda port, patch: {

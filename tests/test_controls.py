@@ -29,7 +29,8 @@ from dsv4.errors import UserError
 from dsv4.measure import subjects
 from dsv4.measure.subjects import fill
 from dsv4.model.moe import Routing
-from dsv4.ops import blocked, rotate
+from dsv4.ops import rotate
+from dsv4.ops.blocked import blocks
 
 LOGITS = 5e-5  # the largest absolute difference allowed; logits reach about 6
 GRADIENTS = 1e-4  # of the largest entry of each gradient
@@ -345,8 +346,8 @@ def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None
         config = replace(LLAMA if case == "llama" else V32[case], max_position_embeddings=1 << 15)
         model: ControlTransformer = DenseTransformer(config) if case == "llama" else V32Transformer(config)
         length = 4096
-        for blocks in (dense, blocked):
-            monkeypatch.setattr(blocks, "BLOCK_NUMBERS", 1 << 19)
+        for file in (dense, blocks):
+            monkeypatch.setattr(file, "BLOCK_NUMBERS", 1 << 19)
         with Largest() as seen:
             model(ids_of(length)).sum().backward()
         assert seen.numbers < length**2 / 4, case

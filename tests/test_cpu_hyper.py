@@ -6,42 +6,21 @@ should be refused.
 Every test runs with every set of instructions that the machine has.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from differences import differ
+from guards import guarded
 from torch import Tensor
 
 from dsv4 import ops
 from dsv4.ops import reference
 
-library = pytest.importorskip("dsv4.ops.cpu.library")
-from dsv4.ops import cpu  # noqa: E402
+cpu = pytest.importorskip("dsv4.ops.cpu", exc_type=ImportError)
 
+pytestmark = pytest.mark.usefixtures("isa")
 FP32, BF16 = torch.float32, torch.bfloat16
 ITERS, EPS, NORM_EPS = 20, 1e-6, 1e-6
 TOKENS = (1, 2, 5, 6, 7, 13, 50)
-
-
-@pytest.fixture(params=library.AVAILABLE, autouse=True)
-def isa(request) -> Iterator[None]:
-    with library.using_isa(request.param):
-        yield
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-def guarded(x: Tensor, spare: int = 64) -> Tensor:
-    """The same numbers between poisoned ones: a read beyond either end brings NaN."""
-    flat = torch.full((x.numel() + 2 * spare,), float("nan"), dtype=x.dtype)
-    flat[spare:-spare] = x.flatten()
-    return flat[spare:-spare].view(x.shape)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -120,8 +99,9 @@ def test_write_sums_over_the_first_index():
     assert torch.equal(cpu.hyper_write(x, y, post, comb)[0, 1], x[0, 2])
 
 
-def test_long_rows_whose_parts_are_summed_apart(two_threads):
+def test_long_rows_whose_parts_are_summed_apart():
     """More numbers in a token than one part has, with few tokens and with many."""
+    torch.set_num_threads(2)
     for num, width in ((4, 2600), (3, 1400)):
         x, maps, gain = streams(40, num, width, FP32), parameters(num, width), torch.rand(width)
         whole = cpu.hyper_enter(x, *maps, gain, ITERS, EPS, NORM_EPS)
@@ -136,7 +116,8 @@ def test_long_rows_whose_parts_are_summed_apart(two_threads):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("num, width", [(4, 500), (4, 1100), (3, 70), (8, 130)])
-def test_a_token_alone_has_the_same_bits(num, width, dtype, two_threads):
+def test_a_token_alone_has_the_same_bits(num, width, dtype):
+    torch.set_num_threads(2)
     n = 131
     x, maps, gain = streams(n, num, width, dtype), parameters(num, width), torch.rand(width)
     y = streams(n, 1, width, dtype)[:, 0]
@@ -269,7 +250,8 @@ def test_experts_that_are_not_there_are_not_read():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_token_routed_alone_has_the_same_bits(dtype, two_threads):
+def test_a_token_routed_alone_has_the_same_bits(dtype):
+    torch.set_num_threads(2)
     n = 290
     x, weight, bias = torch.randn(n, 333).to(dtype), experts(50, 333), torch.randn(50)
     whole = cpu.gate(x, weight, bias, None, 6, 1.5)

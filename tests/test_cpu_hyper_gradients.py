@@ -10,18 +10,19 @@ instructions that the machine has.
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from guards import guarded
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dsv4.ops import reference
 
-library = pytest.importorskip("dsv4.ops.cpu.library")
-from dsv4.ops import cpu  # noqa: E402
+cpu = pytest.importorskip("dsv4.ops.cpu", exc_type=ImportError)
 
+pytestmark = pytest.mark.usefixtures("isa")
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 ITERS, EPS, NORM_EPS = 20, 1e-6, 1e-6
 SHAPES = [
@@ -42,26 +43,6 @@ TOKENS = (1, 2, 3, 5, 7, 13, 66, 131)
 # most 2e-5). In bf16 what is read and the gradients are rounded to 8 bits.
 CLOSE = {FP32: 5e-5, BF16: 2.0**-6}
 ALONE = 1e-3  # one stream: the norm takes away its weight, so that what flows to it cancels but for eps
-
-
-@pytest.fixture(params=library.AVAILABLE, autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    with library.using_isa(request.param):
-        yield
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-def guarded(x: Tensor, spare: int = 64) -> Tensor:
-    """The same numbers between poisoned ones: a read beyond either end brings NaN."""
-    flat = torch.full((x.numel() + 2 * spare,), float("nan"), dtype=x.dtype)
-    flat[spare:-spare] = x.flatten()
-    return flat[spare:-spare].view(x.shape)
 
 
 def enter_case(n: int, num: int, width: int, dtype: torch.dtype = FP32, iters: int = ITERS) -> tuple:
@@ -195,7 +176,8 @@ def test_a_token_that_is_not_a_number_keeps_to_itself() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_threads_change_no_bit(name: str, two_threads: None) -> None:
+def test_threads_change_no_bit(name: str) -> None:
+    torch.set_num_threads(2)
     args = CASES[name](301, 4, 100)
     both = gradients(getattr(cpu, name), args)
     torch.set_num_threads(1)

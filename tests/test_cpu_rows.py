@@ -7,12 +7,12 @@ Every test runs with every set of instructions that the machine has.
 """
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from differences import differ
+from guards import guarded
 from torch import Tensor
 
 from dsv4 import ops
@@ -20,30 +20,10 @@ from dsv4.ops import reference
 from dsv4.ops.formats import Packed, RowFormat, v4_rows, v32_rows
 from dsv4.ops.reference import pool_groups
 
-library = pytest.importorskip("dsv4.ops.cpu.library")
-from dsv4.ops import cpu  # noqa: E402
+cpu = pytest.importorskip("dsv4.ops.cpu", exc_type=ImportError)
 
+pytestmark = pytest.mark.usefixtures("isa")
 FP32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture(params=library.AVAILABLE, autouse=True)
-def isa(request) -> Iterator[None]:
-    with library.using_isa(request.param):
-        yield
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-def guarded(x: Tensor, spare: int = 64) -> Tensor:
-    """The same numbers between poisoned ones: a read beyond either end brings NaN (255 for bytes)."""
-    flat = torch.full((x.numel() + 2 * spare,), float("nan") if x.is_floating_point() else 255, dtype=x.dtype)
-    flat[spare:-spare] = x.flatten()
-    return flat[spare:-spare].view(x.shape)
 
 
 def steps_apart(a: Tensor, b: Tensor) -> float:
@@ -90,7 +70,8 @@ def test_rotate_reads_other_layouts():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_row_rotated_alone_has_the_same_bits(dtype, two_threads):
+def test_a_row_rotated_alone_has_the_same_bits(dtype):
+    torch.set_num_threads(2)
     x, turn = torch.randn(400, 8, 72).to(dtype), turns(400, 11)
     whole = cpu.rotate(x, turn)
     torch.set_num_threads(1)
@@ -194,7 +175,8 @@ def test_no_group_closes():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("r, overlap", [(4, True), (128, False)])
-def test_an_entry_made_alone_has_the_same_bits(r, overlap, dtype, two_threads):
+def test_an_entry_made_alone_has_the_same_bits(r, overlap, dtype):
+    torch.set_num_threads(2)
     args = groups([9, 5], r, overlap, 136, 16, dtype)
     whole = cpu.compress(*args)
     torch.set_num_threads(1)
@@ -322,7 +304,8 @@ def test_rows_of_any_shape_and_layout():
     assert torch.equal(cpu.pack_rows(want.T.contiguous().T, WIDE), reference.pack_rows(want, WIDE))
 
 
-def test_two_threads_pack_the_same_bytes(two_threads):
+def test_two_threads_pack_the_same_bytes():
+    torch.set_num_threads(2)
     rows = torch.randn(400, 512)
     data = cpu.pack_rows(rows, WIDE)
     numbers = cpu.unpack_rows(data, WIDE)

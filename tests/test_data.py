@@ -43,9 +43,11 @@ from dsv4.text import ByteTokenizer, Tokenizer, train_bpe
 from dsv4.train import rows, rundata, sources
 from dsv4.train.batches import Batch, Batches, heldout_batches
 from dsv4.train.batches import split as split_batch
+from dsv4.train.dataconfig import DataConfig
 from dsv4.train.ngram import ngram_bits_per_byte
 from dsv4.train.packed import FORMAT, Packed, prepare
-from dsv4.train.recipes import RECIPES, DataConfig, RunConfig
+from dsv4.train.recipes import RECIPES
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.rundata import absolute, prepare_data
 from dsv4.train.sources import hold_out, read_documents
 

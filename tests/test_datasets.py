@@ -10,8 +10,9 @@ import pytest
 
 from dsv4.errors import UserError
 from dsv4.train.hub import HubSource, HubSpec
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
 from dsv4.train.rows import ChatRows, TextRows
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.rundata import prepare_data
 
 pytest.importorskip("datasets", reason="the datasets package is an extra")

@@ -24,7 +24,8 @@ from dsv4.settings import merge
 from dsv4.train.batches import Batch
 from dsv4.train.figures import LOOKED_AT, flops_of, look_inside, update_figures
 from dsv4.train.log import MACHINE, read_log, reproducible
-from dsv4.train.recipes import RECIPES, RunConfig
+from dsv4.train.recipes import RECIPES
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import Trainer
 
 CPU = torch.device("cpu")

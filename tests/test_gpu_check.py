@@ -27,6 +27,7 @@ from dsv4.measure.cases import SINGLE, cases
 from dsv4.model import Segment, Transformer
 from dsv4.model.segments import plan
 from dsv4.ops import blocked, reference
+from dsv4.ops.blocked import blocks
 
 SMALLEST = replace(
     sizes.DRY, documents=(140, 9), stream=48, prefill=(16, 40), decode_after=(20,), decode_batches=(1, 2),
@@ -175,12 +176,12 @@ def test_work_of_ours_that_raises_fails_the_check(small, tmp_path, monkeypatch):
 def test_both_ways_to_read_chosen_entries_are_tried(monkeypatch):
     seen: set[bool] = set()
 
-    class Spy(blocked.Piece):
+    class Spy(blocks.Piece):
         def __init__(self, keys, hidden, rows):
             super().__init__(keys, hidden, rows)
             seen.add(isinstance(rows, torch.Tensor))
 
-    monkeypatch.setattr(blocked, "Piece", Spy)
+    monkeypatch.setattr(blocks, "Piece", Spy)
     for label, gathers in (("dense", {False}), ("gather", {False, True})):
         seen.clear()
         case = next(c for c in cases() if c.label == label)

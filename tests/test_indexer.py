@@ -18,7 +18,8 @@ from dsv4.measure.subjects import small_model, tokens
 from dsv4.model import Transformer
 from dsv4.model import attention as attention_file
 from dsv4.model.indexer import Indexed
-from dsv4.ops import Spans, blocked
+from dsv4.ops import Spans
+from dsv4.ops.blocked import blocks
 from dsv4.train.loss import training_loss
 
 Args = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Spans, Tensor | None, float]
@@ -106,8 +107,8 @@ def test_loss_and_gradient_are_those_of_the_definition(lengths: list[int], k: in
 @pytest.mark.parametrize("k", [None, 3])
 def test_blocks_of_any_size(numbers: int, k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where documents lie so far apart that each query's entries are gathered."""
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
-    monkeypatch.setattr(blocked, "FEW", 4)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocks, "FEW", 4)
     args = case([9, 40, 5, 5, 5, 5, 30, 31], k)
     with ops.using("reference"):
         want = with_gradient(lambda a: ops.index_kl(*a), args, torch.float32)
@@ -155,7 +156,7 @@ def test_narrow_operands() -> None:
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 9])
 @pytest.mark.parametrize("k", [1, 3, 8, 40])
 def test_recall_and_mass_are_those_of_the_definition(k: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers)
     args = case([70, 3, 59], None, scale=3.0)
     want = [0.0, 0.0, 0.0]
     for t in range(len(args[0])):
@@ -351,7 +352,7 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
                     self.numbers = max(self.numbers, t.numel())
             return out
 
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", 1 << 14)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", 1 << 14)
     model = small_model((4,), index_topk=8, sliding_window=16, index_n_heads=2)
     sizes = []
     for length in (400, 1600):

@@ -3,7 +3,6 @@ prompt is cut into chunks, or on the number of threads.
 """
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,19 +12,12 @@ from dsv4 import ops
 from dsv4.measure.subjects import small_model, tokens
 from dsv4.model import Transformer
 
-library = pytest.importorskip("dsv4.ops.cpu.library", exc_type=ImportError)
+pytest.importorskip("dsv4.ops.cpu", exc_type=ImportError)
 
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     return small_model((0, 4, 128, 4), mtp=0)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def alone(model: Transformer, ids: Tensor, format: str) -> Tensor:
@@ -44,7 +36,7 @@ def cut(rng: random.Random, length: int) -> list[int]:
 
 @pytest.mark.parametrize("format", ["float32", "packed"])
 @torch.inference_mode()
-def test_every_batch_and_every_chunking_gives_the_same_bits(model: Transformer, format: str, threads: None) -> None:
+def test_every_batch_and_every_chunking_gives_the_same_bits(model: Transformer, format: str) -> None:
     """100 compositions a format: up to 7 prompts side by side, each cut at random, by 1 to 3 threads."""
     assert ops.active("linear") == "cpu" == ops.active("sparse_attention")
     rng = random.Random(format)

@@ -23,7 +23,8 @@ from dsv4.train.dataconfig import DataConfig, Source
 from dsv4.train.log import read_log
 from dsv4.train.mixture import PERIOD, Mixture, Shares
 from dsv4.train.packed import Packed, prepare
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.rundata import prepare_data
 from dsv4.train.trainer import Trainer
 

@@ -31,6 +31,7 @@ from dsv4.measure.subjects import KINDS, small_model, tokens
 from dsv4.model import Segment
 from dsv4.model.layers import Linear
 from dsv4.ops import PackedMatrix, Spans, blocked, reference, table
+from dsv4.ops.blocked import blocks
 from dsv4.ops.exact import whole_numbers
 from dsv4.ops.formats import v4_rows
 from dsv4.ops.weights import pack_matrix
@@ -440,7 +441,7 @@ def cut(n: int) -> list[int]:
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 9])
 def test_index_scores_topk(n, k, numbers, monkeypatch):
     """Also with blocks so small that the keys come in several chunks and the best so far are merged."""
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers)
     for lengths in ([n], cut(n)):
         visible, entries = entry_spans(lengths)
         args = (normal(n, 3, 8), normal(n, 3, seed=1), normal(entries, 8, seed=2), visible, k)
@@ -452,7 +453,7 @@ def test_index_scores_topk(n, k, numbers, monkeypatch):
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 8])
 def test_index_ties_go_to_the_lowest_entry(numbers, monkeypatch):
     """All scores 0, some of them -0.0: the choice is the first visible entries, in both backends."""
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers)
     n, k = 90, 4
     visible, entries = entry_spans([n])
     q, keys = -torch.ones(n, 2, 4), torch.ones(entries, 4)  # relu makes every product 0, a negative weight -0.0
@@ -464,7 +465,7 @@ def test_index_ties_go_to_the_lowest_entry(numbers, monkeypatch):
 
 def test_index_ties_across_key_chunks(monkeypatch):
     """Scores that take three values only, so that ties cross the borders of the chunks in which keys are read."""
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", 64)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", 64)
     n, k = 64, 7
     visible, entries = Spans(torch.zeros(n, dtype=torch.int64), torch.full((n,), 100)), 100
     keys = torch.tensor([0.0, 1.0, 2.0])[torch.randint(0, 3, (entries,))][:, None]
@@ -480,7 +481,7 @@ def test_index_ties_across_key_chunks(monkeypatch):
 def test_equal_keys_tie_wherever_they_lie(backend, numbers, heads, width, monkeypatch):
     """Random numbers, whose scores a library adds up in another order at the edge of a tile: of each of three keys,
     which come again and again, the first ones must be chosen. One sequence, then some that lie far apart."""
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers * heads)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers * heads)
     three = normal(3, width, seed=2)
     for rows in (1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 31, 33, 36, 63, 65, 100, 127, 129):
         for n, apart in ((1, 0), (3, 0), (3, 2000)):
@@ -536,7 +537,7 @@ def best_by_hand(scores: torch.Tensor, spans: Spans, counts: list[int], k: int) 
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 10])
 def test_best_rows(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties to the lowest row, zeros of either sign alike; packed documents, and sequences that lie far apart."""
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers)
     scores = torch.randint(-2, 3, (3000,)).float() * torch.where(torch.rand(3000) < 0.5, 1.0, -0.0)
     near = Spans(torch.tensor([0] * 150 + [150] * 90), torch.tensor([*range(1, 151), *range(151, 241)]))
     apart = Spans(torch.arange(0, 3000, 30), torch.arange(0, 3000, 30) + torch.arange(100) % 30)
@@ -576,7 +577,7 @@ def test_sparse_attention(n, k):
 @pytest.mark.parametrize("k", [None, 1, 30])
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 11, 1])
 def test_sparse_attention_in_blocks_of_any_size(k, numbers, monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers)
     agree("sparse_attention", attention_case(130, [40, 2, 88], k), (0, 1, 3, 6), 2e-5)
 
 
@@ -594,13 +595,13 @@ def test_index_kl(n, k):
 def test_both_ways_to_read_chosen_entries_are_taken(monkeypatch):
     """The case list above would prove less if every block went the same way."""
     ways = []
-    whole = blocked.Piece.__init__
+    whole = blocks.Piece.__init__
 
     def watch(self, keys, hidden, rows):
         ways.append("rows" if isinstance(rows, Tensor) else "interval")
         whole(self, keys, hidden, rows)
 
-    monkeypatch.setattr(blocked.Piece, "__init__", watch)
+    monkeypatch.setattr(blocks.Piece, "__init__", watch)
     blocked.sparse_attention(*attention_case(130, [130], 5))
     assert ways == ["interval", "interval", "interval", "rows", "interval", "rows"], "three blocks: window, entries"
 
@@ -1137,7 +1138,7 @@ def test_experts_low_precision():
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("numbers", [1 << 23, 1 << 9, 1])
 def test_cross_entropy(n, numbers, monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(blocks, "BLOCK_NUMBERS", numbers)
     targets = torch.randint(0, 50, (n,))
     targets[::3] = -100
     agree("cross_entropy", (normal(n, 9), normal(50, 9, seed=1), targets), (0, 1), 2e-5)

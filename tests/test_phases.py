@@ -21,7 +21,8 @@ from dsv4.config import preset_of
 from dsv4.settings import merge
 from dsv4.train.indexer import is_index_parameter
 from dsv4.train.log import read_log, reproducible
-from dsv4.train.recipes import RECIPES, IndexerConfig, RunConfig, resolve
+from dsv4.train.recipes import RECIPES, resolve
+from dsv4.train.runconfig import IndexerConfig, RunConfig
 from dsv4.train.schedule import index_phase, trunk_step
 from dsv4.train.trainer import Trainer
 

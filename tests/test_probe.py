@@ -117,6 +117,24 @@ def test_what_fails_or_does_not_apply_is_said_and_asked_again(subject: Subject, 
     ]  # fmt: skip
 
 
+def test_a_probe_that_found_nothing_to_measure_is_not_asked_again(subject: Subject, tmp_path: Path) -> None:
+    """Its own word after minutes of work, where the table's word that it does not apply is free."""
+    asked: list[str] = []
+
+    def run(subject: Subject, settings: Settings) -> Iterator[Record]:
+        asked.append("gaps")
+        record = Recorder("gaps", subject, settings)
+        yield record("found", 1.0)
+        yield record.absent("skipped", "the model does not retrieve")
+
+    gaps = replace(planted("gaps", []), run=run)
+    for _ in range(2):
+        records = runner.run(subject, [gaps], Settings(), tmp_path, silent)
+        assert [(r.probe, r.status, r.value) for r in records] == [("gaps", "measured", 1.0), ("gaps", "skipped", None)]
+    assert asked == ["gaps"]
+    assert "1 probes measured to their end" not in report.page([runner.read(tmp_path)])
+
+
 def test_runs_are_not_mixed(subject: Subject, tmp_path: Path) -> None:
     runner.run(subject, [planted("a", [1.0])], Settings(), tmp_path, silent)
     with pytest.raises(UserError, match="give another --out"):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from dsv4 import ModelConfig, UserError
 from dsv4.config import LlamaConfig, V32Config, preset_of
 from dsv4.settings import read_yaml, write_yaml
-from dsv4.train.recipes import RECIPES, LossConfig, resolve
+from dsv4.train.recipes import RECIPES, resolve
+from dsv4.train.runconfig import LossConfig
 
 
 def read(tmp_path: Path, text: str) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from dsv4.train.bits import BitWriter, num_bytes_of, read_bits
 from dsv4.train.encode import Encoder
 from dsv4.train.loss import training_loss
 from dsv4.train.packed import Packed, prepare
-from dsv4.train.recipes import RECIPES, RunConfig, resolve
+from dsv4.train.recipes import RECIPES, resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.rundata import prepare_data
 from dsv4.train.trainer import Trainer
 

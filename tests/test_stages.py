@@ -31,7 +31,8 @@ from dsv4.train.batches import Batch, Batches
 from dsv4.train.log import read_log, reproducible
 from dsv4.train.mixture import Mixture
 from dsv4.train.packed import Packed, prepare
-from dsv4.train.recipes import RECIPES, RunConfig, resolve
+from dsv4.train.recipes import RECIPES, resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.schedule import decay_steps, lr_scale
 from dsv4.train.stages import Course, Stage
 from dsv4.train.trainer import Trainer

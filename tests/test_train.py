@@ -37,7 +37,8 @@ from dsv4.train.loss import (
     heldout_nll,
     training_loss,
 )
-from dsv4.train.recipes import RECIPES, RunConfig, resolve
+from dsv4.train.recipes import RECIPES, resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import NotFinite, Trainer
 
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from".split()

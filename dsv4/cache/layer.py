@@ -1,7 +1,7 @@
 """One layer's stores in a pool: window rings, compressed entries, and the rows of groups that are still open.
 
 Nothing here knows sequences: whose a slot or a page is stands in pages.py and sequence.py, and which rows of a store a
-call reads and writes is planned once for all layers (model/segments.py). A ring has `rows` rows in each slot, the row
+call reads and writes is planned once for all layers (model/parts.py). A ring has `rows` rows in each slot, the row
 of position p in place p mod rows; entries lie in pages.
 """
 

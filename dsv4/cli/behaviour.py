@@ -24,7 +24,7 @@ def behaviour(
     endpoint: Annotated[str, Option(metavar="URL", help="A server with the OpenAI interface, up to /v1.")] = "",
     model: Annotated[str, Option(metavar="NAME", help="Of --endpoint: what it knows the model by.")] = "",
     key_from: Annotated[
-        str, Option(metavar="VARIABLE", help="Of the environment, with the key of --endpoint.")
+        str, Option(metavar="VARIABLE", help="Of the environment: it holds the key of --endpoint.")
     ] = "DSV4_ENDPOINT_KEY",
     judge_model: Annotated[
         str, Option(metavar="NAME", help="A model of --endpoint that judges beside the rules.")
@@ -33,17 +33,19 @@ def behaviour(
         str, Option(metavar="NAME,...", help="Data sets; fixture: harmless, nothing is fetched.")
     ] = "fixture",
     context: Annotated[
-        str, Option(metavar="N,...", help="Tokens of other text before the request: 0,2k,32k,128k.")
+        str, Option(metavar="N,...", help="Tokens of other text before the request, such as 0,2k,32k,128k.")
     ] = "0",
-    attempts: Annotated[int, Option(help="At each attack; more than one needs a --temperature.")] = 1,
+    attempts: Annotated[int, Option(help="Replies to each attack; more than one needs a --temperature.")] = 1,
     temperature: common.Temperature = 0.0,
     max_tokens: common.MaxTokens = 256,
     seed: Annotated[int, Option(min=0, help="Of everything that is drawn.")] = 0,
     limit: Annotated[int | None, Option(help="Cases of each data set at most.")] = None,
-    pin: Annotated[list[str] | None, Option(metavar="NAME=SHA256", help="What a data set must be; repeatable.")] = None,
+    pin: Annotated[
+        list[str] | None, Option(metavar="NAME=SHA256", help="The checksum of a data set; repeatable.")
+    ] = None,
     demand_pins: Annotated[bool, Option(help="Use no data set without a --pin.")] = False,
     file: Annotated[list[str] | None, Option(metavar="NAME=PATH", help="A copy of a data set; repeatable.")] = None,
-    capability: Annotated[str, Option(metavar="TASK,...", help="Of lm-eval, beside it: mmlu,minerva_math,ruler.")] = "",
+    capability: Annotated[str, Option(metavar="TASK,...", help="Also run these of lm-eval, such as mmlu,ruler.")] = "",
     out: Annotated[Path, Option(help="Where answers are kept; a run that was stopped goes on there.")] = Path(
         "behaviour"
     ),

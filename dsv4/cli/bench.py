@@ -395,7 +395,7 @@ def cost(as_json: AsJson = False) -> None:
 @bench.command()
 def count(
     update: Annotated[
-        bool, typer.Option("--update", help="Commit what is found: rewrite dsv4/bench/counts.json.")
+        bool, typer.Option("--update", help="Rewrite dsv4/bench/counts.json with what is found.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

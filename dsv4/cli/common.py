@@ -24,7 +24,7 @@ FromHub = Annotated[
     Option(metavar="NAME[@REVISION]", help="A model of the Hugging Face Hub in place of a folder; it is downloaded."),
 ]
 MaxTokens = Annotated[int, Option(help="New tokens at most.")]
-Temperature = Annotated[float, Option(help="0 is greedy.")]
+Temperature = Annotated[float, Option(help="Of what is drawn; 0: always the likeliest token.")]
 TopK = Annotated[int, Option(help="Draw from the k most likely tokens; 0: off.")]
 TopP = Annotated[float, Option(help="Draw from the most likely tokens with this total share; 1: off.")]
 MinP = Annotated[float, Option(help="Leave out what is less likely than this times the likeliest; 0: off.")]
@@ -34,7 +34,9 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="Of the large matrices: float32, bfloat16 or float16.")]
 Cache = Annotated[str, Option(help="Of the memory: packed (FP8 and FP4), float32, bfloat16, float16; default: dtype.")]
 
-Speculative = Annotated[int, Option(help="Tokens that the model's MTP block drafts a step, such as 1; 0: off.")]
+Speculative = Annotated[
+    int, Option(help="Tokens that the MTP block or DSpark drafter drafts a step, such as 1; 0: off.")
+]
 
 Threads = Annotated[int, Option(min=0, help="Of the processor, for one operation; 0: as torch has them.")]
 

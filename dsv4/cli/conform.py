@@ -26,7 +26,7 @@ def conform(
     checkpoint: Annotated[
         Path | None, Option(help="Instead of the kit: this checkpoint, layer by layer, beside transformers.")
     ] = None,
-    tokens: Annotated[int, Option(min=1, help="Of --checkpoint: so many random ones.")] = 300,
+    tokens: Annotated[int, Option(min=1, help="With --checkpoint: how many random tokens are read.")] = 300,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Is a port of DeepSeek-V4 right? A verdict on every part, and the name of the mistake where there is a known one.

@@ -31,7 +31,9 @@ def cost(
     dtype: Annotated[str, typer.Option(help="published, fp8, bfloat16 or float32: weights and cache.")] = "published",
     scheme: Annotated[str, typer.Option(help="What a FLOP counts: a letter, or kind=weight,kind=weight.")] = "C",
     page: Annotated[int, typer.Option(help="Round the cache up to pages of that many tokens.")] = 1,
-    measure: Annotated[bool, typer.Option(help="Run real layers and set counted beside executed (minutes).")] = False,
+    measure: Annotated[
+        bool, typer.Option(help="Run real layers, and show what they executed beside what is counted (minutes).")
+    ] = False,
     details: Annotated[bool, typer.Option("--details", help="All tables, not only the summary.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with everything in it.")] = False,

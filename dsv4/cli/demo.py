@@ -18,7 +18,8 @@ from dsv4.model import LanguageModel
 from dsv4.train.batches import heldout_batches
 from dsv4.train.log import plot_loss, read_log
 from dsv4.train.ngram import ngram_bits_per_byte
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import Trainer
 
 PROMPT = "The people of the United States"

@@ -17,7 +17,8 @@ from dsv4.train.log import plot_loss
 from dsv4.train.memory import keep_freed_memory
 from dsv4.train.parallel.processes import Processes, processes
 from dsv4.train.plan import lines, plan
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trackers import check_tracker, tracking
 from dsv4.train.trainer import NotFinite, Trainer
 
@@ -29,7 +30,8 @@ MANY_PASSES = 4.0  # over the same text: from about here a model learns it by he
 def train(
     settings: Annotated[list[str] | None, typer.Argument(help="key=value overrides, such as optim.lr=3e-4.")] = None,
     recipe: Annotated[
-        str, typer.Option(help="tiny_cpu, phases, demo, small_cpu, base_1gpu, sft, flash_shape or pro_shape.")
+        str,
+        typer.Option(help="tiny_cpu, phases, curriculum, demo, small_cpu, base_1gpu, sft, flash_shape or pro_shape."),
     ] = "small",
     config: Annotated[Path | None, typer.Option(help="YAML with settings, such as a run's config.yaml.")] = None,
     data: Annotated[str, typer.Option(help="Text to learn from: a file, a folder or hf:NAME; default: embedded.")] = "",
@@ -37,10 +39,14 @@ def train(
     start_from: Annotated[
         str, typer.Option("--from", help="A run or checkpoint whose weights, model and tokenizer to begin with.")
     ] = "",
-    resume: Annotated[str, typer.Option(help='"auto" or the path of a checkpoint.')] = "",
+    resume: Annotated[
+        str, typer.Option(help="Go on from a checkpoint: its path, or auto for the newest of --out, if any.")
+    ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the computation; master weights are float32.")] = "float32",
-    tracker: Annotated[str, typer.Option("--log", help="trackio, wandb or tensorboard, beside log.jsonl.")] = "",
+    tracker: Annotated[
+        str, typer.Option("--log", help="A tracker beside log.jsonl: trackio, wandb or tensorboard.")
+    ] = "",
     planned: Annotated[bool, typer.Option("--plan", help="Print what the run takes, and do nothing.")] = False,
     ranks: Annotated[int, typer.Option(help="With --plan: accelerators that share the run.")] = 1,
     mfu: Annotated[float, typer.Option(help="With --plan: the share of their bf16 rate that is reached.")] = 0.4,

@@ -16,7 +16,8 @@ from dsv4.config import ModelConfig
 from dsv4.model.compressor import Compressor
 from dsv4.model.indexer import ALL, Asked, Choice, Indexed, Indexer
 from dsv4.model.layers import Weight, with_unused
-from dsv4.model.segments import Part, Run
+from dsv4.model.parts import Part
+from dsv4.model.segments import Run
 
 SAMPLED = 256  # queries of a part whose choice is compared with the best one, to be reported
 

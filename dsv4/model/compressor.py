@@ -11,7 +11,8 @@ from dsv4 import ops
 from dsv4.cache import Compressed
 from dsv4.config import LayerKind, ModelConfig
 from dsv4.model.layers import RMSNorm, Weight
-from dsv4.model.segments import Groups, Part, Run
+from dsv4.model.parts import Groups, Part
+from dsv4.model.segments import Run
 
 
 class EntryNorm(RMSNorm):

@@ -20,7 +20,8 @@ from dsv4.config import ModelConfig
 from dsv4.model import hyper
 from dsv4.model.block import Block
 from dsv4.model.layers import Linear, RMSNorm, Weight
-from dsv4.model.segments import Part, Run, Segment, ring_rows, rows_before, spans
+from dsv4.model.parts import Part, ring_rows, rows_before, spans
+from dsv4.model.segments import Run, Segment
 
 
 @dataclass(frozen=True)

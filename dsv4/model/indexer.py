@@ -17,7 +17,8 @@ from dsv4.cache import Compressed
 from dsv4.config import LayerKind, ModelConfig
 from dsv4.model.compressor import Compressor
 from dsv4.model.layers import Linear
-from dsv4.model.segments import Part, Run
+from dsv4.model.parts import Part
+from dsv4.model.segments import Run
 from dsv4.ops import rotate
 
 

@@ -18,18 +18,9 @@ import torch
 from torch import Tensor
 
 from dsv4.config import LayerKind, ModelConfig
+from dsv4.model.parts import Groups, Part, ragged, rows_before, spans
 from dsv4.model.rope import frequencies, turns
-from dsv4.model.segments import (
-    Groups,
-    IndexPhase,
-    Part,
-    Run,
-    Segment,
-    check_segments,
-    ragged,
-    rows_before,
-    spans,
-)
+from dsv4.model.segments import IndexPhase, Run, Segment, check_segments
 
 
 class Neighbours(Protocol):

@@ -15,7 +15,8 @@ from dsv4.cache import Entries, LayerMemory
 from dsv4.config import ModelConfig
 from dsv4.model.attention import Attention, Read
 from dsv4.model.layers import Linear
-from dsv4.model.segments import Part, Run, TokenRows
+from dsv4.model.parts import Part, TokenRows
+from dsv4.model.segments import Run
 
 
 def attention(config: ModelConfig, layer: int, dtype: torch.dtype) -> Attention:

@@ -12,9 +12,9 @@ M model width, G groups that close (new entries), r compress ratio, X experts, I
 import torch
 from torch import Tensor
 
-from dsv4.ops import blocked, index_loss, reference
+from dsv4.ops import blocked, reference
+from dsv4.ops.blocked.index_loss import index_recall
 from dsv4.ops.formats import Packed, PackedRows
-from dsv4.ops.index_loss import index_recall
 from dsv4.ops.newton_schulz import newton_schulz
 from dsv4.ops.reference import cast, hyper_read, index_scores, rms_norm, swiglu
 from dsv4.ops.spans import Spans
@@ -46,7 +46,6 @@ __all__ = [
 
 enrol("reference", reference)
 enrol("blocked", blocked)
-enrol("blocked", index_loss)
 
 Pool = Tensor | PackedRows  # rows that attention reads: as numbers, or packed and unpacked where they are read
 

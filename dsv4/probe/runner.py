@@ -1,8 +1,9 @@
 """Runs probes and keeps what they find: every record is appended as it comes, and a run that was stopped goes on.
 
 A folder holds run.json (which model, which settings), records.jsonl and the report. A probe that came to its end leaves
-a line that says so; one that was stopped half way, failed or was skipped is asked again, and what it had left is taken
-out first.
+a line that says so, also where it found that it has nothing to measure: the same model, text and settings would say
+that once more. One that was stopped half way or failed is asked again, and what it had left is taken out first; so is
+one that does not apply to the model, which costs nothing.
 """
 
 import json
@@ -45,7 +46,8 @@ def run(subject: Subject, probes: Sequence[Probe], settings: Settings, out: Path
                 _append(out / RECORDS, record.to_json())
                 records.append(record)
                 show(probe.name, number, len(probes), record)
-            if all(r.status == "measured" for r in records if r.probe == probe.name):
+            ended = all(r.status != "failed" for r in records if r.probe == probe.name)
+            if ended and probe.needs(subject.config) is None:
                 _append(out / RECORDS, {"finished": probe.name})
         return records
     finally:

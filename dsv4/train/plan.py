@@ -21,7 +21,7 @@ from dsv4.model import LanguageModel
 from dsv4.train.figures import flops_of
 from dsv4.train.memory import machine_bytes
 from dsv4.train.optim import Kind, kind_of, logical_matrices
-from dsv4.train.recipes import RunConfig
+from dsv4.train.runconfig import RunConfig
 
 MOST_RANKS = 1_000_000
 FP32, BF16 = 4, 2  # bytes

@@ -24,7 +24,7 @@ from dsv4.train.encode import Encoder, plain_text
 from dsv4.train.hub import HubSpec
 from dsv4.train.mixture import Mixture
 from dsv4.train.packed import Packed, check_file, is_prepared, prepare, read_manifest
-from dsv4.train.recipes import RunConfig
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.texts import HELDOUT, Texts, counted, train_split
 
 Told = Callable[[str, int, int | None], None]  # what is being done, bytes done, bytes in all if known

@@ -39,7 +39,8 @@ from dsv4.train.anticipate import FILE as ANTICIPATED
 from dsv4.train.anticipate import Anticipation
 from dsv4.train.optim import HybridOptimizer
 from dsv4.train.parallel.processes import Processes
-from dsv4.train.recipes import RunConfig, renamed
+from dsv4.train.recipes import renamed
+from dsv4.train.runconfig import RunConfig
 
 log = logging.getLogger("dsv4")
 

@@ -35,7 +35,7 @@ from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradient
 from dsv4.train.packed import Packed, is_prepared
 from dsv4.train.parallel.processes import Processes
 from dsv4.train.plan import check_memory
-from dsv4.train.recipes import RunConfig
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.rundata import absolute, absolute_path, prepare_data
 from dsv4.train.schedule import decay_steps, index_phase, lr_scale, mtp_weight, trunk_step
 from dsv4.train.state import Progress, copy_weights, load_state, not_finite, save_state

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import Trainer
 
 SMOOTH = 20  # updates whose mean loss is compared

@@ -20,7 +20,8 @@ import torch
 
 from dsv4.settings import merge
 from dsv4.train.batches import heldout_batches
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import Trainer
 
 TRIAL = 6  # steps that tell how long one takes

@@ -26,7 +26,8 @@ from dsv4.probe.embedding import LARGEST, Asked, flip_radii
 from dsv4.probe.jacobian import blocks_of, embeddings_to_hidden, gain, without_parameters
 from dsv4.probe.mixing import certificate, mixers_of
 from dsv4.probe.subject import Settings, Subject
-from dsv4.train.recipes import RunConfig, resolve
+from dsv4.train.recipes import resolve
+from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import Trainer
 
 RESIDUALS = ("mhc", "plain", "hc")

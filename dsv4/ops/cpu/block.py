@@ -94,7 +94,8 @@ class Collapse(ctypes.Structure):
 class RingRows(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("read", "order", "write", "kept")),
-        *((name, c_long) for name in ("before", "joined", "stored")), ("places", c_void_p),
+        *((name, c_long) for name in ("before", "joined", "stored")),
+        ("places", c_void_p),
     ]
 
 

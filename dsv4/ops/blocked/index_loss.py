@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv4.ops import blocked
-from dsv4.ops.blocked import Piece, entry_piece, topk_lowest
+from dsv4.ops.blocked import blocks
+from dsv4.ops.blocked.blocks import NEG_INF, Piece, entry_piece
+from dsv4.ops.blocked.choose import topk_lowest
 from dsv4.ops.spans import Spans
-
-NEG_INF = float("-inf")
 
 
 def _blocks(visible: Spans, chosen: Tensor | None, num: int, heads: int) -> Iterator[tuple[int, int]]:
     """Blocks of queries whose scores of `heads` heads in all and at most `num` entries are held at once."""
-    width = min(num, 4 * chosen.shape[1] if chosen is not None else max(blocked.FEW, 4 * visible.longest))
-    return visible.blocks(max(1, min(64, blocked.BLOCK_NUMBERS // (heads * max(1, width)))))
+    width = min(num, 4 * chosen.shape[1] if chosen is not None else max(blocks.FEW, 4 * visible.longest))
+    return visible.blocks(max(1, min(64, blocks.BLOCK_NUMBERS // (heads * max(1, width)))))
 
 
 def _log_softmax(scores: Tensor) -> Tensor:
