@@ -16,6 +16,7 @@ from dsv4.ops import reference
 
 cpu = pytest.importorskip("dsv4.ops.cpu", exc_type=ImportError)
 expert_gradients = pytest.importorskip("dsv4.ops.cpu.expert_gradients", exc_type=ImportError)
+products = pytest.importorskip("dsv4.ops.cpu.products", exc_type=ImportError)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -210,3 +211,20 @@ def test_only_those_weights_that_learn_have_a_gradient(isa: str) -> None:
     w2.requires_grad_()
     cpu.experts(x, chosen, weights, w13, w2, limit).sum().backward()
     assert w2.grad is not None and w2.grad[:3].any() and not w2.grad[3].any() and w13.grad is None
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (64, 48, 33)])
+def test_products_of_bf16_are_rounded_once(isa: str, shape: tuple[int, int, int]) -> None:
+    """Whole numbers below 2^8, so that fp32 sums are exact and only the last rounding is left."""
+    n, k, m = shape
+    a, b, c = (normal(*s, seed=i).mul(3).round() for i, s in enumerate(((n, k), (k, m), (n, m))))
+    exact = (a.double() @ b.double()).float()
+    narrow, wide = a.bfloat16(), b.bfloat16()
+    for x, y, out in ((narrow, wide, torch.bfloat16), (a, b, torch.float32)):
+        assert torch.equal(products.mm(x, y), exact.to(out))
+        columns = torch.full((n, 2 * m), torch.nan, dtype=out)
+        assert torch.equal(products.mm(x, y, out=columns[:, m:]), exact.to(out)) and columns[:, :m].isnan().all()
+        assert torch.equal(products.add_mm(c.clone().to(out), x, y), (c + exact).to(out))
+        gradient = torch.full((n, m), torch.nan, dtype=torch.float32)
+        products.into_gradient(x, y, gradient)
+        assert torch.equal(gradient.to(out).float(), exact.to(out).float())

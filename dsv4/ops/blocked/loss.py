@@ -31,7 +31,7 @@ class _CrossEntropy(torch.autograd.Function):
                 p = logits.sub_(lse[:, None]).exp_()
                 p.scatter_add_(1, at, torch.full_like(at, -1, dtype=torch.float32)).mul_(keep[:, None])
                 p = p.to(h.dtype)
-                d_hidden[i : i + rows] = p @ head.to(h.dtype)
+                d_hidden[i : i + rows] = dot(p, head.to(h.dtype))
                 d_head += dot(p.T, h)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.dtypes = hidden.dtype, head.dtype

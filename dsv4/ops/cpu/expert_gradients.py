@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv4.ops.cpu.library import Kernel, address
+from dsv4.ops.cpu.products import add_mm, into_gradient, mm
 
 _swiglu = Kernel("swiglu", "pipllfp")
 _swiglu_backward = Kernel("swiglu_backward", "pippllfppp")
@@ -105,8 +106,8 @@ class ExpertsByTorch(torch.autograd.Function):
         ws, token = weights.flatten()[order], order // k
         hidden, ys = x.new_empty(len(order), 2 * w13.shape[2]), x.new_empty(len(order), x.shape[1])
         for e, rows in _of_experts(counts):
-            torch.mm(x[token[rows]], w13[e].flatten(0, 1).to(dtype).T, out=hidden[rows])
-            torch.mm(_activated(hidden[rows], ws[rows], limit), w2[e].to(dtype).T, out=ys[rows])
+            mm(x[token[rows]], w13[e].flatten(0, 1).to(dtype).T, out=hidden[rows])
+            mm(_activated(hidden[rows], ws[rows], limit), w2[e].to(dtype).T, out=ys[rows])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         ctx.save_for_backward(x, ws, w13, w2, hidden, order, back)
@@ -127,12 +128,12 @@ class ExpertsByTorch(torch.autograd.Function):
         for e, rows in _of_experts(ctx.counts):  # of one expert at a time: what it needs stays in the caches
             mine = token[rows]
             dy = d_out[mine]
-            act, d_hidden, found = _activated_backward(hidden[rows], ws[rows], dy @ w2[e].to(dtype), ctx.limit)
+            act, d_hidden, found = _activated_backward(hidden[rows], ws[rows], mm(dy, w2[e].to(dtype)), ctx.limit)
             assert found is not None
             d_ws[rows] = found
             into_gradient(dy.T, act, d_w2[e])
             into_gradient(d_hidden.T, x[mine], d_w13[e].view(-1, x.shape[1]))
-            torch.mm(d_hidden, w13[e].flatten(0, 1).to(dtype), out=d_xs[rows])
+            mm(d_hidden, w13[e].flatten(0, 1).to(dtype), out=d_xs[rows])
         return _added(d_xs, back, k).to(dtype), None, d_ws[back].view(len(x), k), d_w13, d_w2, None, None
 
 
@@ -143,14 +144,6 @@ def _added(rows: Tensor, back: Tensor, k: int) -> Tensor:
     for slot in range(1, k):
         total += rows[places[:, slot]]
     return total
-
-
-def into_gradient(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a b into a gradient of fp32, or of the dtype of both."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 def _of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -169,20 +162,20 @@ class OneExpert(torch.autograd.Function):
     def forward(ctx: Any, x, w1, w3, w2, limit: float):
         hidden, inner = x.new_empty(len(x), 2 * len(w1)), len(w1)
         for at, w in ((slice(0, inner), w1), (slice(inner, None), w3)):
-            torch.mm(x, w.to(x.dtype).T, out=hidden[:, at])
+            mm(x, w.to(x.dtype).T, out=hidden[:, at])
         ctx.save_for_backward(x, w1, w3, w2, hidden)
         ctx.limit = limit
-        return _activated(hidden, None, limit) @ w2.to(x.dtype).T
+        return mm(_activated(hidden, None, limit), w2.to(x.dtype).T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any):
         x, w1, w3, w2, hidden = ctx.saved_tensors
         dy, inner = grads[0], len(w1)
-        act, d_hidden, _ = _activated_backward(hidden, None, dy @ w2.to(dy.dtype), ctx.limit)
+        act, d_hidden, _ = _activated_backward(hidden, None, mm(dy, w2.to(dy.dtype)), ctx.limit)
         d_w1, d_w3, d_w2 = (torch.empty_like(w) for w in (w1, w3, w2))
         into_gradient(dy.T, act, d_w2)
         d_gate, d_up = d_hidden[:, :inner], d_hidden[:, inner:]
         into_gradient(d_gate.T, x, d_w1)
         into_gradient(d_up.T, x, d_w3)
-        return torch.addmm(d_gate @ w1.to(x.dtype), d_up, w3.to(x.dtype)), d_w1, d_w3, d_w2, None
+        return add_mm(mm(d_gate, w1.to(x.dtype)), d_up, w3.to(x.dtype)), d_w1, d_w3, d_w2, None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv4.ops.cpu.expert_gradients import into_gradient
 from dsv4.ops.cpu.library import Kernel
+from dsv4.ops.cpu.products import add_mm, into_gradient, mm
 from dsv4.ops.cpu.rows import rotate
 
 _norm = Kernel("norm", "pillpfp")
@@ -49,9 +49,9 @@ class ProjectIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, wq_a, q_gain, wq_b, wkv, kv_gain, heads: int, eps: float, turn: Tensor):
         dtype = x.dtype
-        latent = x @ wq_a.to(dtype).T
+        latent = mm(x, wq_a.to(dtype).T)
         qr = _normed(latent, q_gain, eps)
-        q = qr @ wq_b.to(dtype).T
+        q = mm(qr, wq_b.to(dtype).T)
         n, width = len(x), q.shape[1] // heads
         rho = x.new_empty(n, heads, dtype=torch.float32)
         _turned_norm(
@@ -59,7 +59,7 @@ class ProjectIn(torch.autograd.Function):
             rho.data_ptr(),
         )  # fmt: skip
         q = q.view(n, heads, width)
-        key = x @ wkv.to(dtype).T
+        key = mm(x, wkv.to(dtype).T)
         kv = _normed(key, kv_gain, eps)
         ctx.save_for_backward(x, wq_a, q_gain, wq_b, wkv, kv_gain, latent, q, rho, key)
         ctx.eps, ctx.turn = eps, turn
@@ -81,17 +81,17 @@ class ProjectIn(torch.autograd.Function):
                 turn.shape[1], rho.data_ptr(), d_rows.data_ptr(),
             )  # fmt: skip
             into_gradient(d_rows.T, _normed(latent, q_gain, ctx.eps), d_wq_b)
-            d_qr = _sum(d_rows @ wq_b.to(dtype), d_qr)
+            d_qr = _sum(mm(d_rows, wq_b.to(dtype)), d_qr)
         if d_qr is not None:
             d_latent, d_q_gain = _normed_backward(latent, d_qr, q_gain, ctx.eps)
             into_gradient(d_latent.T, x, d_wq_a)
-            torch.mm(d_latent, wq_a.to(dtype), out=d_x)
+            mm(d_latent, wq_a.to(dtype), out=d_x)
         if d_row is not None:
             d_kv = _sum(rotate(d_row, turn.conj()) if n else d_row, d_kv)
         if d_kv is not None:
             d_key, d_kv_gain = _normed_backward(key, d_kv, kv_gain, ctx.eps)
             into_gradient(d_key.T, x, d_wkv)
-            d_x.addmm_(d_key, wkv.to(dtype))
+            add_mm(d_x, d_key, wkv.to(dtype))
         return d_x, d_wq_a, d_q_gain, d_wq_b, d_wkv, d_kv_gain, None, None, None
 
 
@@ -104,20 +104,20 @@ class ProjectOut(torch.autograd.Function):
         turned = rotate(o, turn.conj()).flatten(1) if len(o) else o.flatten(1)
         ctx.save_for_backward(turned, turn, wo_a, wo_b)
         ctx.groups, ctx.shape = groups, o.shape
-        return _low(turned, wo_a, groups) @ wo_b.to(o.dtype).T
+        return mm(_low(turned, wo_a, groups), wo_b.to(o.dtype).T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any):
         turned, turn, wo_a, wo_b = ctx.saved_tensors
         dy, groups, dtype = grads[0], ctx.groups, turned.dtype
-        d_low, d_wo_a, d_wo_b = dy @ wo_b.to(dtype), torch.empty_like(wo_a), torch.empty_like(wo_b)
+        d_low, d_wo_a, d_wo_b = mm(dy, wo_b.to(dtype)), torch.empty_like(wo_a), torch.empty_like(wo_b)
         into_gradient(dy.T, _low(turned, wo_a, groups), d_wo_b)
         d_turned = torch.empty_like(turned)
         d_wide = d_wo_a.view(groups, -1, wo_a.shape[1])
         for g, (of, to, w) in enumerate(_groups(turned, d_low, wo_a, groups)):
             into_gradient(to.T, of, d_wide[g])
-            torch.mm(to, w.to(dtype), out=_columns(d_turned, g, groups))
+            mm(to, w.to(dtype), out=_columns(d_turned, g, groups))
         d_o = d_turned.view(ctx.shape)
         return rotate(d_o, turn) if len(d_o) else d_o, None, d_wo_a, None, d_wo_b
 
@@ -126,7 +126,7 @@ def _low(turned: Tensor, wo_a: Tensor, groups: int) -> Tensor:
     """Each group through its own rows of wo_a: [n, G * rank]."""
     low = turned.new_empty(len(turned), len(wo_a))
     for of, to, w in _groups(turned, low, wo_a, groups):
-        torch.mm(of, w.to(turned.dtype).T, out=to)
+        mm(of, w.to(turned.dtype).T, out=to)
     return low
 
 
