@@ -44,12 +44,7 @@ struct Sorted {
         std::vector<long> place(n * k);
         for (long i = 0; i < n * k; i++) place[order[i]] = i;
 #pragma omp parallel for schedule(static)
-        for (long t = 0; t < n; t++)
-            for (long c = 0; c < width; c += LANES) {
-                vf total = load_up_to(rows + place[t * k] * width + c, width - c);
-                for (long s = 1; s < k; s++) total += load_up_to(rows + place[t * k + s] * width + c, width - c);
-                store_up_to(out + t * width + c, total, width - c);
-            }
+        for (long t = 0; t < n; t++) add_rows(rows, &place[t * k], k, width, out + t * width);
     }
 };
 

@@ -4,8 +4,8 @@
 // numbers do not depend on the other pairs, and a token's experts are added in the order in which it chose them.
 #include "calls.h"
 #include "matmul.h"
-#include "norm.h"
 #include "room.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -68,8 +68,9 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
 #pragma omp parallel if (pairs * I * M > 60000)
     {
         static thread_local Room own;
-        own.open((PANEL + NR * std::max(M, I)) * sizeof(X));
+        own.open((PANEL + NR * std::max(M, I)) * sizeof(X) + I * sizeof(T) + 64);
         X* panel = own.take<X>(PANEL + NR * std::max(M, I));
+        [[maybe_unused]] T* rounded = own.take<T>(I);
 #pragma omp for
         for (long i = 0; i < pairs; i++) std::memcpy(&rows[i * M], wide + order[i] / k * M, M * sizeof(X));
 #pragma omp for schedule(dynamic, 1)
@@ -83,20 +84,11 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
         }
 #pragma omp for
         for (long i = 0; i < pairs; i++) {
-            const T *gate = &hidden[i * 2 * I], *up = gate + I;
             float weight = weights ? weights[order[i]] : 1.0f;
-            for (long c = 0; c < I; c += LANES) {
-                vf a = load_up_to(gate + c, I - c), b = load_up_to(up + c, I - c);
-                a = a > limit ? splat(limit) : a;  // a NaN stays one
-                b = b > limit ? splat(limit) : (b < -limit ? splat(-limit) : b);
-                vf silu = a * sigmoid(a) * b;
-                if (weights) silu = silu * weight;
-                if constexpr (std::is_same<X, T>::value) store_up_to(act + i * I + c, silu, I - c);
-                else {  // rounded to the dtype of x, and multiplied in FP32
-                    T rounded[LANES];
-                    store(rounded, silu);
-                    store_up_to(act + i * I + c, load(rounded), I - c);
-                }
+            if constexpr (std::is_same<X, T>::value) swiglu_row(&hidden[i * 2 * I], weight, I, limit, act + i * I);
+            else {  // rounded to the dtype of x, and multiplied in FP32
+                swiglu_row(&hidden[i * 2 * I], weight, I, limit, rounded);
+                for (long c = 0; c < I; c += LANES) store_up_to(act + i * I + c, load_up_to(rounded + c, I - c), I - c);
             }
         }
 #pragma omp for schedule(dynamic, 1)
@@ -114,11 +106,7 @@ void run(int dtype, const T* x, long n, const int64_t* chosen, const float* weig
         }
 #pragma omp for
         for (long t = 0; t < n; t++)
-            for (long c = 0; c < M; c += LANES) {
-                vf total = load_up_to(&parts[order[t * k] * M + c], M - c);
-                for (long s = 1; s < k; s++) total += load_up_to(&parts[order[t * k + s] * M + c], M - c);
-                store_up_to(out + t * M + c, total, M - c);
-            }
+            add_rows(parts, &order[t * k], k, M, out + t * M);
     }
 }
 

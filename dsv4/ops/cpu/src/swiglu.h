@@ -1,4 +1,5 @@
-// The clamped SwiGLU of an expert's row, silu(min(gate, limit)) * clamp(up, -limit, limit) * weight, and its gradients.
+// What an expert does with a row between its products, the clamped SwiGLU silu(min(gate, limit)) * clamp(up, -limit, limit) *
+// weight with its gradients; and how a token's experts are added.
 #pragma once
 
 #include "norm.h"
@@ -35,6 +36,15 @@ INLINE float swiglu_row_backward(const T* hidden, float weight, const T* d_act, 
         store_up_to(d_hidden + I + c, (y > limit) | (y < -limit) ? vf{} : d_up, left);
     }
     return sum(total);
+}
+
+// out [width] = the sum of `count` rows, in the order of `places`
+template <class T> INLINE void add_rows(const T* rows, const long* places, long count, long width, float* out) {
+    for (long c = 0; c < width; c += LANES) {
+        vf total = load_up_to(rows + places[0] * width + c, width - c);
+        for (long i = 1; i < count; i++) total += load_up_to(rows + places[i] * width + c, width - c);
+        store_up_to(out + c, total, width - c);
+    }
 }
 
 }  // namespace
