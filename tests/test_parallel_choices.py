@@ -33,15 +33,16 @@ def alone(*given: Any, **more: Any) -> list[dict[str, Any]]:
 
 def ties(one: Path, several: Path) -> set[int]:
     """The updates in which two runs have chosen otherwise: for want of a difference, as is asserted. The first place of
-    an update where they do is a tie: what comes after it is another computation."""
+    an update where they do is a tie: what comes after it is another computation. The first of a run is one in fp32's
+    last bits; from then on the runs have learned from other choices, so that they may be a little further apart."""
     found: dict[int, list[choices.Other]] = {}
     for other in choices.others(one, several):
         found.setdefault(other.step, []).append(other)
     for step, differ in found.items():
         first = min(other.order for other in differ)
         for other in (other for other in differ if other.order == first):
-            assert other.gap < 20 * CLOSE, other
-        print(f"update {step}: {', '.join(f'{o.what} row {o.row} gap {o.gap:.1e}' for o in differ)}")
+            assert other.gap < (CLOSE if step == min(found) else 100 * CLOSE), other
+        print(*(f"update {o.step}, {o.what}, row {o.row}: {o.mine}, {o.theirs}, {o.gap:.1e}" for o in differ), sep="\n")
     return set(found)
 
 
@@ -138,6 +139,20 @@ def test_what_is_chosen_for_a_token_stays_with_it(rows: int, parts: int, micro: 
     assert all(torch.equal(again[n], whole[n]) for n in whole)
 
 
+def test_ties_are_decided_alike_wherever_a_row_is_cut(text: Path, tmp_path: Path) -> None:
+    """By the same parameters, entries of equal scores too: of one index head, whose scores are often exactly 0."""
+    first = (
+        "schedule.steps=1", "schedule.warmup=0", "indexer.dense=0", "indexer.warmup=0", "model.index_n_heads=1",
+        "data.tokens_per_step=640",
+    )  # fmt: skip
+    alone(text, tmp_path / "one", *first, choices=True)
+    run(2, [job(text, tmp_path / "two", *first, "parallel.cp=2", choices=True)], tmp_path)
+    assert not list(choices.others(tmp_path / "one", tmp_path / "two"))
+    scores = load_file(tmp_path / "one" / choices.FILE)["1.index.1.scores"]
+    tied = (scores == 0).sum(dim=1) > (8 - (scores > 0).sum(dim=1)).clamp(min=0)
+    assert (tied & ((scores > 0).sum(dim=1) < 8)).sum() > 100, "of no query does the rule for ties decide"
+
+
 # --- thirty updates --------------------------------------------------------------------------------------------------
 
 THIRTY = ("schedule.steps=30", "schedule.warmup=3", "indexer.dense=10", "indexer.warmup=10")
@@ -172,11 +187,12 @@ def thirty(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
         (4, "parallel.cp=2 parallel.ep=2"),
         (8, "parallel.dp=2 parallel.cp=2 parallel.ep=2"),
         (4, "parallel.cp=2 parallel.ep=2 anticipatory.when=always"),
+        (4, "parallel.cp=4 model.index_n_heads=4 seed=1"),
     ],
 )
 def test_thirty_steps_are_those_of_one_process(text: Path, thirty: Any, tmp_path: Path, world: int, kind: str) -> None:
     """The losses throughout; figures that count choices, but where a tie was decided otherwise: that it was one."""
-    settings = (*THIRTY, *(word for word in kind.split() if word.startswith("anticipatory")))
+    settings = (*THIRTY, *(word for word in kind.split() if not word.startswith("parallel")))
     folder, expected = thirty(*settings)
     found = run(world, [job(text, tmp_path / "run", *settings, *kind.split(), choices=True)], tmp_path, 3000)[0]
     apart = compare(expected, found["run"]["records"], tied=ties(folder, tmp_path / "run"))
