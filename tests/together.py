@@ -1,6 +1,7 @@
 """Runs that several processes share: what starts them (parallel.py is one of them), and what compares their logs."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -54,16 +55,17 @@ def compare(
     expected: list[dict[str, Any]], found: list[dict[str, Any]], limit: float = CLOSE, tied: set[int] | None = None
 ) -> float:
     """Assert that two logs say the same; returns by how much the losses differ at most, relatively. tied: updates in
-    which a tie was decided otherwise, so that the figures that count choices may differ: the others are compared."""
+    which a tie was decided otherwise. The figures that count choices may differ in these, and the indexers, which have
+    learned from other entries, may differ a little more from there on; everything else is compared as ever."""
     assert [r["step"] for r in expected] == [r["step"] for r in found]
     for one, several in zip(expected, found, strict=True):
         assert one.keys() == several.keys()
         assert all(one[name] == several[name] for name in SAME if name in one)
-        free = one["step"] in (tied or ())
+        free, apart = one["step"] in (tied or ()), one["step"] > min(tied or (math.inf,))
         for name in SUMS:
             if name in one and not (free and name == "load_max"):
                 assert several[name] == pytest.approx(one[name], rel=limit if name == "loss" else 20 * limit), name
         for layer, value in one.get("index_kl", {}).items():
             if not free:
-                assert several["index_kl"][layer] == pytest.approx(value, rel=20 * limit), layer
+                assert several["index_kl"][layer] == pytest.approx(value, rel=(100 if apart else 20) * limit), layer
     return max(abs(b["loss"] / a["loss"] - 1) for a, b in zip(expected, found, strict=True))

@@ -238,7 +238,9 @@ class Trainer:
         assert good is not None, "one was written before the first update"
         seconds = self.progress.seconds  # which have been spent
         self._load(good)
-        self._go_on_from(good)
+        self.processes.wait()  # all have found it and read it
+        if self.processes.is_first:
+            self._go_on_from(good)
         until = spike["step"] + self.config.anticipatory.steps
         self.anticipation.forget(until)
         self.progress.anticipatory_until = self.anticipation.until
@@ -335,8 +337,7 @@ class Trainer:
         return self.processes.shares(self.batches.batch(step), self.config.data.micro_batches)
 
     def _chosen_rows(self, step: int) -> dict[int, Rows]:
-        """Where the rows that this process chooses experts for stand in an update's batch, by layer with such a
-        choice."""
+        """Where the rows that this process chooses experts for stand in an update's batch, by layer."""
         tokens, followed = rows_of(self.batches.batch(step).lengths, self._shares(step))
         return {n: followed if n == len(self.model.layers) else tokens for n in learned_gates(self.model)}
 
