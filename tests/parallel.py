@@ -27,9 +27,8 @@ from dsv4.train.trainer import Trainer
 
 def recipe(text: Path) -> RunConfig:
     """A layer of every kind, on single bytes: hash and learned gates, window, CSA that chooses, HCA, MTP. Rows of 320
-    tokens cut anywhere hold documents of all sizes; the three phases of the indexers are gone through. With 4
-    index heads the loss was 2e-6 apart: scores are then often exactly 0, and another rounding may choose other entries
-    (likely, not traced)."""
+    tokens cut anywhere hold documents of all sizes; the three phases of the indexers are gone through. With few index
+    heads scores are often exactly 0, and more ties come out otherwise (docs/scale.md)."""
     model = ModelConfig.preset(
         "tiny", vocab_size=258, hidden_size=48, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0),
         num_attention_heads=2, head_dim=32, qk_rope_head_dim=8, q_lora_rank=24, o_lora_rank=24, sliding_window=24,
