@@ -77,8 +77,8 @@ class Processes:
         return value
 
     def joined(self, rows: Tensor, places: Tensor, count: int) -> Tensor:
-        """All `count` rows of a tensor, of which this process has `rows` [n, ...], which stand at `places` int64 [n]; on
-        the CPU. Every row is of one process."""
+        """All `count` rows of a tensor on the CPU, of which this process has `rows` [n, ...], which stand at `places`
+        int64 [n]. Every row is of one process."""
         return rows
 
     def agree(self, flag: bool) -> bool:
