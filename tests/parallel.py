@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from choices import Recorder
 
 from dsv4.config import ModelConfig
 from dsv4.settings import merge, read_overrides
@@ -25,9 +27,8 @@ from dsv4.train.trainer import Trainer
 
 def recipe(text: Path) -> RunConfig:
     """A layer of every kind, on single bytes: hash and learned gates, window, CSA that chooses, HCA, MTP. Rows of 320
-    tokens cut anywhere hold documents of all sizes; the three phases of the indexers are gone through. With 4
-    index heads the loss was 2e-6 apart: scores are then often exactly 0, and another rounding may choose other entries
-    (likely, not traced)."""
+    tokens cut anywhere hold documents of all sizes; the three phases of the indexers are gone through. With few index
+    heads scores are often exactly 0, and more ties come out otherwise (docs/scale.md)."""
     model = ModelConfig.preset(
         "tiny", vocab_size=258, hidden_size=48, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0),
         num_attention_heads=2, head_dim=32, qk_rope_head_dim=8, q_lora_rank=24, o_lora_rank=24, sliding_window=24,
@@ -52,9 +53,12 @@ def settings(text: Path, changes: list[str]) -> RunConfig:
 def work(job: dict[str, Any], processes: Processes) -> dict[str, Any]:
     """Train a job; returns what the log says, digests of the whole state by step (that at which it began, and those in
     `digests`), and how many weights this process holds. stop_after: the step after which the first process is asked to
-    stop, which the others are to learn of."""
+    stop, which the others are to learn of. choices: whether what is chosen is kept beside the log (choices.py). spoil:
+    by step the factor of a loss, unless experts are chosen ahead then."""
     config = settings(Path(job["text"]), job["settings"])
     trainer = Trainer(config, Path(job["out"]), resume=job.get("resume", ""), processes=processes)
+    recorder = Recorder(trainer) if job.get("choices") else None
+    spoil(trainer, {int(step): factor for step, factor in job.get("spoil", {}).items()})
     records: list[dict[str, Any]] = []
     digests = {trainer.progress.step: state_digest(trainer)}
 
@@ -65,8 +69,23 @@ def work(job: dict[str, Any], processes: Processes) -> dict[str, Any]:
         trainer.stop.asked = int(record["step"] == job.get("stop_after") and processes.is_first)
 
     trainer.run(report)
+    if recorder is not None:
+        recorder.write(trainer.folder.path)
     held = sum((p.to_local() if is_sharded(p) else p).numel() for p in trainer.model.parameters())  # type: ignore[attr-defined]
     return {"records": records, "digests": digests, "held": held}
+
+
+def spoil(trainer: Trainer, steps: dict[int, float]) -> None:
+    """Let the loss of an update that is to come after so many be a multiple of what it is."""
+    plain = trainer._gradient
+
+    def gradient(step, weight, chosen=None):
+        parts = plain(step, weight, chosen)
+        if step in steps and chosen is None:
+            parts = [replace(part, next_token=part.next_token * steps[step]) for part in parts]
+        return parts
+
+    trainer._gradient = gradient  # type: ignore[method-assign]
 
 
 def state_digest(trainer: Trainer) -> str:

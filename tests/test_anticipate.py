@@ -18,8 +18,8 @@ from dsv4.model.moe import Gate
 from dsv4.settings import merge
 from dsv4.train.anticipate import FILE, AnticipatoryConfig, Spikes, choose, parted, routed
 from dsv4.train.balance import learned_gates
-from dsv4.train.batches import split
 from dsv4.train.log import read_log, reproducible
+from dsv4.train.parallel.processes import Processes
 from dsv4.train.recipes import RECIPES
 from dsv4.train.runconfig import RunConfig
 from dsv4.train.trainer import NotFinite, Trainer
@@ -136,9 +136,10 @@ def test_a_part_without_a_second_token_has_no_choice_for_mtp(text: Path, tmp_pat
     batch = run.batches.batch(0)
     ones = replace(batch, lengths=[1] * 3, ids=batch.ids[:3], targets=batch.targets[:3])
     some = replace(batch, lengths=[1, 4, 2], ids=batch.ids[:7], targets=batch.targets[:7])
-    chosen = choose(run.model, [ones, some], "off")
+    shares = [Processes().share(part) for part in (ones, some)]
+    chosen = choose(run.model, shares, "off")
     assert {n: len(rows) for n, rows in chosen.items()} == {1: 10, 2: 10, 3: 4}
-    first, second = parted(chosen, [ones, some], 3)
+    first, second = parted(chosen, shares, 3)
     assert {n: len(rows) for n, rows in first.items()} == {1: 3, 2: 3}
     assert {n: len(rows) for n, rows in second.items()} == {1: 7, 2: 7, 3: 4}
     with routed(run.model, second):
@@ -282,14 +283,11 @@ def test_settings_that_cannot_be(text: Path, given: dict, says: str) -> None:
         config_for(text, **given)
 
 
-def test_models_and_processes_that_cannot_have_it(text: Path) -> None:
+def test_models_that_cannot_have_it(text: Path) -> None:
     config = config_for(text)
     hashed = config.model.with_(num_hash_layers=3, num_nextn_predict_layers=0, compress_ratios=(0, 4, 128))
     with pytest.raises(UserError, match="nothing is chosen"):
         replace(config, model=hashed, anticipatory=AnticipatoryConfig("always"))
-    with pytest.raises(UserError, match="needs a run of one process"):
-        AnticipatoryConfig("spike").check_processes(several=True)
-    AnticipatoryConfig("off").check_processes(several=True)
 
 
 def test_what_is_kept_is_that_of_the_batch_whatever_its_parts(text: Path, tmp_path: Path) -> None:
@@ -298,11 +296,11 @@ def test_what_is_kept_is_that_of_the_batch_whatever_its_parts(text: Path, tmp_pa
     run.close()
     batch = run.batches.batch(0)
     for phase in ("off", "dense", "warmup", "sparse"):
-        whole = choose(run.model, [batch], phase)
+        whole = choose(run.model, Processes().shares(batch, 1), phase)
         losses = run.model(batch.ids, segments=batch.lengths, targets=batch.targets, phase=phase)
         assert all(torch.equal(whole[n], losses.routing[n][0].chosen) for n in whole) and set(whole) == {1, 2, 3}
     for count in (2, 3):
-        parts = split(batch, count)
+        parts = Processes().shares(batch, count)
         cut = choose(run.model, parts, "off")
         assert all(torch.equal(whole[n], cut[n]) for n in whole)
         again = [parted(whole, parts, 3), parted(cut, parts, 3)]

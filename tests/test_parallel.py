@@ -18,6 +18,7 @@ from typing import Any
 import parallel
 import pytest
 import torch
+from together import ROOT, compare, documents, job, run
 
 from dsv4.config import ModelConfig, preset_of
 from dsv4.errors import UserError
@@ -28,60 +29,10 @@ from dsv4.train.parallel.ownership import owners
 from dsv4.train.parallel.processes import Processes
 from dsv4.train.parallel.shares import share_of
 
-PROGRAM = Path(__file__).with_name("parallel.py")
-ROOT = PROGRAM.parents[1]
-# Sums are taken in other orders, and that is all: about 1e-7 in fp32, which a step's optimiser hands on.
-CLOSE = 1e-6
-SAME = ("step", "lr", "tokens", "phase")
-SUMS = ("loss", "mtp_loss", "balance", "grad_norm", "heldout_bpb", "load_max")
-
-
-def job(text: Path, out: Path, *settings: str, **more: Any) -> dict[str, Any]:
-    return {"name": out.name, "text": str(text), "out": str(out), "settings": list(settings), **more}
-
-
-def run(world: int, jobs: list[dict[str, Any]], folder: Path, seconds: float = 240) -> list[dict[str, Any]]:
-    """What each of the processes says of the jobs, which they do together."""
-    listing, meeting = folder / f"jobs-{world}.json", folder / f"meet-{world}"
-    listing.write_text(json.dumps(jobs))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [[sys.executable, str(PROGRAM), str(rank), str(world), str(meeting), str(listing)] for rank in range(world)]
-    with (folder / "errors").open("w+") as errors:
-        started = [subprocess.Popen(w, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) for w in words]
-        try:
-            done = [child.communicate(timeout=seconds)[0] for child in started]
-        finally:
-            for child in started:
-                child.kill()
-        errors.seek(0)
-        said = errors.read()
-    assert all(child.returncode == 0 for child in started), said[-4000:]
-    return [json.loads(out.splitlines()[-1]) for out in done]
-
-
-def compare(expected: list[dict[str, Any]], found: list[dict[str, Any]], limit: float = CLOSE) -> float:
-    """Assert that two logs say the same; returns by how much the losses differ at most, relatively."""
-    assert [r["step"] for r in expected] == [r["step"] for r in found]
-    for one, several in zip(expected, found, strict=True):
-        assert one.keys() == several.keys()
-        assert all(one[name] == several[name] for name in SAME if name in one)
-        for name in SUMS:
-            if name in one:
-                assert several[name] == pytest.approx(one[name], rel=limit if name == "loss" else 20 * limit), name
-        for layer, value in one.get("index_kl", {}).items():
-            assert several["index_kl"][layer] == pytest.approx(value, rel=20 * limit), layer
-    return max(abs(b["loss"] / a["loss"] - 1) for a, b in zip(expected, found, strict=True))
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of one word to more than a row."""
-    draw = random.Random(5)
-    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(60)]
-    documents = [" ".join(draw.choices(words, k=draw.choice([1, 3, 8, 30, 90, 150]))) for _ in range(300)]
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    return path
+    return documents(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -160,23 +111,6 @@ def test_a_damaged_part_is_named(text: Path, four: dict[str, Any], tmp_path: Pat
     part.write_bytes(data)
     with pytest.raises(UserError, match=f"{part.name} has changed"):
         parallel.work(job(text, tmp_path / "run", resume=str(point)), Processes())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "kinds"),
-    [
-        (2, ["parallel.dp=2", "parallel.ep=2", "parallel.cp=2"]),
-        (4, ["parallel.dp=4", "parallel.ep=4", "parallel.cp=4"]),
-        (4, ["parallel.dp=2 parallel.ep=2", "parallel.dp=2 parallel.cp=2", "parallel.cp=2 parallel.ep=2"]),
-    ],
-)
-def test_thirty_steps_are_those_of_one_process(text: Path, tmp_path: Path, world: int, kinds: list[str]) -> None:
-    steps = ["schedule.steps=30", "schedule.warmup=3", "indexer.dense=10", "indexer.warmup=10"]
-    expected = parallel.work(job(text, tmp_path / "one", *steps), Processes())["records"]
-    found = run(world, [job(text, tmp_path / kind, *steps, *kind.split()) for kind in kinds], tmp_path, 3000)[0]
-    for kind in kinds:
-        print(f"{world} processes, {kind}: losses differ by {compare(expected, found[kind]['records']):.1e} at most")
 
 
 # --- who reads what --------------------------------------------------------------------------------------------------

@@ -269,6 +269,23 @@ class LanguageModel(nn.Module):
                 routing[len(self.layers)] = decided, [n - 1 for n in lengths if n > 1]
         return Losses(self.head(trunk.hidden, targets), drafted, routing, trunk.indexed)
 
+    @torch.no_grad()
+    def route(self, ids: Tensor, segments: Sequence[Segment], phase: IndexPhase = "off") -> dict[int, Routing]:
+        """What the gates decide for a run without memories, ids int64 [T], by number of their layer. The MTP block's,
+        after the last, has a row for each token that is followed by another of its segment.
+
+        Like `forward` it is a way into the whole model, which those who shard one know.
+        """
+        trunk = self.trunk(ids, segments, phase)
+        found = {layer: decided for layer, decided in enumerate(trunk.routing) if decided is not None}
+        if self.predicts_next:
+            # in each process that shares the model, or they wait for each other; without such a token it has a row
+            # all the same, which is for nothing
+            decided = self.predict_next(trunk, ids)[2]
+            if isinstance(segments, Shard) and not segments.is_whole or any(s.length > 1 for s in segments):
+                found[len(self.layers)] = decided
+        return found
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, M] -> logits fp32 [n, vocab]."""
         return self.head(hidden)

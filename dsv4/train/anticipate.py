@@ -7,6 +7,9 @@ without a graph chooses for batch s + delay. Where it is switched on, the choice
 at once, by the oldest parameters that there are: their delay grows from 0 to `delay`. Hash layers have no choice to
 make. It is off unless asked for; with `when: spike` it begins with a rollback, where the loss jumps (`Spikes`).
 
+Of several processes each chooses for the tokens that it reads, and keeps that; a checkpoint has the choices of all in
+the order of the batch, of which any number of processes takes its own again.
+
 What a spike is, how far the run goes back, the delay and how long it stays on the paper does not state: these are ours.
 """
 
@@ -27,14 +30,17 @@ from dsv4.config import AnyConfig, ModelConfig
 from dsv4.errors import UserError, nearest
 from dsv4.model import LanguageModel, Segment
 from dsv4.model.segments import IndexPhase
+from dsv4.model.shards import Shard
 from dsv4.train.balance import learned_gates
+from dsv4.train.parallel.processes import Processes
+from dsv4.train.parallel.shares import Rows, Share
 
 FILE = "anticipated.safetensors"  # of a checkpoint: what has been chosen for updates to come
 WHEN = ("off", "spike", "always")
 LARGEST = 10**6
 
 _READS: dict[IndexPhase, IndexPhase] = {"warmup": "dense", "sparse": "off"}  # the same entries, without indexers' loss
-Choices = dict[int, Tensor]  # by number of a layer: int64 [rows of the batch, K]
+Choices = dict[int, Tensor]  # by number of a layer: whole numbers [tokens of a process's shares of a batch, K]
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,6 @@ class AnticipatoryConfig:
             raise UserError(
                 f"anticipatory.when={self.when}: the model has no V4 layer whose router learns, so nothing is chosen: "
                 "leave anticipatory.when at off"
-            )
-
-    def check_processes(self, several: bool) -> None:
-        """UserError where several processes share the run: the choices of each are not in the others' checkpoints."""
-        if several and self.when != "off":
-            raise UserError(
-                f"anticipatory.when={self.when} needs a run of one process: leave it at off, or start one process"
             )
 
 
@@ -115,12 +114,15 @@ class Spikes:
 class Anticipation:
     """Choices of experts made ahead. until: the number of the first update that has none; no work where it is past.
 
-    chosen: by number of the update, what `choose(step)` gave and the update before which that was.
+    processes: those that share the run. rows: where the rows that this one chooses for stand in batch n, by layer.
     """
 
-    def __init__(self, config: AnticipatoryConfig, steps: int, until: int = 0):
-        self.config, self.steps = config, steps
-        self.until = steps if config.when == "always" else until
+    def __init__(
+        self, config: AnticipatoryConfig, steps: int, processes: Processes, rows: Callable[[int], Mapping[int, Rows]]
+    ):
+        self.config, self.steps, self.processes, self.rows = config, steps, processes, rows
+        self.until = steps if config.when == "always" else 0
+        # by number of the update: the one before which it was chosen for, and what, int32 on the CPU
         self._chosen: dict[int, tuple[int, Choices]] = {}
 
     def active(self, step: int) -> bool:
@@ -131,7 +133,7 @@ class Anticipation:
         updates old what that update is to take is, and what it is."""
         for n in range(step, min(step + self.config.delay + 1, self.until, self.steps)):
             if n not in self._chosen:
-                self._chosen[n] = step, choose(n)
+                self._chosen[n] = step, {layer: rows.to("cpu", torch.int32) for layer, rows in choose(n).items()}
         self._chosen = {n: kept for n, kept in self._chosen.items() if n >= step}
         made, chosen = self._chosen[step]
         return step - made, chosen
@@ -141,22 +143,25 @@ class Anticipation:
         self._chosen, self.until = {}, max(self.until, until)
 
     def write(self, folder: Path, step: int, *, safe: str) -> None:
-        """Beside a checkpoint before update `step`, where there is something to keep."""
-        kept = {n: of for n, of in self._chosen.items() if n >= step}
-        tensors = {
-            f"{n}.{made}.{layer}": rows.to(torch.int32).contiguous()
-            for n, (made, chosen) in kept.items()
-            for layer, rows in chosen.items()
-        }
+        """Beside a checkpoint before update `step`, where there is something to keep: the choices for whole batches.
+        All processes call it, the first one writes."""
+        tensors: dict[str, Tensor] = {}
+        for n, (made, chosen) in self._chosen.items():
+            if n < step:
+                continue
+            for layer, rows in self.rows(n).items():
+                whole = self.processes.joined(chosen[layer], *rows)
+                if self.processes.is_first:
+                    tensors[f"{n}.{made}.{layer}"] = whole
         if tensors:
             write_tensors(folder / FILE, tensors, safe=safe)
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
-        """What `write` wrote."""
+        """This process's part of what any number of them wrote."""
         self._chosen = {}
-        for name, rows in tensors.items():
+        for name, whole in tensors.items():
             n, made, layer = map(int, name.split("."))
-            self._chosen.setdefault(n, (made, {}))[1][layer] = rows.long()
+            self._chosen.setdefault(n, (made, {}))[1][layer] = whole[self.rows(n)[layer].places]
 
 
 @contextmanager
@@ -165,7 +170,8 @@ def routed(model: LanguageModel, chosen: Choices | None):
     which may compute them again."""
     gates = learned_gates(model) if chosen is not None else {}
     for layer, gate in gates.items():
-        gate.anticipated = (chosen or {}).get(layer)
+        given = (chosen or {}).get(layer)
+        gate.anticipated = None if given is None else given.to(gate.bias.device, torch.int64)
     try:
         yield
     finally:
@@ -174,24 +180,33 @@ def routed(model: LanguageModel, chosen: Choices | None):
 
 
 @torch.no_grad()
-def choose(model: LanguageModel, parts: Sequence[Any], phase: IndexPhase) -> Choices:
-    """What the gates choose for the parts of a batch (their ids and lengths), by the parameters as they are."""
-    found: dict[int, list[Tensor]] = {}
-    for part in parts:
-        trunk = model.trunk(part.ids, [Segment(n) for n in part.lengths], _READS.get(phase, phase))
-        routing = dict(enumerate(trunk.routing))
-        if model.predicts_next and max(part.lengths) > 1:
-            routing[len(model.layers)] = model.predict_next(trunk, part.ids)[2]
-        for layer in learned_gates(model):
-            if (decided := routing.get(layer)) is not None:
-                found.setdefault(layer, []).append(decided.chosen)
+def choose(model: LanguageModel, shares: Sequence[Share], phase: IndexPhase) -> Choices:
+    """What the gates choose for a process's shares of a batch, by the parameters as they are; all processes call it. Of
+    the MTP block, whose number is that after the last layer, the tokens that are followed by another."""
+    gates = learned_gates(model)
+    found: dict[int, list[Tensor]] = {layer: [] for layer in gates}
+    for share in shares:
+        pieces = share.segments if isinstance(share.segments, Shard) else [Segment(n) for n in share.segments]
+        routing = model.route(share.ids, pieces, _READS.get(phase, phase))
+        for layer, gate in gates.items():
+            decided = routing.get(layer)
+            rows = torch.empty(0, gate.topk, dtype=torch.int64) if decided is None else decided.chosen.cpu()
+            found[layer].append(rows if layer == len(model.layers) else rows[: len(share.rows)])
     return {layer: torch.cat(rows) for layer, rows in found.items()}
 
 
-def parted(chosen: Choices, parts: Sequence[Any], num_layers: int) -> list[Choices]:
-    """The choices of each part of a batch, in order. The MTP block, number num_layers, has no row for the last token of
-    a sequence, and none at all in a part without a sequence of two."""
-    drafted = [sum(n - 1 for n in part.lengths) for part in parts]
-    sizes = [len(part.ids) for part in parts]
-    cut = {n: rows.split(drafted if n == num_layers else sizes) for n, rows in chosen.items()}
-    return [{n: pieces[i] for n, pieces in cut.items() if len(pieces[i])} for i in range(len(parts))]
+def parted(chosen: Choices, shares: Sequence[Share], num_layers: int) -> list[Choices]:
+    """The choices for each share of a batch, in order, a row for each that its gates see: of the MTP block, number
+    num_layers, the tokens that are followed by another, or all where others have parts of the row; where there is none
+    it has no choice. Rows that count for nothing go to the first experts."""
+    found: list[Choices] = [{} for _ in shares]
+    followed = [~share.ends for share in shares]
+    told = [torch.arange(len(share.ids)) < len(share.rows) for share in shares]
+    seen = [rows if share.has_neighbours else rows[rows] for share, rows in zip(shares, followed, strict=True)]
+    for layer, rows in chosen.items():
+        kinds = seen if layer == num_layers else told
+        for here, counts, own in zip(found, kinds, rows.split([int(c.sum()) for c in kinds]), strict=True):
+            if len(counts):
+                here[layer] = torch.arange(rows.shape[1], dtype=rows.dtype).repeat(len(counts), 1)
+                here[layer][counts] = own
+    return found

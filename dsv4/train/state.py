@@ -109,8 +109,8 @@ def save_state(
             save(model, temporary)
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state_dict().items()}
             write_tensors(temporary / "optimizer.safetensors", tensors, safe=safe)
-            if anticipation is not None:
-                anticipation.write(temporary, progress.step, safe=safe)
+        if anticipation is not None:
+            anticipation.write(temporary, progress.step, safe=safe)
         if processes.is_first:
             tokenizer.save(temporary)
             write_json(temporary / "state.json", about, safe=safe)
@@ -193,11 +193,11 @@ def load_state(
         from dsv4.train.parallel.state import load_sharded
 
         load_sharded(path / SHARDED, model, optimizer)
-        return progress, changed
-    momenta = _tensors(path / "optimizer.safetensors", remedy)
-    loaded = load(path, dtype=torch.float32)
-    optimizer.load_state_dict(momenta)
-    copy_weights(loaded, model)
+    else:
+        momenta = _tensors(path / "optimizer.safetensors", remedy)
+        loaded = load(path, dtype=torch.float32)
+        optimizer.load_state_dict(momenta)
+        copy_weights(loaded, model)
     if anticipation is not None and (path / ANTICIPATED).exists():
         anticipation.read(_tensors(path / ANTICIPATED, remedy))
     return progress, changed

@@ -24,8 +24,8 @@ from dsv4.model.segments import IndexPhase
 from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
 from dsv4.train.anticipate import Anticipation, Choices, Spikes, choose, parted, routed
-from dsv4.train.balance import update_balance_bias
-from dsv4.train.batches import Batches, heldout_batches, split
+from dsv4.train.balance import learned_gates, update_balance_bias
+from dsv4.train.batches import Batches, heldout_batches
 from dsv4.train.figures import LOOKED_AT, look_inside, update_figures
 from dsv4.train.indexer import index_figures, is_index_parameter, thaw
 from dsv4.train.log import Log, LossWatch
@@ -34,6 +34,7 @@ from dsv4.train.mixture import Mixture
 from dsv4.train.optim import HybridOptimizer, clip_gradients, drop_zero_gradients, parameter_groups
 from dsv4.train.packed import Packed, is_prepared
 from dsv4.train.parallel.processes import Processes
+from dsv4.train.parallel.shares import Rows, Share, rows_of
 from dsv4.train.plan import check_memory
 from dsv4.train.runconfig import RunConfig
 from dsv4.train.rundata import absolute, absolute_path, prepare_data
@@ -83,7 +84,6 @@ class Trainer:
         begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
         config = replace(config, data=absolute(config.data), start_from=begins)
         started = load_model(begins, config=config.model) if begins and checkpoint is None else None
-        config.anticipatory.check_processes(processes.several)
         check_memory(config, torch.device(device))
         make_folder(folder)
         self.stop = Stop(f"the newest state is saved in {folder}", patient=processes.several)
@@ -125,7 +125,7 @@ class Trainer:
                 "before it: raise data.seq_len to have them whole", cut, config.data.seq_len,
             )  # fmt: skip
         self.progress, changed = Progress(), {}
-        self.anticipation = Anticipation(config.anticipatory, config.schedule.steps)
+        self.anticipation = self._nothing_ahead()
         if checkpoint is not None:
             changed = self._load(checkpoint)
             if processes.is_first:
@@ -142,12 +142,15 @@ class Trainer:
 
     def _load(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         """Stand where a checkpoint was written; the settings that have changed since."""
-        self.anticipation = Anticipation(self.config.anticipatory, self.config.schedule.steps)
+        self.anticipation = self._nothing_ahead()
         self.progress, changed = load_state(
             checkpoint, self.model, self.optimizer, self.config.to_dict(), self._data_identity(), self.anticipation
         )
         self.anticipation.until = max(self.anticipation.until, self.progress.anticipatory_until)
         return changed
+
+    def _nothing_ahead(self) -> Anticipation:
+        return Anticipation(self.config.anticipatory, self.config.schedule.steps, self.processes, self._chosen_rows)
 
     def _open_log(self) -> None:
         """The record up to where the run stands, and those who learn from it."""
@@ -235,7 +238,9 @@ class Trainer:
         assert good is not None, "one was written before the first update"
         seconds = self.progress.seconds  # which have been spent
         self._load(good)
-        self._go_on_from(good)
+        self.processes.wait()  # all have found it and read it
+        if self.processes.is_first:
+            self._go_on_from(good)
         until = spike["step"] + self.config.anticipatory.steps
         self.anticipation.forget(until)
         self.progress.anticipatory_until = self.anticipation.until
@@ -325,10 +330,16 @@ class Trainer:
         """How old the choice of experts for an update is, in updates, and what it is; None where it is not ahead."""
         if not self.anticipation.active(step):
             return None
-        count = self.config.data.micro_batches
-        return self.anticipation.before(
-            step, lambda n: choose(self.model, split(self.batches.batch(n), count), self.phase(n))
-        )
+        return self.anticipation.before(step, lambda n: choose(self.model, self._shares(n), self.phase(n)))
+
+    def _shares(self, step: int) -> list[Share]:
+        """What this process computes of an update's batch, part by part."""
+        return self.processes.shares(self.batches.batch(step), self.config.data.micro_batches)
+
+    def _chosen_rows(self, step: int) -> dict[int, Rows]:
+        """Where the rows that this process chooses experts for stand in an update's batch, by layer."""
+        tokens, followed = rows_of(self.batches.batch(step).lengths, self._shares(step))
+        return {n: followed if n == len(self.model.layers) else tokens for n in learned_gates(self.model)}
 
     def _anticipated(self, step: int, ahead: tuple[int, Choices] | None, share: float) -> Record:
         """What the log says of it; the first update after a rollback says what spike that was."""
@@ -346,14 +357,14 @@ class Trainer:
         phase = self.phase(step)
         thaw(self.model.named_parameters(), phase)
         self.optimizer.zero_grad(set_to_none=True)
-        micro = split(self.batches.batch(step), self.config.data.micro_batches)
-        totals = count_totals((b.targets, b.lengths) for b in micro)
-        ahead_of = [None] * len(micro) if chosen is None else parted(chosen, micro, len(self.model.layers))
+        batch, shares = self.batches.batch(step), self._shares(step)
+        totals = count_totals([(batch.targets, batch.lengths)])
+        ahead_of = [None] * len(shares) if chosen is None else parted(chosen, shares, len(self.model.layers))
         parts: list[Loss] = []
-        for batch, ahead in zip(micro, ahead_of, strict=True):
+        for share, ahead in zip(shares, ahead_of, strict=True):
             with routed(self.model, ahead):
                 part = training_loss(
-                    self.model, *self.processes.share(batch),
+                    self.model, share.ids, share.targets, share.segments,
                     mtp_weight=mtp, balance_weight=self.config.loss.balance, totals=totals, phase=phase,
                     index_weight=self.config.indexer.weight,
                 )  # fmt: skip
@@ -368,7 +379,8 @@ class Trainer:
         nats, count, stage = 0.0, 0, data.course.at(self._last)
         tokens = max(1, stage.tokens_per_step // data.micro_batches)
         for batch in heldout_batches(self.heldout, tokens, stage.seq_len, save.eval_tokens, whole=data.packs_whole):
-            nats += heldout_nll(self.model, *self.processes.share(batch), phase)
+            share = self.processes.share(batch)
+            nats += heldout_nll(self.model, share.ids, share.targets, share.segments, phase)
             count += batch.num_bytes
         nats = self.processes.total(nats)
         if not math.isfinite(nats):

@@ -23,7 +23,7 @@ from dsv4.errors import UserError
 from dsv4.model import LanguageModel
 from dsv4.model.init import materialise
 from dsv4.train.balance import learned_gates
-from dsv4.train.batches import Batch
+from dsv4.train.batches import Batch, split
 from dsv4.train.loss import Loss
 from dsv4.train.parallel.config import ParallelConfig
 from dsv4.train.parallel.shares import Share, share_of
@@ -47,7 +47,16 @@ class Processes:
 
     def share(self, batch: Batch) -> Share:
         """What this process computes of a batch."""
-        return Share(batch.ids, batch.targets, batch.lengths)
+        return Share(batch.ids, batch.targets, batch.lengths, range(len(batch.ids)))
+
+    def shares(self, batch: Batch, count: int) -> list[Share]:
+        """What this process computes of each of the at most `count` parts of a batch, with rows of the whole batch."""
+        found, first = [], 0
+        for part in split(batch, count):
+            share = self.share(part)
+            found.append(share._replace(rows=range(first + share.rows.start, first + share.rows.stop)))
+            first += len(part.ids)
+        return found
 
     @contextmanager
     def unmade(self, config: AnyConfig) -> Iterator[None]:
@@ -66,6 +75,11 @@ class Processes:
     def total(self, value: float) -> float:
         """The sum over all processes."""
         return value
+
+    def joined(self, rows: Tensor, places: Tensor, count: int) -> Tensor:
+        """All `count` rows of a tensor on the CPU, of which this process has `rows` [n, ...], which stand at `places`
+        int64 [n]. Every row is of one process."""
+        return rows
 
     def agree(self, flag: bool) -> bool:
         """Whether it is so in any process."""
@@ -110,7 +124,7 @@ class Joined(Processes):
             yield
 
     def shard(self, model: Model) -> Model:
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
         unmade = any(p.is_meta for p in model.parameters())
         if not unmade:
@@ -127,6 +141,7 @@ class Joined(Processes):
             if isinstance(module, FSDPModule):  # losses are shares of the whole update's: gradients are their sums
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(model, "route")  # type: ignore[arg-type]
         if unmade:
             materialise(model, model.config, self.device)  # type: ignore[arg-type]
         return model
@@ -163,6 +178,13 @@ class Joined(Processes):
         number = torch.tensor([value], dtype=torch.float64, device=self.device)
         self._add(number)
         return number.item()
+
+    def joined(self, rows: Tensor, places: Tensor, count: int) -> Tensor:
+        every = torch.zeros(count, *rows.shape[1:], dtype=rows.dtype)
+        every[places] = rows
+        every = every.to(self.device)
+        self._add(every)
+        return every.cpu()
 
     def agree(self, flag: bool) -> bool:
         return self.total(float(flag)) > 0

@@ -5,7 +5,7 @@ that a loss is a share of. A process for which there is no document gets idle on
 nothing: it has to take part in everything that the others do together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +17,48 @@ from dsv4.train.batches import Batch, split
 
 
 class Share(NamedTuple):
-    """What a process computes of a batch: ids, targets int64 [n], and the documents or pieces that they are."""
+    """What a process computes of a batch: ids, targets int64 [n], and the documents or pieces that they are. rows:
+    which tokens of the batch these are, from the first on; those after them are idle."""
 
     ids: Tensor
     targets: Tensor
     segments: list[int] | Shard
+    rows: range
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether other processes read other parts of the same row."""
+        return isinstance(self.segments, Shard) and not self.segments.is_whole
+
+    @property
+    def ends(self) -> Tensor:
+        """bool [n], on the host: where a document ends."""
+        if isinstance(self.segments, Shard):
+            return self.segments.ends
+        return ends_of(self.segments)
+
+
+def ends_of(lengths: list[int]) -> Tensor:
+    """bool [sum of lengths]: where a document ends."""
+    found = torch.zeros(sum(lengths), dtype=torch.bool)
+    found[torch.tensor(lengths).cumsum(0) - 1] = True
+    return found
+
+
+class Rows(NamedTuple):
+    """Where rows of a process stand among those of all: places int64 [n], of `count`."""
+
+    places: Tensor
+    count: int
+
+
+def rows_of(lengths: list[int], shares: Sequence[Share]) -> tuple[Rows, Rows]:
+    """Where the tokens of a process's shares stand in a batch of documents of `lengths`, and those of them that are
+    followed by another of their document, which alone the MTP block predicts from, among all such."""
+    ends = ends_of(lengths)
+    tokens = torch.cat([torch.arange(share.rows.start, share.rows.stop) for share in shares])
+    followed = (~ends).cumsum(0) - 1
+    return Rows(tokens, len(ends)), Rows(followed[tokens[~ends[tokens]]], len(ends) - len(lengths))
 
 
 def share_of(
@@ -30,7 +67,8 @@ def share_of(
     """Part `place` of `parts` of row `number` of the `count` rows that a batch is cut into."""
     rows = split(batch, count)
     lengths = rows[number].lengths if number < len(rows) else []
-    idle = max(0, parts - sum(lengths))
+    begin, real = sum(len(row.ids) for row in rows[:number]), sum(lengths)
+    idle = max(0, parts - real)
     ids, targets = torch.zeros(idle, dtype=torch.int64), torch.full((idle,), IGNORE)
     if lengths:
         ids, targets = torch.cat([rows[number].ids, ids]), torch.cat([rows[number].targets, targets])
@@ -42,4 +80,5 @@ def share_of(
     after[last] = IGNORE  # nothing is predicted across a document's end
     own = slice(*borders[place : place + 2])
     shard = Shard(row, place, ids.roll(-1)[own], after[own], neighbours(borders), counted)
-    return Share(ids[own], targets[own], shard)
+    told = range(begin + min(own.start, real), begin + min(own.stop, real))
+    return Share(ids[own], targets[own], shard, told)
