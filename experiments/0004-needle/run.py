@@ -111,11 +111,20 @@ class Training:
 
     def __init__(self, config: ModelConfig, seed: int, trunk: int):
         torch.manual_seed(seed)
+        self.config, self.seed = config, seed
         self.model, self.generator = Transformer(config), torch.Generator().manual_seed(seed)
         groups = parameter_groups(self.model.named_parameters(), config, weight_decay=0.01)
         self.optimizer, self.trunk, self.done = HybridOptimizer(groups, RATE), trunk, 0
         self.indexed = any(kind.indexed for kind in config.trunk_kinds)
         self.gap = config.num_hidden_layers * WINDOW  # what windows alone cannot hand on
+
+    def copied(self) -> "Training":
+        """Another one from here on, but for the rows to come, which begin anew."""
+        other = Training(self.config, self.seed, self.trunk)
+        other.model.load_state_dict(self.model.state_dict())
+        other.optimizer.load_state_dict(self.optimizer.state_dict())
+        other.done = self.done
+        return other
 
     def batch(self, stage: Stage) -> tuple[Tensor, Tensor, list[int]]:
         return batch(stage, self.gap, self.generator)

@@ -7,7 +7,6 @@ FOLDER/figures.json.
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import sys
@@ -71,10 +70,9 @@ def main() -> None:
     warm = [training.batch(WARM) for _ in range(WARM.steps)]
     rows = [training.batch(SPARSE) for _ in range(SPARSE.steps)]
     unseen = [training.batch(SPARSE) for _ in range(HELD_OUT)]
-    training.generator = None  # all rows are drawn
     found: dict[str, Any] = {"dense updates before": sum(dense[-MEAN:]) / MEAN}
     for name, (warms, phase, reads) in WAYS.items():
-        mine = copy.deepcopy(training)
+        mine = training.copied()
         recall = [mine.update(WARM, some)[1]["index_recall"] for some in warm] if warms else []
         stage = needle.Stage(SPARSE.steps, SPARSE.length, phase)
         losses = [mine.update(stage, some)[0] for some in rows]
