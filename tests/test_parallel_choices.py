@@ -33,15 +33,16 @@ def alone(*given: Any, **more: Any) -> list[dict[str, Any]]:
 
 def ties(one: Path, several: Path) -> set[int]:
     """The updates in which two runs have chosen otherwise: for want of a difference, as is asserted. The first place of
-    an update where they do is a tie: what comes after it is another computation. The first of a run is one in fp32's
-    last bits; from then on the runs have learned from other choices, so that they may be a little further apart."""
+    an update where they do is a tie: what comes after it is another computation. Before the first of a run nothing but
+    the order of sums differs, of all updates so far: the factors of a score are up to 1e-6 apart, as losses are, and
+    the score a few times that (found: 1.3e-6, in update 22). From then on the runs have learned from other choices."""
     found: dict[int, list[choices.Other]] = {}
     for other in choices.others(one, several):
         found.setdefault(other.step, []).append(other)
     for step, differ in found.items():
         first = min(other.order for other in differ)
         for other in (other for other in differ if other.order == first):
-            assert other.gap < (CLOSE if step == min(found) else 100 * CLOSE), other
+            assert other.gap < (4 * CLOSE if step == min(found) else 100 * CLOSE), other
         print(*(f"update {o.step}, {o.what}, row {o.row}: {o.mine}, {o.theirs}, {o.gap:.1e}" for o in differ), sep="\n")
     return set(found)
 
@@ -192,8 +193,9 @@ def thirty(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 )
 def test_thirty_steps_are_those_of_one_process(text: Path, thirty: Any, tmp_path: Path, world: int, kind: str) -> None:
     """The losses throughout; figures that count choices, but where a tie was decided otherwise: that it was one."""
-    settings = (*THIRTY, *(word for word in kind.split() if not word.startswith("parallel")))
+    cut = [word for word in kind.split() if word.startswith("parallel")]
+    settings = (*THIRTY, *(word for word in kind.split() if word not in cut))
     folder, expected = thirty(*settings)
-    found = run(world, [job(text, tmp_path / "run", *settings, *kind.split(), choices=True)], tmp_path, 3000)[0]
+    found = run(world, [job(text, tmp_path / "run", *settings, *cut, choices=True)], tmp_path, 3000)[0]
     apart = compare(expected, found["run"]["records"], tied=ties(folder, tmp_path / "run"))
     print(f"{world} processes, {kind}: losses differ by {apart:.1e} at most")
