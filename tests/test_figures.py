@@ -22,7 +22,7 @@ from dsv4.controls import build
 from dsv4.cost.flops import prefill, train, weighted
 from dsv4.settings import merge
 from dsv4.train.batches import Batch
-from dsv4.train.figures import LOOKED_AT, flops_of, look_inside, update_figures
+from dsv4.train.figures import LOOKED_AT, Peak, flops_of, look_inside, update_figures
 from dsv4.train.log import MACHINE, read_log, reproducible
 from dsv4.train.recipes import RECIPES
 from dsv4.train.runconfig import RunConfig
@@ -64,7 +64,7 @@ def lively(config: ModelConfig, change: Callable[[Transformer], None] = lambda m
 
 
 def test_the_log_has_them_when_it_should(config: RunConfig, tmp_path: Path) -> None:
-    run = Trainer(config, tmp_path / "run", peak=1e9)
+    run = Trainer(config, tmp_path / "run", peak=lambda: 1e9)
     run.run()
     records = read_log(tmp_path / "run" / "log.jsonl")
     inside = {"sink_mass", "mhc_row_gain", "mhc_column_gain", "mtp_acceptance"}
@@ -76,11 +76,19 @@ def test_the_log_has_them_when_it_should(config: RunConfig, tmp_path: Path) -> N
 
 
 def test_figures_of_the_machine_are_not_the_runs(config: RunConfig, tmp_path: Path) -> None:
-    for name, peak in (("a", None), ("b", 1e9)):
+    for name, peak in (("a", None), ("b", lambda: 1e9)):
         Trainer(config, tmp_path / name, peak=peak).run()
     a, b = (read_log(tmp_path / name / "log.jsonl") for name in "ab")
     assert [reproducible(r) for r in a] == [reproducible(r) for r in b] and a != b
     assert set(b[0]) - set(reproducible(b[0])) == set(MACHINE) - {"anticipatory_share"} and "mfu" not in a[0]
+
+
+def test_who_does_more_than_the_machine_could_has_it_measured_again() -> None:
+    """The largest counts; three times at most, and never while less is done."""
+    rates = iter([100.0, 80.0, 130.0, 120.0, 1000.0])
+    peak = Peak(lambda: next(rates), devices=2)
+    assert peak.share(150.0) == 0.75 and peak.share(240.0) == pytest.approx(240 / 260)
+    assert peak.share(390.0) == pytest.approx(390 / 260) and next(rates) == 1000.0, "it was measured three times more"
 
 
 def test_bits_per_byte_are_those_of_the_text(config: RunConfig, tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_loads_of_experts_by_hand() -> None:
 def test_mfu_is_the_counted_flops_over_what_could_have_been_done() -> None:
     config = ModelConfig.preset("small")
     batch = of(torch.zeros(1500, dtype=torch.int64), [1000, 500])
-    figures = update_figures(config, batch, 1.0, {}, 2.0, 0.5, CPU, 1e12)
+    figures = update_figures(config, batch, 1.0, {}, 2.0, 0.5, CPU, Peak(lambda: 1e12))
     counted = weighted(train(config, 1000)) + weighted(train(config, 500))
     assert figures["mfu"] == pytest.approx(counted / 2.0 / 1e12, rel=1e-12)
     assert figures["mfu"] * 2e12 / 1500 == pytest.approx(6 * 5.3e6, rel=0.5)  # 6 times the active parameters, roughly

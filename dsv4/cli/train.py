@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,7 +109,7 @@ def run_training(
     with preparation_progress() as preparing:
         trainer = Trainer(
             run, out, resume=resume, device=str(place), dtype=numbers, on_progress=preparing,
-            peak=multiply_rate(place, numbers), processes=shared,
+            peak=partial(multiply_rate, place, numbers), processes=shared,
         )  # fmt: skip
     passes = trainer.passes
     if passes > MANY_PASSES:

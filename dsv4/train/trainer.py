@@ -26,7 +26,7 @@ from dsv4.text import Tokenizer
 from dsv4.train.anticipate import Anticipation, Choices, Spikes, choose, parted, routed
 from dsv4.train.balance import learned_gates, update_balance_bias
 from dsv4.train.batches import Batches, heldout_batches
-from dsv4.train.figures import LOOKED_AT, look_inside, update_figures
+from dsv4.train.figures import LOOKED_AT, Peak, look_inside, update_figures
 from dsv4.train.indexer import index_figures, is_index_parameter, thaw
 from dsv4.train.log import Log, LossWatch
 from dsv4.train.loss import Loss, count_totals, heldout_nll, training_loss
@@ -61,8 +61,8 @@ class Trainer:
 
     resume: "" (the folder must hold no run yet), "auto" (go on if it holds one) or the path of a checkpoint. A run that
     is not resumed begins with the weights of config.start_from, if that is given, and with nothing else of it. Master
-    weights are fp32; `dtype` is that of the computation. on_progress: told of the preparation of the data. peak: FLOP/s
-    that the device could do, for the log's MFU. processes: this one and those that share the run
+    weights are fp32; `dtype` is that of the computation. on_progress: told of the preparation of the data. peak:
+    measures FLOP/s that the device can do, for the log's MFU. processes: this one and those that share the run
     (parallel/processes.py), each of which makes the same calls.
     """
 
@@ -75,11 +75,11 @@ class Trainer:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         on_progress: Callable[[str, int, int | None], None] | None = None,
-        peak: float | None = None,
+        peak: Callable[[], float] | None = None,
         processes: Processes | None = None,
     ):
         self.processes = processes = processes or Processes()
-        self.folder, self.peak = RunFolder(folder), None if peak is None else peak * processes.world
+        self.folder, self.peak = RunFolder(folder), None if peak is None else Peak(peak, processes.world)
         checkpoint = _resume_point(self.folder, resume)
         begins = absolute_path(config.start_from, "start_from") if config.start_from else ""
         config = replace(config, data=absolute(config.data), start_from=begins)
