@@ -1,8 +1,8 @@
 """Runs probes and keeps what they find: every record is appended as it comes, and a run that was stopped goes on.
 
 A folder holds run.json (which model, which settings), records.jsonl and the report. A probe that came to its end leaves
-a line that says so, also where it found that it has nothing to measure: the same model, text and settings would say
-that once more. One that was stopped half way or failed is asked again, and what it had left is taken out first; so is
+a line that says so, also where it found that it has nothing to measure: the same model and settings would say that
+once more, if the text is the same one, which nobody checks. One that was stopped half way or failed is asked again, and what it had left is taken out first; so is
 one that does not apply to the model, which costs nothing.
 """
 
