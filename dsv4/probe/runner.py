@@ -2,8 +2,8 @@
 
 A folder holds run.json (which model, which settings), records.jsonl and the report. A probe that came to its end leaves
 a line that says so, also where it found that it has nothing to measure: the same model and settings would say that
-once more, if the text is the same one, which nobody checks. One that was stopped half way or failed is asked again, and what it had left is taken out first; so is
-one that does not apply to the model, which costs nothing.
+once more, if the text is the same one, which nobody checks. One that was stopped half way or failed is asked again, and
+what it had left is taken out first; so is one that does not apply to the model, which costs nothing.
 """
 
 import json
