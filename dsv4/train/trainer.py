@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dsv4.checkpoint import RunFolder
 from dsv4.checkpoint import load as load_model
 from dsv4.errors import UserError, shown
 from dsv4.files import FolderLock, make_folder, remove_leftovers, write_text
+from dsv4.model import LanguageModel
 from dsv4.model.segments import IndexPhase
 from dsv4.settings import write_yaml
 from dsv4.text import Tokenizer
@@ -150,7 +152,9 @@ class Trainer:
         return changed
 
     def _nothing_ahead(self) -> Anticipation:
-        return Anticipation(self.config.anticipatory, self.config.schedule.steps, self.processes, self._chosen_rows)
+        # by what the run is made of and not by the run itself, which would hold itself, and its lock, after a failure
+        rows = partial(_chosen_rows, self.model, self.batches, self.processes, self.config.data.micro_batches)
+        return Anticipation(self.config.anticipatory, self.config.schedule.steps, self.processes, rows)
 
     def _open_log(self) -> None:
         """The record up to where the run stands, and those who learn from it."""
@@ -336,11 +340,6 @@ class Trainer:
         """What this process computes of an update's batch, part by part."""
         return self.processes.shares(self.batches.batch(step), self.config.data.micro_batches)
 
-    def _chosen_rows(self, step: int) -> dict[int, Rows]:
-        """Where the rows that this process chooses experts for stand in an update's batch, by layer."""
-        tokens, followed = rows_of(self.batches.batch(step).lengths, self._shares(step))
-        return {n: followed if n == len(self.model.layers) else tokens for n in learned_gates(self.model)}
-
     def _anticipated(self, step: int, ahead: tuple[int, Choices] | None, share: float) -> Record:
         """What the log says of it; the first update after a rollback says what spike that was."""
         if ahead is None:
@@ -457,3 +456,12 @@ def _with_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The model's files must say which ids begin and end a text here, whatever its preset said."""
     model = config.model.with_(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     return replace(config, model=model)
+
+
+def _chosen_rows(
+    model: LanguageModel, batches: Batches, processes: Processes, micro_batches: int, step: int
+) -> dict[int, Rows]:
+    """Where the rows that this process chooses experts for stand in an update's batch, by layer."""
+    batch = batches.batch(step)
+    tokens, followed = rows_of(batch.lengths, processes.shares(batch, micro_batches))
+    return {n: followed if n == len(model.layers) else tokens for n in learned_gates(model)}
