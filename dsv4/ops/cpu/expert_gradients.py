@@ -20,9 +20,8 @@ _swiglu_backward = Kernel("swiglu_backward", "pippllfppp")
 _forward = Kernel("experts_forward", "plllppllpppfppp")
 _backward = Kernel("experts_backward", "plllppllpppfppppppp")
 
-WIDEST = (
-    1024  # numbers of a row, in an expert or before it, that one thread takes: of wider ones too much leaves its cache
-)
+# Numbers of a row, in an expert or before it, that one thread takes: of wider ones too much leaves its cache.
+WIDEST = 1024
 
 
 def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
@@ -100,18 +99,18 @@ class ExpertsByTorch(torch.autograd.Function):
     """Each expert by all threads. counts as above."""
 
     @staticmethod
-    def forward(ctx: Any, x, chosen, weights, w13, w2, numbers: Tensor, limit: float):
-        k, dtype, counts = chosen.shape[1], x.dtype, numbers.tolist()
+    def forward(ctx: Any, x, chosen, weights, w13, w2, counts: Tensor, limit: float):
+        k, dtype, ctx.counts = chosen.shape[1], x.dtype, counts.tolist()
         order = chosen.flatten().argsort(stable=True)
         ws, token = weights.flatten()[order], order // k
         hidden, ys = x.new_empty(len(order), 2 * w13.shape[2]), x.new_empty(len(order), x.shape[1])
-        for e, rows in _of_experts(counts):
+        for e, rows in _of_experts(ctx.counts):
             mm(x[token[rows]], w13[e].flatten(0, 1).to(dtype).T, out=hidden[rows])
             mm(_activated(hidden[rows], ws[rows], limit), w2[e].to(dtype).T, out=ys[rows])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         ctx.save_for_backward(x, ws, w13, w2, hidden, order, back)
-        ctx.counts, ctx.limit, ctx.k = counts, limit, k
+        ctx.limit, ctx.k = limit, k
         return _added(ys, back, k)
 
     @staticmethod
