@@ -166,29 +166,35 @@ def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "kv"])
-@pytest.mark.parametrize("name", CASES)
-def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode, name) -> None:
-    """Only means can be compared: of two bf16 runs each is off by its own rounding. That of the middle one of the 13
-    positions: now and then a rounding turns an expert or an entry over, and that position is ten times as far (on one
-    processor, not on another). Measured on AVX2: the torch ops 0.5 to 1.12 from the official run, whatever
-    serves at most 1.28 from it and 1.05 from fp32, in units of the official run's own distance from fp32."""
-    model, ids = load(folder, "bfloat16"), golden[f"ids/{name}"]
+def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode) -> None:
+    """Two bf16 runs are each off by their own rounding, so only how far they are can be compared: at each of 39 positions
+    the mean over its logits, in units of the official run's distance from fp32 there, and of these the middle one. Now
+    and then a rounding turns an expert or an entry over, and positions are ten times as far, on one processor and not
+    on another: of the 13 positions of one prompt the middle one goes from 0.7 to 1.6. Measured on all of them, with AVX2,
+    AVX-512 and its BF16: 0.82 to 1.00 from fp32, 0.61 to 1.10 from the official run; the torch ops 0.98 and 1.02."""
+    model = load(folder, "bfloat16")
 
-    def logits() -> Tensor:
-        memory = model.new_cache(format="packed" if mode == "kv" else "bfloat16")[0]
-        with torch.no_grad():
-            return model(ids, segments=[(len(ids), memory)])[CASES[name] - 1 :]
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean(dim=1)
 
-    official, exact = golden[f"bf16_{mode}/{name}/logits"], golden[f"{mode}/{name}/logits"]
+    def middle() -> tuple[float, float]:
+        """How far from fp32, and from the official run."""
+        from_exact, from_official = [], []
+        for name, prompt in CASES.items():
+            ids = golden[f"ids/{name}"]
+            memory = model.new_cache(format="packed" if mode == "kv" else "bfloat16")[0]
+            with torch.no_grad():
+                got = model(ids, segments=[(len(ids), memory)])[prompt - 1 :]
+            official, exact = golden[f"bf16_{mode}/{name}/logits"], golden[f"{mode}/{name}/logits"]
+            from_exact.append(apart(got, exact) / apart(official, exact))
+            from_official.append(apart(got, official) / apart(official, exact))
+        return torch.cat(from_exact).median().item(), torch.cat(from_official).median().item()
 
-    def apart(a: Tensor, b: Tensor) -> float:
-        return (a - b).abs().mean(dim=1).median().item()
-
-    allowed = 1.5 * apart(official, exact)
     with ops.using("blocked"):
-        assert apart(logits(), official) < allowed
-    got = logits()
-    assert apart(got, exact) < allowed and apart(got, official) < allowed
+        exact, official = middle()
+        assert exact < 1.25 and official < 1.25
+    exact, official = middle()
+    assert exact < 1.25 and official < 1.25
 
 
 # --- would a fault be noticed? ---------------------------------------------------------------------------------------
