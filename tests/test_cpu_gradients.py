@@ -1,6 +1,7 @@
-"""Failures caught here, in the C++ forms of experts, mlp and the projections under autograd: a value or gradient that
-is not the reference's (sizes that fill no vector, experts without tokens, clamped numbers, bf16 over fp32 weights),
-numbers read that nobody wrote, a call served without its gradient. Attention's are in test_cpu_attention.py.
+"""Failures caught here, in the C++ forms of experts, mlp, the projections and the loss under autograd: a value or
+gradient that is not the reference's (sizes that fill no vector, experts without tokens, clamped numbers, bf16 over
+fp32 weights), numbers read that nobody wrote, a call served without its gradient. Attention's are in
+test_cpu_attention.py.
 
 Truth is ops/reference.py under autograd, in fp32. Tolerances are relative to the largest number, for fp32 sums of a few
 hundred terms.
@@ -17,6 +18,7 @@ from dsv4.ops import reference
 cpu = pytest.importorskip("dsv4.ops.cpu", exc_type=ImportError)
 expert_gradients = pytest.importorskip("dsv4.ops.cpu.expert_gradients", exc_type=ImportError)
 products = pytest.importorskip("dsv4.ops.cpu.products", exc_type=ImportError)
+loss = pytest.importorskip("dsv4.ops.cpu.loss", exc_type=ImportError)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -79,27 +81,39 @@ def test_both_forms_of_experts(isa: str, sizes: tuple[int, ...], form: type) -> 
         assert (a - b).abs().max() <= 3e-6 * max(b.abs().max().item(), 1e-6), f"number {i}"
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", TOGETHER)
-def test_an_expert_has_the_same_bits_with_any_number_of_threads(isa: str, sizes: tuple[int, ...]) -> None:
+def test_both_forms_of_experts_in_bf16(isa: str, sizes: tuple[int, ...], form: type) -> None:
+    """Weights, their gradients and what comes out are fp32; rows have 8 bits."""
+    args = experts_case(*sizes, torch.bfloat16)
+    for i, (a, b) in enumerate(zip(gradients(experts_by(form), args), gradients(reference.experts, args), strict=True)):
+        assert a.dtype == b.dtype
+        assert (a.float() - b.float()).abs().max() <= 2.0**-6 * max(b.abs().max().item(), 1e-6), f"number {i}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", TOGETHER)
+def test_an_expert_has_the_same_bits_with_any_number_of_threads(isa: str, sizes: tuple[int, ...], dtype) -> None:
     form, found = experts_by(FORMS[0]), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(gradients(form, experts_case(*sizes)))
+        found.append(gradients(form, experts_case(*sizes, dtype)))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_experts_are_left_to_threads_where_all_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread here, so four experts with tokens; not in bf16, nor wider ones than a core has room for."""
+    """One thread here, so four experts with tokens; not wider ones than a core has room for, nor weights in bf16."""
     taken = []
     for form in FORMS:
         apply = form.apply
         monkeypatch.setattr(form, "apply", lambda *a, f=form, g=apply: (taken.append(f), g(*a))[1])
     cases = [experts_case(60, 16, 8, count, 2) for count in (6, 3)]
-    cases += [experts_case(60, 16, 8, 6, 2, torch.bfloat16), experts_case(60, 16, 513, 6, 2)]
+    narrow = experts_case(60, 16, 8, 6, 2, torch.bfloat16)
+    cases += [narrow, experts_case(60, 16, 513, 6, 2), (*narrow[:3], narrow[3].bfloat16(), *narrow[4:])]
     assert torch.get_num_threads() == 1
     for case in cases:
         gradients(cpu.experts, case)
-    assert taken == [FORMS[0], FORMS[1], FORMS[1], FORMS[1]]
+    assert taken == [FORMS[0], FORMS[1], FORMS[0], FORMS[1], FORMS[1]]
 
 
 @pytest.mark.parametrize(("n", "width", "inner", "count", "k"), SIZES)
@@ -227,4 +241,94 @@ def test_products_of_bf16_are_rounded_once(isa: str, shape: tuple[int, int, int]
         assert torch.equal(products.add_mm(c.clone().to(out), x, y), (c + exact).to(out))
         gradient = torch.full((n, m), torch.nan, dtype=torch.float32)
         products.into_gradient(x, y, gradient)
-        assert torch.equal(gradient.to(out).float(), exact.to(out).float())
+        assert torch.equal(gradient, exact)
+
+
+@pytest.mark.parametrize(("n", "threads"), [(1, 1), (2, 1), (13, 1), (97, 1), (97, 3), (600, 1), (600, 3)])
+def test_products_of_bf16_with_fp32_sums(isa: str, n: int, threads: int) -> None:
+    """Of rows or columns that lie in one piece, among others of poison, into columns of a matrix, alone or added:
+    whole numbers, so that sums are exact. Lengths that fill no unit, vector or tile, and more than one depth."""
+    torch.set_num_threads(threads)
+
+    def lying(rows: int, columns: int, turned: bool, seed: int) -> Tensor:
+        shape = (columns, rows) if turned else (rows, columns)
+        room = torch.full((shape[0], shape[1] + 3), torch.nan, dtype=torch.bfloat16)
+        inner = room[:, 1:-2]
+        inner.copy_(normal(*shape, seed=seed).mul(3).round())
+        return inner.T if turned else inner
+
+    for depth in (1, 2, 3, 16, 33, 1025, 2050) if threads == 1 else (33, 1025):
+        for m in (1, 5, 31, 33, 100) if threads == 1 else (5, 100):
+            for way in range(8):
+                a, b = lying(n, depth, bool(way & 1), 1), lying(depth, m, bool(way & 2), 2)
+                before = normal(n, m, seed=3).round() if way & 4 else torch.full((n, m), torch.nan)
+                room = torch.full((n, m + 5), torch.nan)
+                out = room[:, 2:-3]
+                out.copy_(before)
+                assert products.dot_bf16(a, b, out, add=bool(way & 4)) is out
+                want = a.double() @ b.double() + (before.double() if way & 4 else 0)
+                assert torch.equal(out.double(), want), (depth, m, way)
+                assert room[:, :2].isnan().all() and room[:, -3:].isnan().all()
+
+
+def test_products_of_nothing(isa: str) -> None:
+    nothing, out = torch.empty(0, 4, dtype=torch.bfloat16), torch.full((4, 4), torch.nan)
+    assert not products.dot_bf16(nothing.T, nothing, out).any()
+    assert torch.equal(products.dot_bf16(nothing.T, nothing, out.fill_(2), add=True), torch.full((4, 4), 2.0))
+    products.dot_bf16(nothing, out.bfloat16(), torch.empty(0, 4))
+
+
+# --- the next token's loss ---
+
+
+def loss_case(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple:
+    targets = torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(2))
+    targets[1::3] = -100
+    return normal(n, 9).to(dtype), normal(vocab, 9, seed=1), targets
+
+
+@pytest.mark.parametrize("numbers", [1 << 23, 1 << 9, 1])
+@pytest.mark.parametrize(("n", "vocab"), [(1, 1), (2, 15), (67, 16), (130, 50), (33, 1000)])
+def test_loss(isa: str, n: int, vocab: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of all rows, of some and of one."""
+    monkeypatch.setattr(loss, "BLOCK_NUMBERS", numbers)
+    agree("cross_entropy", loss_case(n, vocab), 2e-6)
+
+
+@pytest.mark.parametrize("numbers", [1 << 23, 1 << 9])
+def test_loss_in_bf16(isa: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head and what it multiplies have 8 bits, their sums 24; so has the gradient of the logits."""
+    monkeypatch.setattr(loss, "BLOCK_NUMBERS", numbers)
+    for head in (torch.float32, torch.bfloat16):
+        x, w, targets = loss_case(130, 50, torch.bfloat16)
+        agree("cross_entropy", (x, w.to(head), targets), 2.0**-7)
+    exact = gradients(reference.cross_entropy, (x.float(), w.bfloat16().float(), targets))
+    assert abs(gradients(cpu.cross_entropy, (x, w, targets))[0] - exact[0]) <= 2e-6 * exact[0]
+
+
+def test_loss_of_huge_numbers_and_of_none(isa: str) -> None:
+    """A NaN is the loss's, and stays in its own row; a target that is ignored carries nothing, whatever its row has."""
+    x, w, targets = loss_case(40, 50)
+    agree("cross_entropy", (100 * x, 100 * w, targets), 2e-6)
+    x[4], targets[4], x[5], targets[5] = torch.nan, -100, 1.0, 3
+    found = gradients(cpu.cross_entropy, (x, w, targets))
+    assert found[0].isfinite() and not found[1][4].any() and found[1][5].any()
+    targets[4] = 3
+    found = gradients(cpu.cross_entropy, (x, w, targets))
+    assert found[0].isnan() and found[1][4].isnan().all() and found[1][5].isfinite().all()
+
+
+def test_loss_without_a_gradient(isa: str) -> None:
+    x, w, targets = loss_case(40, 50)
+    with torch.no_grad():
+        alone = cpu.cross_entropy(x, w, targets)
+    assert alone == gradients(lambda *a: cpu.cross_entropy(*a)[None], (x, w, targets))[0]
+    assert cpu.cross_entropy(x[:0], w, targets[:0]) == 0
+
+
+def test_loss_has_the_same_bits_with_any_number_of_threads(isa: str) -> None:
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(gradients(cpu.cross_entropy, loss_case(700, 200, torch.bfloat16)))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

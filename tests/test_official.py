@@ -167,11 +167,12 @@ def test_packed_mtp_rounds_its_window_rows(model, golden, name) -> None:
 
 @pytest.mark.parametrize("mode", ["plain", "kv"])
 def test_bf16_is_as_far_from_fp32_as_the_official_bf16(folder, golden, mode) -> None:
-    """Two bf16 runs are each off by their own rounding, so only how far they are can be compared: at each of 39 positions
-    the mean over its logits, in units of the official run's distance from fp32 there, and of these the middle one. Now
-    and then a rounding turns an expert or an entry over, and positions are ten times as far, on one processor and not
-    on another: of the 13 positions of one prompt the middle one goes from 0.7 to 1.6. Measured on all of them, with AVX2,
-    AVX-512 and its BF16: 0.82 to 1.00 from fp32, 0.61 to 1.10 from the official run; the torch ops 0.98 and 1.02."""
+    """Two bf16 runs are each off by their own rounding, so only how far they are can be compared: at each of 39
+    positions the mean over its logits, in units of the official run's distance from fp32 there, and of these the
+    middle one. Now and then a rounding turns an expert or an entry over, and positions are ten times as far, on one
+    processor and not on another: of the 13 positions of one prompt the middle one goes from 0.7 to 1.6. Measured on
+    all of them, with AVX2, AVX-512 and its BF16: 0.82 to 1.00 from fp32, 0.61 to 1.10 from the official run; the
+    torch ops 0.98 and 1.02."""
     model = load(folder, "bfloat16")
 
     def apart(a: Tensor, b: Tensor) -> Tensor:

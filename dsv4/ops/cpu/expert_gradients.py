@@ -17,8 +17,8 @@ from dsv4.ops.cpu.products import add_mm, into_gradient, mm
 
 _swiglu = Kernel("swiglu", "pipllfp")
 _swiglu_backward = Kernel("swiglu_backward", "pippllfppp")
-_forward = Kernel("experts_forward", "plllppllpppfppp")
-_backward = Kernel("experts_backward", "plllppllpppfppppppp")
+_forward = Kernel("experts_forward", "pilllppllpppfppp")
+_backward = Kernel("experts_backward", "pilllppllpppfppppppp")
 
 # Numbers of a row, in an expert or before it, that one thread takes: of wider ones too much leaves its cache.
 WIDEST = 1024
@@ -28,7 +28,7 @@ def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, w13: Tensor, w2: 
     """As ops.experts, of plain weights. Pairs of tokens and experts are sorted by expert; a token's experts are added
     in the order in which it chose them."""
     counts = torch.bincount(chosen.flatten(), minlength=len(w13))
-    plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (x, weights, w13, w2))
+    plain = x.is_contiguous() and all(t.dtype == torch.float32 and t.is_contiguous() for t in (weights, w13, w2))
     alone = plain and max(x.shape[1], 2 * w13.shape[2]) <= WIDEST
     alone = alone and int((counts > 0).sum()) >= 4 * torch.get_num_threads()
     form = ExpertsInThreads if alone else ExpertsByTorch
@@ -59,13 +59,13 @@ def _activated_backward(
 
 
 class ExpertsInThreads(torch.autograd.Function):
-    """Each expert by one thread; all in fp32. counts int64 [experts]: pairs of each."""
+    """Each expert by one thread; weights and their gradients in fp32. counts int64 [experts]: pairs of each."""
 
     @staticmethod
     def forward(ctx: Any, x, chosen, weights, w13, w2, counts: Tensor, limit: float):
         ctx.limit, ctx.k = limit, chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        ws, out = weights.flatten()[order], torch.empty_like(x)
+        ws, out = weights.flatten()[order], x.new_empty(x.shape, dtype=torch.float32)
         hidden, rows = x.new_empty(len(order), 2 * w13.shape[2]), x.new_empty(len(order), x.shape[1])
         given = ExpertsInThreads._given(ctx, x, ws, w13, w2, order, counts)
         _forward(*given, hidden.data_ptr(), rows.data_ptr(), out.data_ptr())
@@ -76,7 +76,7 @@ class ExpertsInThreads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any):
         x, ws, w13, w2, hidden, order, counts = ctx.saved_tensors
-        d_out, d_x, rows = grads[0].contiguous(), torch.empty_like(x), x.new_empty(len(order), x.shape[1])
+        d_out, d_x, rows = grads[0].float().contiguous(), torch.empty_like(x), x.new_empty(len(order), x.shape[1])
         d_ws, d_w13, d_w2 = torch.empty_like(ws), torch.empty_like(w13), torch.empty_like(w2)
         _backward(
             *ExpertsInThreads._given(ctx, x, ws, w13, w2, order, counts), hidden.data_ptr(), d_out.data_ptr(),
@@ -90,8 +90,8 @@ class ExpertsInThreads(torch.autograd.Function):
     def _given(ctx: Any, x, ws, w13, w2, order, counts) -> tuple[Any, ...]:
         """What both directions take."""
         return (
-            x.data_ptr(), *x.shape, w13.shape[2], order.data_ptr(), counts.data_ptr(), len(counts), ctx.k,
-            ws.data_ptr(), w13.data_ptr(), w2.data_ptr(), ctx.limit,
+            x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, w13.shape[2], order.data_ptr(), counts.data_ptr(),
+            len(counts), ctx.k, ws.data_ptr(), w13.data_ptr(), w2.data_ptr(), ctx.limit,
         )  # fmt: skip
 
 

@@ -66,17 +66,17 @@ struct Orthogonal {
     void step(const float* s, bool rounded) {
         for (long j = 0; j < side; j += WIDE) {  // rows j.. of X, turned: the columns of X^T
             turn(x + j * wide, wide, WIDE, b, packed, WIDE);
-            strip({x, nullptr, gram + j, wide, side, 0, 1, rounded}, std::min(up(j + WIDE, ROWS), high), packed, b);
+            strip(Strip<float>{x, nullptr, gram + j, wide, side, 0, 1, rounded}, std::min(up(j + WIDE, ROWS), high), packed, b);
         }
         mirror(gram, side);
         for (long j = 0; j < side; j += WIDE) {
             pack(gram + j, side);
-            strip({gram, gram + j, poly + j, side, side, s[1], s[2], rounded}, std::min(up(j + WIDE, ROWS), high), packed, a);
+            strip(Strip<float>{gram, gram + j, poly + j, side, side, s[1], s[2], rounded}, std::min(up(j + WIDE, ROWS), high), packed, a);
         }
         mirror(poly, side);
         for (long j = 0; j < wide; j += WIDE) {
             pack(x + j, wide);
-            strip({poly, x + j, x + j, side, wide, s[0], 1, rounded}, up(a, ROWS), packed, a);
+            strip(Strip<float>{poly, x + j, x + j, side, wide, s[0], 1, rounded}, up(a, ROWS), packed, a);
         }
     }
 

@@ -1,4 +1,7 @@
 // Products of matrices by strips of columns, each by one thread: what is multiplied with is packed, WIDE columns at a time.
+//
+// Both factors lie in units of 32 bits along the sum: numbers in FP32, or with BF16 instructions pairs of numbers in BF16. So
+// tiles, strips and turned matrices are the same for both, and a sum of K numbers is one of `units<X>(K)`.
 #pragma once
 
 #include <climits>
@@ -14,17 +17,33 @@ constexpr int ROWS = 12;
 constexpr int ROWS = 6;
 #endif
 constexpr int WIDE = 2 * LANES;
-constexpr long DEEP = 256;  // numbers of a sum that are added up in a go: their strip stays in the first cache
+constexpr long DEEP = 256;  // units of a sum that are added up in a go: their strip stays in the first cache
 
 INLINE long up(long x, long step) { return (x + step - 1) / step * step; }
 
+template <class X> struct Unit {
+    static constexpr int STEP = 1;
+    static INLINE vf add(vf acc, vf a, vf b) { return acc + a * b; }
+    static INLINE vf spread(const float* x) { return splat(*x); }
+};
+#if defined(__AVX512BF16__)
+template <> struct Unit<bf16> {
+    static constexpr int STEP = 2;
+    static INLINE vf add(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+    static INLINE vf spread(const float* x) { return (vf)_mm512_set1_epi32(load_as<int32_t>(x)); }
+    // Rounded as in `store`, but for the numbers below the smallest normal one, which the products take as zeros.
+    static INLINE vh rounded(vf v) { return (vh)_mm512_cvtneps_pbh((__m512)v); }
+};
+#endif
+template <class X> INLINE long units(long numbers) { return (numbers + Unit<X>::STEP - 1) / Unit<X>::STEP; }
+
 // The sums of M rows (members, not an array: matmul.h says why).
-template <int M> struct Tile {
+template <int M, class X> struct Tile {
     vf s0 = {}, s1 = {};
-    Tile<M - 1> below;
+    Tile<M - 1, X> below;
     INLINE void add(const float* x, long ldx, vf w0, vf w1) {
-        vf a = splat(*x);
-        s0 = s0 + a * w0, s1 = s1 + a * w1;
+        vf a = Unit<X>::spread(x);
+        s0 = Unit<X>::add(s0, a, w0), s1 = Unit<X>::add(s1, a, w1);
         below.add(x + ldx, ldx, w0, w1);
     }
     template <class Write> INLINE void write(const Write& to, long row) const {
@@ -32,16 +51,17 @@ template <int M> struct Tile {
         below.write(to, row + 1);
     }
 };
-template <> struct Tile<0> {
+template <class X> struct Tile<0, X> {
     INLINE void add(const float*, long, vf, vf) {}
     template <class Write> INLINE void write(const Write&, long) const {}
 };
 
-// One product of a strip: out = keep * base + scale * x w. w [K, WIDE] packed, base and out [rows, WIDE] of a matrix; x has
-// whole tiles of rows.
-struct Strip {
-    const float *x, *base;
-    float* out;
+// One product of a strip: out = keep * base + scale * x w. w [K, WIDE] packed and x [rows, K], both in units; base and out
+// [rows, WIDE] of a matrix; x has whole tiles of rows.
+template <class Out> struct Strip {
+    const float* x;
+    const Out* base;
+    Out* out;
     long ldx, ld;  // ld: of base and out
     float keep, scale;
     bool rounded;  // to BF16, once the sum is whole
@@ -54,8 +74,8 @@ INLINE vf as_bf16(vf v) {
     return load(part);
 }
 
-__attribute__((noinline)) void tile(const Strip& s, long row, const float* w, long K) {
-    Tile<ROWS> sums;
+template <class X, class Out> __attribute__((noinline)) void tile(const Strip<Out>& s, long row, const float* w, long K) {
+    Tile<ROWS, X> sums;
     const float* x = s.x + row * s.ldx;
     for (long k = 0; k < K; k++, x++, w += WIDE) sums.add(x, s.ldx, load(w), load(w + LANES));
     sums.write(
@@ -73,13 +93,14 @@ __attribute__((noinline)) void tile(const Strip& s, long row, const float* w, lo
         0);
 }
 
-// The strip's first `rows` rows, the sum in pieces of DEEP.
-void strip(Strip s, long rows, const float* w, long K) {
+// The strip's first `rows` rows; in FP32 the sum of K units in pieces of DEEP, in BF16 at once, to be rounded once.
+template <class X = float, class Out> void strip(Strip<Out> s, long rows, const float* w, long K) {
     const bool rounded = s.rounded;
-    for (long k = 0; k < K; k += DEEP) {
-        s.rounded = rounded && k + DEEP >= K;
-        for (long row = 0; row < rows; row += ROWS) tile(s, row, w + k * WIDE, std::min(DEEP, K - k));
-        s.x += DEEP, s.base = s.out, s.keep = 1;
+    const long deep = std::is_same<Out, float>::value ? DEEP : K;
+    for (long k = 0; k < K; k += deep) {
+        s.rounded = rounded && k + deep >= K;
+        for (long row = 0; row < rows; row += ROWS) tile<X>(s, row, w + k * WIDE, std::min(deep, K - k));
+        s.x += deep, s.base = s.out, s.keep = 1;
     }
 }
 

@@ -9,7 +9,7 @@ namespace {
 INLINE vf bounded(vf x, float limit) { return x > limit ? splat(limit) : (x < -limit ? splat(-limit) : x); }  // a NaN stays
 
 // hidden [2 * I] (gate, then up) -> act [I]
-template <class T> INLINE void swiglu_row(const T* hidden, float weight, long I, float limit, T* act) {
+template <class T, class A> INLINE void swiglu_row(const T* hidden, float weight, long I, float limit, A* act) {
     const T *gate = hidden, *up = hidden + I;
     for (long c = 0; c < I; c += LANES) {
         vf g = load_up_to(gate + c, I - c);
@@ -20,8 +20,8 @@ template <class T> INLINE void swiglu_row(const T* hidden, float weight, long I,
 
 // d_act [I], the gradient of what was given -> act once more and d_hidden [2 * I]; returned: the weight's. A clamped number
 // carries no gradient; on the bound itself it does, as in torch.clamp.
-template <class T>
-INLINE float swiglu_row_backward(const T* hidden, float weight, const T* d_act, long I, float limit, T* act, T* d_hidden) {
+template <class T, class A>
+INLINE float swiglu_row_backward(const T* hidden, float weight, const A* d_act, long I, float limit, A* act, A* d_hidden) {
     const T *gate = hidden, *up = hidden + I;
     vf scale = splat(weight), total = {};
     for (long c = 0; c < I; c += LANES) {
@@ -39,7 +39,7 @@ INLINE float swiglu_row_backward(const T* hidden, float weight, const T* d_act, 
 }
 
 // out [width] = the sum of `count` rows, in the order of `places`
-template <class T> INLINE void add_rows(const T* rows, const long* places, long count, long width, float* out) {
+template <class T, class Out> INLINE void add_rows(const T* rows, const long* places, long count, long width, Out* out) {
     for (long c = 0; c < width; c += LANES) {
         vf total = load_up_to(rows + places[0] * width + c, width - c);
         for (long i = 1; i < count; i++) total += load_up_to(rows + places[i] * width + c, width - c);
