@@ -171,16 +171,16 @@ namespace {
 // 32 numbers of a packed row in BF16, which holds them exactly as long as the scale leaves them normal: the exponent is
 // added to the codes' own. False where it does not.
 INLINE bool narrow_codes(const Fp4Row& row, long k, __m512i& out) {
-    const __m512i numbers = _mm512_castsi256_si512(_mm256_setr_epi16(
+    const __m512i numbers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
         0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000), short(0xbf00), short(0xbf80), short(0xbfc0),
         short(0xc000), short(0xc040), short(0xc080), short(0xc0c0)));
     int scale = row.scales[k / 32];
     if (__builtin_expect(scale < 2 || scale > 252, 0)) return false;
-    __m512i scaled = _mm512_mask_add_epi16(numbers, 0xfefe, numbers, _mm512_set1_epi16(short((scale - 127) * 128)));
-    __m128i pair = load_as<__m128i>(row.p + k / 2), nibble = _mm_set1_epi8(15);
-    __m128i low = _mm_and_si128(pair, nibble), high = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
-    __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
-    out = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), scaled);
+    __m512i scaled = _mm512_mask_add_epi16(numbers, 0xfefefefe, numbers, _mm512_set1_epi16(short((scale - 127) * 128)));
+    // A byte in each 32 bits: its low code is looked up by the lowest five bits, so that the table is there twice; its high
+    // code goes to the upper half.
+    __m512i bytes = _mm512_cvtepu8_epi32(load_as<__m128i>(row.p + k / 2));
+    out = _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), scaled);
     return true;
 }
 INLINE bool narrow_codes(const Fp8Row& row, long k, __m512i& out) {
