@@ -27,10 +27,16 @@ void product_of(long M, const X* x, long ldx, const Matrix& w, long n0, long n1,
             Row row = w.row<D>(n);
             X* to = panel + (n - first) * K;
             typename Dot<X>::reg end = last_piece<X>(row, even, K);
-            for (long k = 0; k < even; k += Dot<X>::STEP) {
-                typename Dot<X>::reg part = piece<X>(row, row, k);
-                std::memcpy(to + k, &part, sizeof part);
-            }
+            auto block = [&](long& k, auto far) __attribute__((always_inline)) {
+                const auto open = opened<X, decltype(far)::value>(row, k);
+                for (const long stop = even - k > SPAN<X, Row> ? k + SPAN<X, Row> : even; k < stop; k += Dot<X>::STEP) {
+                    typename Dot<X>::reg part = piece<X>(row, open, k);
+                    std::memcpy(to + k, &part, sizeof part);
+                }
+            };
+            for (long k = 0; k < even;)
+                if (row.far(k)) block(k, std::true_type());
+                else block(k, std::false_type());
             std::memcpy(to + even, &end, (K - even) * sizeof(X));
         }
         for (long m = 0; m < M; m += MR) {  // these rows of x stay in the first cache while the panel passes by

@@ -56,6 +56,29 @@ INLINE float power_of_two(uint8_t code) {  // UE8M0
     return out;
 }
 
+#if defined(__AVX512BF16__)
+// e4m3 codes times a scale in BF16, which holds them exactly as long as the scale leaves them normal (`fits`): the exponent is
+// added to the codes' own. (A NaN's code becomes 480 of the scale.)
+struct Fp8Codes {
+    __m512i up, few;  // what is added to codes with an exponent; the numbers of those without, in steps of 2^-9
+    bool fits;
+
+    INLINE explicit Fp8Codes(int scale) : fits(scale >= 10 && scale <= 246) {
+        const __m512i steps = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+        __m512i exponent = _mm512_set1_epi16(short((scale - 127) * 128));
+        up = _mm512_add_epi16(exponent, _mm512_set1_epi16(120 * 128));
+        few = _mm512_mask_add_epi16(steps, 0xfe, steps, exponent);
+    }
+    INLINE __m512i numbers(const uint8_t* packed) const {
+        __m512i codes = _mm512_cvtepi8_epi16(load_as<__m256i>(packed)), size = _mm512_and_si512(codes, _mm512_set1_epi16(127));
+        __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), up);
+        __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+        normal = _mm512_mask_permutexvar_epi16(normal, is_small, size, few);
+        return _mm512_ternarylogic_epi32(normal, codes, _mm512_set1_epi16(short(0x8000)), 0xf8);  // a | (b & c)
+    }
+};
+#endif
+
 // e4m3 codes, a scale for every 128 columns
 struct Fp8Row {
     static constexpr long BLOCK = 128;
@@ -79,12 +102,19 @@ struct Fp8Row {
     template <bool FAR> struct Open {
         const uint8_t* p;
         float scale;
+#if defined(__AVX512BF16__)
+        Fp8Codes codes;
+#endif
         INLINE vf at(long k) const { return FAR ? halves(p + k) * 256.0f * scale : halves(p + k) * scale; }
     };
     INLINE bool far(long k) const { return scales[k / 128] > 246; }
     template <bool FAR = false> INLINE Open<FAR> open(long k) const {
         float scale = power_of_two(scales[k / 128]);
+#if defined(__AVX512BF16__)
+        return {p, FAR ? scale : scale * 256.0f, Fp8Codes(scales[k / 128])};
+#else
         return {p, FAR ? scale : scale * 256.0f};
+#endif
     }
     INLINE vf at(long k) const { return scaled(p + k, power_of_two(scales[k / 128])); }
     INLINE vf some(long k, int count) const {
@@ -168,8 +198,8 @@ using DSV4_ISA::Matrix;
 namespace {
 
 #if defined(__AVX512BF16__)
-// 32 numbers of a packed row in BF16, which holds them exactly as long as the scale leaves them normal: the exponent is
-// added to the codes' own. False where it does not.
+// 32 numbers of an FP4 row in BF16, which holds them exactly as long as the scale leaves them normal: the exponent is added to
+// the codes' own. False where it does not.
 INLINE bool narrow_codes(const Fp4Row& row, long k, __m512i& out) {
     const __m512i numbers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
         0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000), short(0xbf00), short(0xbf80), short(0xbfc0),
@@ -183,27 +213,16 @@ INLINE bool narrow_codes(const Fp4Row& row, long k, __m512i& out) {
     out = _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), scaled);
     return true;
 }
-INLINE bool narrow_codes(const Fp8Row& row, long k, __m512i& out) {
-    const __m512i small = _mm512_castsi128_si512(_mm_setr_epi16(  // codes without an exponent: steps of 2^-9
-        0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    int scale = row.scales[k / 128];
-    if (__builtin_expect(scale < 10 || scale > 246, 0)) return false;
-    __m512i exponent = _mm512_set1_epi16(short((scale - 127) * 128));
-    __m512i codes = _mm512_cvtepi8_epi16(load_as<__m256i>(row.p + k)), size = _mm512_and_si512(codes, _mm512_set1_epi16(127));
-    __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_add_epi16(exponent, _mm512_set1_epi16(120 * 128)));
-    __m512i few = _mm512_mask_add_epi16(small, 0xfe, small, exponent);
-    __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
-    normal = _mm512_mask_permutexvar_epi16(normal, is_small, size, few);
-    out = _mm512_ternarylogic_epi32(normal, codes, _mm512_set1_epi16(short(0x8000)), 0xf8);  // a | (b & c)
-    return true;
-}
 #endif
 
 // A vector of what is multiplied, from k on: of a plain row of the same numbers, or widened from any other. open: the row,
 // opened at k.
 template <class X, class Row, class Open> INLINE typename Dot<X>::reg piece(const Row& row, const Open& open, long k) {
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same<X, bf16>::value && (std::is_same<Row, Fp8Row>::value || std::is_same<Row, Fp4Row>::value)) {
+    if constexpr (std::is_same<X, bf16>::value && std::is_same<Row, Fp8Row>::value) {
+        if (__builtin_expect(open.codes.fits, 1)) return (__m512bh)open.codes.numbers(row.p + k);
+    }
+    if constexpr (std::is_same<X, bf16>::value && std::is_same<Row, Fp4Row>::value) {
         __m512i numbers;
         if (narrow_codes(row, k, numbers)) return (__m512bh)numbers;
     }
@@ -214,6 +233,18 @@ template <class X, class Row, class Open> INLINE typename Dot<X>::reg piece(cons
         for (int i = 0; i < Dot<X>::STEP / LANES; i++) parts[i] = open.at(k + i * LANES);
         return Dot<X>::join(parts);
     }
+}
+
+// What is opened, and for how many columns: in BF16 each vector of FP4 codes has its own scale, and nothing is gained.
+#if defined(__AVX512BF16__)
+template <class X, class Row> constexpr bool CLOSED = std::is_same<X, bf16>::value && std::is_same<Row, Fp4Row>::value;
+#else
+template <class X, class Row> constexpr bool CLOSED = false;
+#endif
+template <class X, class Row> constexpr long SPAN = CLOSED<X, Row> ? LONG_MAX : Row::BLOCK;
+template <class X, bool FAR, class Row> INLINE auto opened(const Row& row, long k) {
+    if constexpr (CLOSED<X, Row>) return row;
+    else return row.template open<FAR>(k);
 }
 
 template <class X, class Row> INLINE typename Dot<X>::reg last_piece(const Row& row, long k, long K) {
@@ -316,9 +347,8 @@ __attribute__((noinline)) void tile(const X* x, long ldx, const Row* w, long K, 
     long k = 0;
     auto block = [&](auto far) __attribute__((always_inline)) {
         constexpr bool FAR = decltype(far)::value;
-        const auto o0 = w0.template open<FAR>(k), o1 = w1.template open<FAR>(k), o2 = w2.template open<FAR>(k),
-                   o3 = w3.template open<FAR>(k);
-        for (const long end = even - k > Row::BLOCK ? k + Row::BLOCK : even; k < end; k += STEP)
+        const auto o0 = opened<X, FAR>(w0, k), o1 = opened<X, FAR>(w1, k), o2 = opened<X, FAR>(w2, k), o3 = opened<X, FAR>(w3, k);
+        for (const long end = even - k > SPAN<X, Row> ? k + SPAN<X, Row> : even; k < end; k += STEP)
             sums.add(x + k, ldx, piece<X>(w0, o0, k), piece<X>(w1, o1, k), piece<X>(w2, o2, k), piece<X>(w3, o3, k));
     };
     while (k < even)
