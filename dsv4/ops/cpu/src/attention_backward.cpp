@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr long BLOCK_BYTES = 1 << 20;  // of p and ds: they stay in the second cache
+constexpr long BLOCK_BYTES = 1 << 18;  // of p and ds: with all else they stay in the second cache
 constexpr int ROWS = 4, WIDE = 2;      // of a tile of rows' gradients: rows, vectors of channels
 
 struct Call {
@@ -112,10 +112,10 @@ template <class T, class X> struct Backward {
     long width = (D + LANES * STEP - 1) / (LANES * STEP) * LANES * STEP;
     long longest = 0, size = 1;  // rows of a query; queries of a block
     // Of a block's queries: q and d_out [PARTS][heads][width][STEP], ds and p [PARTS][places][heads][STEP], two in parts in
-    // FP32 and in pairs in BF16; what goes to the sink; rows; how many of each list.
+    // FP32 and in pairs in BF16; what goes to the sink; the rows' gradients, and how many they are.
     X *both = nullptr, *weights = nullptr;
     float* sinks = nullptr;
-    int64_t* rows = nullptr;
+    float** into = nullptr;
     long* counts = nullptr;
 
     long places() const { return (longest + KEYS - 1) / KEYS * KEYS; }
@@ -124,6 +124,7 @@ template <class T, class X> struct Backward {
     struct Work {
         std::vector<const X*> keys;
         std::vector<const T*> of;  // heads of q and d_out
+        std::vector<int64_t> rows;
         X *wide, *panels, *pairs;
         float *mix, *scores, *dp, *lse;
     };
@@ -135,6 +136,7 @@ template <class T, class X> struct Backward {
         Work w{};
         w.keys.resize(places() + KEYS);
         w.of.resize(2 * heads);
+        w.rows.resize(longest);
         w.wide = room.take<X>(longest * width);
         w.panels = room.take<X>(2 * heads * D);
         w.mix = room.take<float>(heads * width);
@@ -151,12 +153,12 @@ template <class T, class X> struct Backward {
         float* delta = sinks + a * heads;
         const T *q = static_cast<const T*>(call.q) + i * H * D, *d_out = static_cast<const T*>(call.d_out) + i * H * D;
         lay_both(q, d_out, mine);
-        int64_t* read = rows + a * longest;
-        counts[2 * a] = call.rows(0, i, read);
-        counts[2 * a + 1] = call.rows(1, i, read + counts[2 * a]);
-        long count = counts[2 * a] + counts[2 * a + 1];
+        int64_t* read = w.rows.data();
+        long first = call.rows(0, i, read), count = first + call.rows(1, i, read + first);
+        counts[a] = count;
         for (long k = 0; k < count; k++) {
-            const Pool& pool = call.pools[k >= counts[2 * a]];
+            const Pool& pool = call.pools[k >= first];
+            into[a * longest + k] = call.d_rows[k >= first] + read[k] * D;
             const uint8_t* row = pool.at(read[k]);
             X* wide = w.wide + k * width;
             w.keys[k] = D == width && pool.kind == (PLAIN ? F32 : BF16) ? reinterpret_cast<const X*>(row) : wide;
@@ -267,34 +269,33 @@ template <class T, class X> struct Backward {
     }
 
     // The gradients of R of query a's rows from the k-th on, N vectors of channels from d on: both, as keys and as values.
-    template <int R, int N> INLINE void tile(long a, long k, long d) const {
+    template <int R, int N, bool WHOLE> INLINE void tile(long a, long k, long d) const {
         const X *from = both + a * 2 * heads * width + d * STEP;
         const X* weight = weights + a * places() * 2 * heads + k * heads * STEP;
         vf acc[R][N] = {};
-        for (int part = 0; part < PARTS; part++, weight += places() * heads)
-            for (long h = 0; h < heads; h++, from += width * STEP) {
-                vf v[N];
-                for (int i = 0; i < N; i++) v[i] = load_as<vf>(from + i * LANES * STEP);
-                for (int r = 0; r < R; r++)
-                    for (int i = 0; i < N; i++)
-                        acc[r][i] = Spread<X>::add(acc[r][i], v[i], weight + (r * heads + h) * STEP);
-            }
+        for (int part = 0; part < PARTS; part++, weight += (places() - 1) * heads)
+            for (long h = 0; h < heads; h += 8, weight += 8 * STEP)
+                for (int j = 0; j < 8; j++, from += width * STEP) {
+                    vf v[N];
+                    for (int i = 0; i < N; i++) v[i] = load_as<vf>(from + i * LANES * STEP);
+                    for (int r = 0; r < R; r++)
+                        for (int i = 0; i < N; i++)
+                            acc[r][i] = Spread<X>::add(acc[r][i], v[i], weight + (r * heads + j) * STEP);
+                }
         for (int r = 0; r < R; r++) {
-            float* to = call.d_rows[k + r >= counts[2 * a]] + rows[a * longest + k + r] * D + d;
-            if (long left = D - d; left >= N * LANES) {
-                for (int i = 0; i < N; i++) store(to + i * LANES, load(to + i * LANES) + acc[r][i]);
-            } else {
-                for (int i = 0; i < N && left > 0; i++, left -= LANES)
-                    store_up_to(to + i * LANES, load_up_to(to + i * LANES, left) + acc[r][i], left);
+            float* to = into[a * longest + k + r] + d;
+            for (int i = 0; i < N; i++, to += LANES) {
+                long left = WHOLE ? LANES : D - d - i * LANES;
+                if (left > 0) store_up_to(to, load_up_to(to, left) + acc[r][i], left);
             }
         }
     }
 
-    template <int N> void channels(long block, long d) const {
+    template <int N, bool WHOLE> void channels(long block, long d) const {
         for (long a = 0; a < block; a++) {
-            long count = counts[2 * a] + counts[2 * a + 1], k = 0;
-            for (; k + ROWS <= count; k += ROWS) tile<ROWS, N>(a, k, d);
-            for (; k < count; k++) tile<1, N>(a, k, d);
+            long k = 0;
+            for (; k + ROWS <= counts[a]; k += ROWS) tile<ROWS, N, WHOLE>(a, k, d);
+            for (; k < counts[a]; k++) tile<1, N, WHOLE>(a, k, d);
         }
     }
 
@@ -303,12 +304,12 @@ template <class T, class X> struct Backward {
         long threads = omp_get_max_threads(), bytes = (places() + 1) * 2 * heads * sizeof(X);
         size = std::min(call.n, std::clamp<long>(BLOCK_BYTES / bytes, threads, 64 * threads));
         static thread_local Room room;
-        room.open(size * ((width + places()) * 2 * heads * sizeof(X) + heads * 4 + longest * 8 + 16) + 6 * 64);
+        room.open(size * ((width + places()) * 2 * heads * sizeof(X) + heads * 4 + longest * 8 + 8) + 5 * 64);
         both = room.take<X>(size * 2 * heads * width);
         weights = room.take<X>(size * places() * 2 * heads);
         sinks = room.take<float>(size * heads);
-        rows = room.take<int64_t>(size * longest);
-        counts = room.take<long>(size * 2);
+        into = room.take<float*>(size * longest);
+        counts = room.take<long>(size);
         std::vector<double> d_sink(H);
         long slices = (width + WIDE * LANES - 1) / (WIDE * LANES);
 #pragma omp parallel
@@ -323,8 +324,9 @@ template <class T, class X> struct Backward {
 #pragma omp for schedule(static)
                 for (long s = 0; s < slices; s++) {
                     long d = s * WIDE * LANES;
-                    if (d + WIDE * LANES <= width) channels<WIDE>(block, d);
-                    else channels<1>(block, d);
+                    if (d + WIDE * LANES <= D) channels<WIDE, true>(block, d);
+                    else if (d + WIDE * LANES <= width) channels<WIDE, false>(block, d);
+                    else channels<1, false>(block, d);
                     for (long a = 0; s == 0 && a < block; a++)
                         for (long h = 0; h < H; h++) d_sink[h] += sinks[a * heads + h];
                 }
