@@ -148,8 +148,10 @@ def test_gradients(isa: str, lengths: list[int], heads: int, width: int, k: int 
 
 
 @pytest.mark.parametrize("k", [None, 6])
-def test_gradients_in_bf16(isa: str, k: int | None) -> None:
-    args = gradient_case([70], 8, 64, k, torch.bfloat16)
+@pytest.mark.parametrize("heads, width", [(8, 64), (1, 2), (3, 10), (5, 17), (9, 34), (20, 48), (40, 130)])
+def test_gradients_in_bf16(isa: str, heads: int, width: int, k: int | None) -> None:
+    """Also of an odd number of channels, and of rows and heads that fill no vector."""
+    args = gradient_case([70, 3], heads, width, k, torch.bfloat16)
     for got, want in zip(
         gradients(cpu.sparse_attention, args), gradients(reference.sparse_attention, args), strict=True
     ):
@@ -157,9 +159,10 @@ def test_gradients_in_bf16(isa: str, k: int | None) -> None:
         close(got.float(), want.float(), 2.0**-7)  # probabilities of scores that were rounded, then one rounding each
 
 
-def test_gradients_do_not_depend_on_threads_or_on_what_is_beside(isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_do_not_depend_on_threads_or_on_what_is_beside(isa: str, dtype: torch.dtype) -> None:
     """By no bit: not on the threads, nor, of a document's queries, on another document in the run."""
-    args = gradient_case([90, 40], 8, 48, 6)
+    args = gradient_case([90, 40], 8, 48, 6, dtype)
     alone = gradients(cpu.sparse_attention, args)
     with on_threads(3):
         for one, three in zip(alone, gradients(cpu.sparse_attention, args), strict=True):

@@ -208,14 +208,6 @@ template <class T, class X> struct Attention {
         }
     }
 
-    static INLINE vf swapped(vf v) {
-#if defined(__AVX512F__)
-        return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e);
-#else
-        return v;
-#endif
-    }
-
     // --- many queries: neighbours share the rows that are widened for them ---
 
     // The end of the block of queries that begins with i: intervals of nearly the same beginning.

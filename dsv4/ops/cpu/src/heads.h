@@ -32,6 +32,15 @@ INLINE vf fused(vf a, vf b, vf acc) {
 INLINE v8 fused(v8 a, v8 b, v8 acc) { return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc); }
 #endif
 
+// The halves of a vector, the other way round.
+INLINE vf swapped(vf v) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e);
+#else
+    return v;
+#endif
+}
+
 template <class X> struct Spread;  // one number of a key, or a pair, times a vector of heads
 
 template <> struct Spread<float> {
@@ -113,14 +122,17 @@ INLINE void spread(const X* panel, const X* const* keys, long D, V (*acc)[N]) {
         spread<M / 2, N>(panel, keys, D, acc);
         spread<M / 2, N>(panel, keys + M / 2, D, acc + M / 2);
     } else {
-        V sums[M][N] = {};
+        V sums[M][N];
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) sums[m][n] = V{};
         for (long d = 0; d < D; d += STEP) {
             V heads[N];
             for (int n = 0; n < N; n++) heads[n] = load_as<V>(panel + d * N * L + n * L * STEP);
             for (int m = 0; m < M; m++)
                 for (int n = 0; n < N; n++) sums[m][n] = Spread<X>::add(sums[m][n], heads[n], keys[m] + d);
         }
-        std::memcpy(acc, sums, sizeof sums);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) acc[m][n] = sums[m][n];
     }
 }
 
