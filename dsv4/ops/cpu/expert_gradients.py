@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv4.ops.cpu.library import Kernel, address
-from dsv4.ops.cpu.products import into_gradient, mm
+from dsv4.ops.cpu.products import add_mm, into_gradient, mm
 
 _swiglu = Kernel("swiglu", "pipllfp")
 _swiglu_backward = Kernel("swiglu_backward", "pippllfppp")
@@ -155,11 +155,13 @@ def _of_experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 class OneExpert(torch.autograd.Function):
-    """As ops.mlp, of plain weights and rows x [n, M]; both products of x are one."""
+    """As ops.mlp, of plain weights and rows x [n, M]."""
 
     @staticmethod
     def forward(ctx: Any, x, w1, w3, w2, limit: float):
-        hidden = mm(x, torch.cat((w1, w3)).to(x.dtype).T)
+        hidden, inner = x.new_empty(len(x), 2 * len(w1)), len(w1)
+        for at, w in ((slice(0, inner), w1), (slice(inner, None), w3)):
+            mm(x, w.to(x.dtype).T, out=hidden[:, at])
         ctx.save_for_backward(x, w1, w3, w2, hidden)
         ctx.limit = limit
         return mm(_activated(hidden, None, limit), w2.to(x.dtype).T)
@@ -168,10 +170,11 @@ class OneExpert(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any):
         x, w1, w3, w2, hidden = ctx.saved_tensors
-        dy = grads[0]
+        dy, inner = grads[0], len(w1)
         act, d_hidden, _ = _activated_backward(hidden, None, mm(dy, w2.to(dy.dtype)), ctx.limit)
-        d_w2, w13 = torch.empty_like(w2), torch.cat((w1, w3))
-        d_w13 = torch.empty_like(w13)
+        d_w1, d_w3, d_w2 = (torch.empty_like(w) for w in (w1, w3, w2))
         into_gradient(dy.T, act, d_w2)
-        into_gradient(d_hidden.T, x, d_w13)
-        return mm(d_hidden, w13.to(x.dtype)), *d_w13.split(len(w1)), d_w2, None
+        d_gate, d_up = d_hidden[:, :inner], d_hidden[:, inner:]
+        into_gradient(d_gate.T, x, d_w1)
+        into_gradient(d_up.T, x, d_w3)
+        return add_mm(mm(d_gate, w1.to(x.dtype)), d_up, w3.to(x.dtype)), d_w1, d_w3, d_w2, None

@@ -57,7 +57,7 @@ template <class X> struct Products {
             spread<KEYS, N>(panel, keys + k, D, acc);
             for (int m = 0; m < KEYS; m++)
                 for (int n = 0; n < N; n++) {
-                    V v = acc[m][n] * factor[n];
+                    V v = acc[m][n] * factor[n];  // by 1 too: sums stored as they are would be kept in memory by GCC 12
                     place(v, (k + m) * heads, c + n * lanes<V>());
                 }
         }
