@@ -183,19 +183,24 @@ INLINE bool narrow_codes(const Fp4Row& row, long k, __m512i& out) {
     out = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), scaled);
     return true;
 }
-INLINE bool narrow_codes(const Fp8Row& row, long k, __m512i& out) {
+// The same of FP8 codes; which of them were NaN, that it does not give, is added to `nan`.
+INLINE bool narrow_codes(__m256i packed, int scale, __m512i& out, __mmask32& nan) {
     const __m512i small = _mm512_castsi128_si512(_mm_setr_epi16(  // codes without an exponent: steps of 2^-9
         0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    int scale = row.scales[k / 128];
     if (__builtin_expect(scale < 10 || scale > 246, 0)) return false;
     __m512i exponent = _mm512_set1_epi16(short((scale - 127) * 128));
-    __m512i codes = _mm512_cvtepi8_epi16(load_as<__m256i>(row.p + k)), size = _mm512_and_si512(codes, _mm512_set1_epi16(127));
+    __m512i codes = _mm512_cvtepi8_epi16(packed), size = _mm512_and_si512(codes, _mm512_set1_epi16(127));
     __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_add_epi16(exponent, _mm512_set1_epi16(120 * 128)));
     __m512i few = _mm512_mask_add_epi16(small, 0xfe, small, exponent);
     __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
     normal = _mm512_mask_permutexvar_epi16(normal, is_small, size, few);
     out = _mm512_ternarylogic_epi32(normal, codes, _mm512_set1_epi16(short(0x8000)), 0xf8);  // a | (b & c)
+    nan |= _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(127));
     return true;
+}
+INLINE bool narrow_codes(const Fp8Row& row, long k, __m512i& out) {
+    __mmask32 nan = 0;
+    return narrow_codes(load_as<__m256i>(row.p + k), row.scales[k / 128], out, nan);
 }
 #endif
 
