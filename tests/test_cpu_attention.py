@@ -345,13 +345,13 @@ def part(case: tuple, i: int, j: int, chosen: Tensor | None = None) -> tuple[Ten
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("heads", [3, 8, 40])
 def test_attention_bits_do_not_depend_on_the_batch(isa, dtype, packed, heads):
-    """A query alone, in batches of any size, and with one thread or two."""
+    """A query alone, in batches of any size, and with one thread, two, or more than queries."""
     case = bits_case(dtype, packed, heads)
     chosen = picked(case[4], 50)
     for some in (None, chosen):
         out, lse = part(case, 0, 90, some)
-        for threads, sizes in ((1, (1, 2, 7, 31, 90)), (2, (1, 31, 90))):
-            for size, i in ((s, i) for s in sizes for i in range(0, 90, 17 if s == 1 else s)):
+        for threads, sizes in ((1, (1, 2, 7, 31, 90)), (2, (1, 31, 90)), (5, (1, 3))):
+            for size, i in ((s, i) for s in sizes for i in range(0, 90, 17 if s in (1, 3) else s)):
                 j = min(i + size, 90)
                 with on_threads(threads):
                     a, b = part(case, i, j, None if some is None else some[i:j])

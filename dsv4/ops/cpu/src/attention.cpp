@@ -12,7 +12,8 @@ namespace {
 
 constexpr long CHUNK = 128;
 constexpr long SLACK = 32;  // rows by which the intervals of queries that share widened rows may be apart
-constexpr long AHEAD = 4;   // rows by which memory is asked for before they are unpacked
+constexpr long PIECE = 16;  // rows of a chunk that a thread takes at a time where it is shared
+constexpr long AHEAD = 8;   // rows by which memory is asked for before they are unpacked
 
 struct Call {
     const void* q;
@@ -57,9 +58,9 @@ struct Mixed {
     }
 };
 
-// sum = sum + part, of heads h0 <= h < h1, which are a multiple of 8.
-void add(Mixed sum, Mixed part, long h0, long h1, long width) {
-    for (long h = h0; h < h1; h += 8) {
+// sum = sum + part, of all heads and the channels d0 <= d < d1, multiples of LANES.
+void add(Mixed sum, Mixed part, long heads, long width, long d0, long d1) {
+    for (long h = 0; h < heads; h += 8) {
         alignas(64) float old[16] = {}, fresh[16] = {};
         for (int i = 0; i < 8; i++) {
             float top = sum.top[h + i], other = part.top[h + i];
@@ -74,7 +75,7 @@ void add(Mixed sum, Mixed part, long h0, long h1, long width) {
             float* mix = sum.mix + (h + i) * width;
             const float* more = part.mix + (h + i) * width;
             vf a = splat(old[i]), b = splat(fresh[i]);
-            for (long d = 0; d < width; d += LANES) store(mix + d, fused(load(mix + d), a, load(more + d) * b));
+            for (long d = d0; d < d1; d += LANES) store(mix + d, fused(load(mix + d), a, load(more + d) * b));
         }
     }
 }
@@ -97,22 +98,22 @@ template <class X> struct Score {
     }
 };
 
-// What a thread works in. X: what scores are multiplied as.
+// What a thread works in. X: what scores are multiplied as, and what rows are read as.
 template <class X> struct Work {
-    const X* keys[CHUNK + KEYS];
-    const float* rows[CHUNK];
+    const X* rows[CHUNK + KEYS];
     const uint8_t* found[CHUNK + SLACK];
     long picked[CHUNK];
-    float *scores, *wide;  // wide, half: rows that were widened, in FP32 and for the scores in BF16
-    bf16* half;
+    float *scores, *wide;  // wide: one row in FP32
+    X* own;                // rows that do not lie in the pool as X
     Mixed part;
 
     static long size(long heads, long width) {
-        return Mixed::size(heads, width) + (CHUNK + KEYS) * heads * 4 + (CHUNK + SLACK) * width * 6 + 3 * 64;
+        long own = (CHUNK + SLACK) * width * sizeof(X);
+        return Mixed::size(heads, width) + (CHUNK + KEYS) * heads * 4 + width * 4 + own + 3 * 64;
     }
     Work(Room& room, long heads, long width)
-        : scores(room.take<float>((CHUNK + KEYS) * heads)), wide(room.take<float>((CHUNK + SLACK) * width)),
-          half(room.take<bf16>((CHUNK + SLACK) * width)), part(Mixed::in(room, heads, width)) {}
+        : scores(room.take<float>((CHUNK + KEYS) * heads)), wide(room.take<float>(width)),
+          own(room.take<X>((CHUNK + SLACK) * width)), part(Mixed::in(room, heads, width)) {}
 };
 
 template <class T, class X> struct Attention {
@@ -127,62 +128,73 @@ template <class T, class X> struct Attention {
         lay_panels(rows.data(), heads, D, panels);
     }
 
-    void begin(Mixed state) const {
+    // The sink alone; of the mix the channels d0 <= d < d1, as everywhere.
+    void begin(Mixed state, long d0, long d1) const {
         for (long h = 0; h < heads; h++) {
             state.top[h] = h < H ? call.sink[h] : 0.0f;
             state.total[h] = state.top[h] == -INFINITY ? 0.0f : 1.0f;
         }
-        std::fill(state.mix, state.mix + heads * width, 0.0f);
+        for (long h = 0; h < heads; h++) std::fill(state.mix + h * width + d0, state.mix + h * width + d1, 0.0f);
     }
 
-    void finish(long i, Mixed state) const {
+    void finish(long i, Mixed state, long d0, long d1) const {
         for (long h = 0; h < H; h++) {
             float total = state.total[h], inverse = total == 0 ? 0.0f : 1 / total;
             T* out = static_cast<T*>(call.out) + (i * H + h) * D;
             const float* mix = state.mix + h * width;
-            long d = 0;
-            for (; d + LANES <= D; d += LANES) store(out + d, load(mix + d) * inverse);
-            if (d < D) store_some(out + d, load(mix + d) * inverse, int(D - d));
-            call.lse[i * H + h] = state.top[h] + std::log(total);
+            long d = d0;
+            for (; d + LANES <= std::min(d1, D); d += LANES) store(out + d, load(mix + d) * inverse);
+            if (d < std::min(d1, D)) store_some(out + d, load(mix + d) * inverse, int(D - d));
+            if (!d0) call.lse[i * H + h] = state.top[h] + std::log(total);
         }
     }
 
-    // Whether rows of a pool are multiplied where they lie.
-    bool in_place(const Pool& pool) const { return pool.kind == F32 && D == width; }
-    bool keys_in_place(const Pool& pool) const { return !std::is_same<X, float>::value && pool.kind == BF16; }
+    // Whether rows of a pool are read where they lie.
+    bool in_place(const Pool& pool) const { return pool.kind == (std::is_same<X, float>::value ? F32 : BF16) && D == width; }
 
-    // Rows `found` of a pool, which the pointers of work are set to from now on (see `use`).
-    void widen(Work<X>& work, const Pool& pool, long count) const {
+    // Rows `found` of a pool as X, into `own` where they do not lie so.
+    void widen(Work<X>& work, const Pool& pool, long count, X* own) const {
         if (in_place(pool)) return;
+        for (long r = 0; r < std::min(AHEAD, count); r++) pool.prefetch(work.found[r]);
         for (long r = 0; r < count; r++) {
             if (r + AHEAD < count) pool.prefetch(work.found[r + AHEAD]);
-            float* row = work.wide + r * width;
-            pool.widen_row(work.found[r], row, width);
-            if constexpr (!std::is_same<X, float>::value)
-                if (!keys_in_place(pool)) as_bf16(row, work.half + r * width, width);
+            if constexpr (std::is_same<X, float>::value) pool.widen_row(work.found[r], own + r * width, width);
+            else pool.narrow_row(work.found[r], own + r * width, work.wide, width);
         }
     }
 
-    // Reduce `count` of the rows found, from the one at `at`, for query panels.
-    void reduce(Work<X>& work, const Pool& pool, const X* panels, long at, long count) const {
-        for (long r = 0; r < count; r++) {
-            const void* lies = work.found[at + r];
-            work.rows[r] = in_place(pool) ? static_cast<const float*>(lies) : work.wide + (at + r) * width;
-            if constexpr (std::is_same<X, float>::value) work.keys[r] = work.rows[r];
-            else work.keys[r] = keys_in_place(pool) ? static_cast<const X*>(lies) : work.half + (at + r) * width;
-        }
-        for (long r = count; r < count + KEYS; r++) work.keys[r] = work.keys[count - 1];  // tiles are whole
-        for_panels(panels, heads, D, Score<X>{work.keys, count, D, heads, call.scale, work.scores});
-        softmax(work, count);
-        for (long d = 0; d < width;) {
-            bool both = d + MIX_WIDE * LANES <= width;
+    // work.rows from the `count` of the rows found, from the one at `at`; own: as of `widen`.
+    void use(Work<X>& work, const Pool& pool, long at, long count, const X* own) const {
+        bool lie = in_place(pool);
+        for (long r = 0; r < count; r++)
+            work.rows[r] = lie ? reinterpret_cast<const X*>(work.found[at + r]) : own + (at + r) * width;
+        for (long r = count; r < count + KEYS; r++) work.rows[r] = work.rows[count - 1];  // tiles are whole
+    }
+
+    // Products of a query with the first rows of work.
+    void score(const Work<X>& work, const X* panels, long count, float* scores) const {
+        for_panels(panels, heads, D, Score<X>{work.rows, count, D, heads, call.scale, scores});
+    }
+
+    // The mix of the rows of work by their scores.
+    void mix(const Work<X>& work, long count, float* out, long d0, long d1) const {
+        for (long d = d0; d < d1;) {
+            bool both = d + MIX_WIDE * LANES <= d1;
             for (long h = 0; h < heads; h += MIX_HEADS) {
-                float* to = work.part.mix + h * width;
+                float* to = out + h * width;
                 if (both) mix_tile<MIX_WIDE>(work.scores + h, heads, work.rows, count, d, to, width);
                 else mix_tile<1>(work.scores + h, heads, work.rows, count, d, to, width);
             }
             d += both ? MIX_WIDE * LANES : LANES;
         }
+    }
+
+    // Reduce `count` of the rows that were found and widened, from the one at `at`, for query panels.
+    void reduce(Work<X>& work, const Pool& pool, const X* panels, long at, long count) const {
+        use(work, pool, at, count, work.own);
+        score(work, panels, count, work.scores);
+        softmax(work, count);
+        mix(work, count, work.part.mix, 0, width);
     }
 
     // Scores become exponentials below the largest; with eight heads a vector of sixteen lanes holds two keys.
@@ -233,28 +245,23 @@ template <class T, class X> struct Attention {
                     lo = std::min(lo, first), hi = std::max(hi, first + std::min(CHUNK, length - c));
                 }
             pool.addresses(lo, hi - lo, work.found);
-            widen(work, pool, hi - lo);
+            widen(work, pool, hi - lo, work.own);
             for (long a = i; a < j; a++)
                 if (long length = call.length(list, a); length > c) {
                     long at = call.first(list, a) + c - lo;
                     reduce(work, pool, panels + (a - i) * panels_size(), at, std::min(CHUNK, length - c));
-                    add(states[a - i], work.part, 0, heads, width);
+                    add(states[a - i], work.part, heads, width, 0, width);
                 }
         }
     }
 
-    // A chunk of query i alone, its rows found and widened.
-    void chunk(Work<X>& work, int list, long i, long from, long length, const X* panels) const {
-        const Pool& pool = call.pools[list];
+    // A chunk of query i's chosen rows.
+    void chosen(Work<X>& work, long i, long from, long length, const X* panels) const {
         long count = std::min(CHUNK, length - from);
-        if (list && call.chosen) {
-            call.pick(i, from, work.picked);
-            for (long r = 0; r < count; r++) work.found[r] = pool.at(work.picked[r]);
-        } else {
-            pool.addresses(call.first(list, i) + from, count, work.found);
-        }
-        widen(work, pool, count);
-        reduce(work, pool, panels, 0, count);
+        call.pick(i, from, work.picked);
+        for (long r = 0; r < count; r++) work.found[r] = call.pools[1].at(work.picked[r]);
+        widen(work, call.pools[1], count, work.own);
+        reduce(work, call.pools[1], panels, 0, count);
     }
 
     void many(long most) const {
@@ -276,68 +283,166 @@ template <class T, class X> struct Attention {
 #pragma omp for schedule(dynamic, 1)
             for (long b = 0; b < blocks; b++) {
                 long i = begin_of[b], j = begin_of[b + 1];
-                for (long a = i; a < j; a++) lay(a, panels + (a - i) * panels_size()), begin(states[a - i]);
+                for (long a = i; a < j; a++) lay(a, panels + (a - i) * panels_size()), begin(states[a - i], 0, width);
                 intervals(work, 0, i, j, panels, states.data());
                 if (!call.chosen && call.start[1]) intervals(work, 1, i, j, panels, states.data());
                 if (call.chosen)
                     for (long a = i; a < j; a++) {
                         long length = call.length(1, a);
                         for (long from = 0; from < length; from += CHUNK) {
-                            chunk(work, 1, a, from, length, panels + (a - i) * panels_size());
-                            add(states[a - i], work.part, 0, heads, width);
+                            chosen(work, a, from, length, panels + (a - i) * panels_size());
+                            add(states[a - i], work.part, heads, width, 0, width);
                         }
                     }
-                for (long a = i; a < j; a++) finish(a, states[a - i]);
+                for (long a = i; a < j; a++) finish(a, states[a - i], 0, width);
             }
         }
     }
 
     // --- few queries: their chunks are shared out, some at a time, and added in order ---
 
-    void few() const {
-        long threads = omp_get_max_threads(), slots = 4 * threads, n = call.n;
-        std::vector<long> chunks(n + 1, 0), windows(n), lengths(2 * n);
-        double products = 0;
-        for (long i = 0; i < n; i++) {
-            for (int list = 0; list < 2; list++) {
-                lengths[2 * i + list] = call.length(list, i);
-                products += double(lengths[2 * i + list]) * heads * width;
+    // Some rows of a query's list. One thread reduces them or, with a `place`, all threads: by rows, and then by channels.
+    struct Chunk {
+        long i;
+        int list;
+        long from, count, place;
+    };
+    // Rows of a chunk that is shared, or a whole one.
+    struct Piece {
+        const Chunk* of;
+        long row, count;
+    };
+    // What threads make of a chunk that they share.
+    struct Shared {
+        X* rows;
+        float* scores;
+        static long size(long heads, long width) { return CHUNK * width * sizeof(X) + (CHUNK + KEYS) * heads * 4 + 2 * 64; }
+    };
+    // The chunks, in rounds of `slots` of them.
+    struct Cut {
+        long slots, most = 0;      // most: chunks that are shared in a round
+        std::vector<long> chosen;  // of each query the chosen rows that are there, from i * K on
+        std::vector<Chunk> chunks;
+        std::vector<Piece> pieces;  // of a round the whole chunks first
+        std::vector<size_t> first;  // piece of each round
+
+        // share: not only chunks. Each thread has as many whole ones as the others.
+        Cut(const Call& call, long threads, bool share) : slots(4 * threads), chosen(call.chosen ? call.n * call.K : 0) {
+            for (long i = 0; i < call.n; i++)
+                for (int list = 0; list < 2; list++) {
+                    long length = 0;
+                    if (!list || !call.chosen) length = call.length(list, i);
+                    else
+                        for (long k = 0; k < call.K; k++)
+                            if (long row = call.chosen[i * call.K + k]; call.there(row)) chosen[i * call.K + length++] = row;
+                    for (long c = 0; c < length; c += CHUNK) chunks.push_back({i, list, c, std::min(CHUNK, length - c), -1});
+                }
+            for (long round = 0; round < long(chunks.size()); round += slots) {
+                long whole = 0, places = 0;
+                for (long c = round; c < end(round); c++) whole += chunks[c].count == CHUNK;
+                whole = whole / threads * threads;
+                for (long c = round; share && c < end(round); c++)
+                    if (chunks[c].count < CHUNK || whole-- <= 0) chunks[c].place = places++;
+                most = std::max(most, places);
+                first.push_back(pieces.size());
+                for (long c = round; c < end(round); c++)
+                    if (chunks[c].place < 0) pieces.push_back({&chunks[c], 0, chunks[c].count});
+                for (long c = round; c < end(round); c++)
+                    for (long row = 0; chunks[c].place >= 0 && row < chunks[c].count; row += PIECE)
+                        pieces.push_back({&chunks[c], row, std::min(PIECE, chunks[c].count - row)});
             }
-            windows[i] = (lengths[2 * i] + CHUNK - 1) / CHUNK;
-            chunks[i + 1] = chunks[i] + windows[i] + (lengths[2 * i + 1] + CHUNK - 1) / CHUNK;
+            first.push_back(pieces.size());
         }
+        long end(long round) const { return std::min<long>(round + slots, chunks.size()); }
+    };
+
+    // Sets work.found to where rows of a chunk lie.
+    void find(Work<X>& work, const Cut& cut, const Chunk& chunk, long row, long count) const {
+        const Pool& pool = call.pools[chunk.list];
+        const long from = chunk.from + row;
+        if (!chunk.list || !call.chosen) return pool.addresses(call.first(chunk.list, chunk.i) + from, count, work.found);
+        for (long r = 0; r < count; r++) work.found[r] = pool.at(cut.chosen[chunk.i * call.K + from + r]);
+    }
+
+    // Scores of a piece; a whole chunk's reduction, into `part`.
+    void take(Work<X>& work, const Cut& cut, Piece piece, const X* panels, Mixed part, const Shared* shared) const {
+        const Chunk& chunk = *piece.of;
+        const Pool& pool = call.pools[chunk.list];
+        find(work, cut, chunk, piece.row, piece.count);
+        X* to = shared ? shared->rows + piece.row * width : work.own;
+        widen(work, pool, piece.count, to);
+        use(work, pool, 0, piece.count, to);
+        score(work, panels, piece.count, shared ? shared->scores + piece.row * heads : work.scores);
+        if (shared) return;
+        work.part = part;
+        softmax(work, piece.count);
+        mix(work, piece.count, part.mix, 0, width);
+    }
+
+    // The reduction of a chunk whose scores are there, but the mix of some channels alone, into part.mix.
+    Mixed reduce_shared(Work<X>& work, const Cut& cut, const Chunk& chunk, const Shared& shared, Mixed part, long d0,
+                        long d1) const {
+        find(work, cut, chunk, 0, chunk.count);
+        use(work, call.pools[chunk.list], 0, chunk.count, shared.rows);
+        std::memcpy(work.scores, shared.scores, chunk.count * heads * sizeof(float));
+        work.part.mix = part.mix;
+        softmax(work, chunk.count);
+        mix(work, chunk.count, part.mix, d0, d1);
+        return work.part;
+    }
+
+    void few() const {
+        long threads = omp_get_max_threads(), n = call.n, rows = 0;
+        const bool share = n < threads;  // queries
+        const Cut cut(call, threads, share);
+        const long count = cut.chunks.size(), slot_count = std::min(cut.slots, count);
+        for (const Chunk& chunk : cut.chunks) rows += chunk.count;
         static thread_local Room shared_room;
-        long slot_count = std::min(slots, chunks[n]);
-        shared_room.open(n * (panels_size() * sizeof(X) + 64) + (n + slot_count) * Mixed::size(heads, width));
+        shared_room.open(n * (panels_size() * sizeof(X) + 64) + (n + slot_count) * Mixed::size(heads, width) +
+                         cut.most * Shared::size(heads, width));
         X* panels = shared_room.take<X>(n * panels_size());
         std::vector<Mixed> states, parts;
+        std::vector<Shared> shared;
         for (long i = 0; i < n; i++) states.push_back(Mixed::in(shared_room, heads, width));
         for (long s = 0; s < slot_count; s++) parts.push_back(Mixed::in(shared_room, heads, width));
-#pragma omp parallel if (products > 10000)
+        for (long s = 0; s < cut.most; s++)
+            shared.push_back({shared_room.take<X>(CHUNK * width), shared_room.take<float>((CHUNK + KEYS) * heads)});
+#pragma omp parallel if (double(rows) * heads * width > 10000)
         {
+            // what is added up here: some channels of all queries, or some queries
+            const long t = omp_get_thread_num(), team = omp_get_num_threads(), vectors = width / LANES;
+            const long d0 = share ? vectors * t / team * LANES : 0, d1 = share ? vectors * (t + 1) / team * LANES : width;
+            const long first = share ? 0 : n * t / team, last = d0 == d1 ? 0 : share ? n : n * (t + 1) / team;
             static thread_local Room room;
-            room.open(Work<X>::size(heads, width));
+            room.open(Work<X>::size(heads, width) + (n + 1) * Mixed::size(heads, 0));
             Work<X> work(room, heads, width);
+            const Mixed own = Mixed::in(room, heads, 0);
+            std::vector<Mixed> sums;  // each thread has its own largest scores and totals
+            for (long i = 0; i < n; i++) sums.push_back(Mixed::in(room, heads, 0)), sums[i].mix = states[i].mix;
+            for (long i = first; i < last; i++) begin(sums[i], d0, d1);
 #pragma omp for schedule(static)
-            for (long i = 0; i < n; i++) lay(i, panels + i * panels_size()), begin(states[i]);
-            for (long round = 0; round < chunks[n]; round += slots) {
-                long end = std::min(round + slots, chunks[n]);
+            for (long i = 0; i < n; i++) lay(i, panels + i * panels_size());
+            for (long round = 0; round < count; round += cut.slots) {
+                const size_t* pieces = &cut.first[round / cut.slots];
 #pragma omp for schedule(dynamic, 1)
-                for (long c = round; c < end; c++) {
-                    long i = std::upper_bound(chunks.begin(), chunks.end(), c) - chunks.begin() - 1, k = c - chunks[i];
-                    int list = k >= windows[i];
-                    long from = (list ? k - windows[i] : k) * CHUNK;
-                    work.part = parts[c - round];
-                    chunk(work, list, i, from, lengths[2 * i + list], panels + i * panels_size());
+                for (size_t p = pieces[0]; p < pieces[1]; p++) {
+                    const Chunk& chunk = *cut.pieces[p].of;
+                    take(work, cut, cut.pieces[p], panels + chunk.i * panels_size(), parts[&chunk - &cut.chunks[round]],
+                         chunk.place < 0 ? nullptr : &shared[chunk.place]);
                 }
-#pragma omp for schedule(static) collapse(2)
-                for (long i = 0; i < n; i++)
-                    for (long h = 0; h < heads; h += 8)
-                        for (long c = std::max(round, chunks[i]); c < std::min(end, chunks[i + 1]); c++)
-                            add(states[i], parts[c - round], h, h + 8, width);
+                work.part = own;
+                for (long c = round; c < cut.end(round); c++) {
+                    const Chunk& chunk = cut.chunks[c];
+                    if (chunk.i < first || chunk.i >= last) continue;
+                    Mixed part = parts[c - round];
+                    if (chunk.place >= 0) part = reduce_shared(work, cut, chunk, shared[chunk.place], part, d0, d1);
+                    add(sums[chunk.i], part, heads, width, d0, d1);
+                }
+                if (round + cut.slots < count) {  // parts are written again
+#pragma omp barrier
+                }
             }
-#pragma omp for schedule(static)
-            for (long i = 0; i < n; i++) finish(i, states[i]);
+            for (long i = first; i < last; i++) finish(i, sums[i], d0, d1);
         }
     }
 

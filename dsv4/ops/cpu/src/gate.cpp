@@ -75,7 +75,7 @@ void gate(
     std::vector<float> room(plain ? 0 : std::min(n, SLAB) * M);
     long strip = std::clamp<long>((X / (threads * 4) + NR - 1) / NR * NR, NR, std::max<long>(NR, PANEL / M / NR * NR));
     long strips = (X + strip - 1) / strip;
-#pragma omp parallel if (n * X * M > 300000)
+#pragma omp parallel if (n * X * M > 30000)
     {
         static thread_local Room own;
         own.open((PANEL + NR * M) * sizeof(float));

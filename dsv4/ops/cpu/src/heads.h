@@ -158,8 +158,8 @@ constexpr int MIX_HEADS = 4, MIX_WIDE = 2;
 
 // mix[h][d] = sum over keys of p[key][h] row[key][d], for MIX_HEADS heads and N vectors of the rows; p has `heads` numbers
 // for a key.
-template <int N>
-INLINE void mix_tile(const float* p, long heads, const float* const* rows, long count, long d, float* mix, long width) {
+template <int N, class X>
+INLINE void mix_tile(const float* p, long heads, const X* const* rows, long count, long d, float* mix, long width) {
     vf acc[MIX_HEADS][N] = {};
     for (long k = 0; k < count; k++) {
         vf row[N];

@@ -274,6 +274,7 @@ template <class T, class X, bool PAIRS = false> struct Index {
             Work work = work_in(room);
             std::vector<Best> own;
             for (long a = 0; parts == 1 && a < most; a++) own.push_back(Best::in(room, held));
+            long laid = -1;  // the block whose panels are
 #pragma omp for schedule(dynamic, 1)
             for (long item = 0; item < blocks * parts; item++) {
                 long i = begin_of[item / parts], j = begin_of[item / parts + 1], part = item % parts;
@@ -286,7 +287,8 @@ template <class T, class X, bool PAIRS = false> struct Index {
                 }
                 long share = ((hi - lo + parts - 1) / parts + TILE - 1) / TILE * TILE;
                 if (hi > lo) {
-                    lay(work, i, j);
+                    if (laid != i) lay(work, i, j);
+                    laid = i;
                     offer(work, i, j, lo + part * share, std::min(hi, lo + (part + 1) * share), best);
                 }
                 if (parts == 1)

@@ -76,6 +76,10 @@ struct Fp8Codes {
         normal = _mm512_mask_permutexvar_epi16(normal, is_small, size, few);
         return _mm512_ternarylogic_epi32(normal, codes, _mm512_set1_epi16(short(0x8000)), 0xf8);  // a | (b & c)
     }
+    static INLINE __mmask32 nans(const uint8_t* packed) {
+        __m256i size = _mm256_and_si256(load_as<__m256i>(packed), _mm256_set1_epi8(127));
+        return _mm256_cmpeq_epi8_mask(size, _mm256_set1_epi8(127));
+    }
 };
 #endif
 

@@ -68,7 +68,13 @@ struct Pool {
                 return;
             }
         }
+        if (kind == FP8 && coded % 32 == 0 && block % 32 == 0 && narrow_fp8(row, out, padded)) return;
 #endif
+        if (kind == BF16) {
+            std::memcpy(out, row, (coded + tail) * sizeof(bf16));
+            for (long k = coded + tail; k < padded; k++) out[k] = 0;
+            return;
+        }
         widen_row(row, wide, padded);
         as_bf16(wide, out, padded);
     }
@@ -86,6 +92,26 @@ struct Pool {
         if (k < coded) store(out + k, load_some(row + k, int(coded - k))), k += LANES;
         for (; k < padded; k += LANES) store(out + k, vf{});
     }
+
+#if defined(__AVX512BF16__)
+    // False where a scale or a NaN asks for FP32.
+    INLINE bool narrow_fp8(const uint8_t* row, bf16* out, long padded) const {
+        const uint8_t* scales = row + coded + 2 * tail;
+        __mmask32 nan = 0;
+        for (long first = 0; first < coded; first += block) {
+            const Fp8Codes codes(scales[first / block]);
+            if (!codes.fits) return false;
+            for (long k = first, last = std::min(first + block, coded); k < last; k += 32) {
+                const __m512i some = codes.numbers(row + k);
+                std::memcpy(out + k, &some, sizeof some);
+                nan |= Fp8Codes::nans(row + k);
+            }
+        }
+        std::memcpy(out + coded, row + coded, 2 * tail);
+        for (long k = coded + tail; k < padded; k++) out[k] = 0;
+        return !nan;
+    }
+#endif
 
     // [codes | tail in BF16 | scales, UE8M0 or FP32]
     template <int K> INLINE void packed(const uint8_t* row, float* out, long padded) const {

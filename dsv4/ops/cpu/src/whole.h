@@ -143,10 +143,24 @@ template <int M> INLINE void spread_pairs(const int8_t* panel, const uint8_t* pa
 // to be taken away, int32 [columns]; and scales, FP32 [columns].
 INLINE long whole_panels_size(long columns, long D) { return columns * (D + D / BLOCK * 8); }
 
+// The whole part; INT_MIN where it is no int32.
+INLINE vi whole(vf x) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvttps_epi32((__m512)x);
+#else
+    return (vi)_mm256_cvttps_epi32((__m256)x);
+#endif
+}
+
 // A head's block as whole numbers and their scale; false where it is not such.
 template <class T> bool whole_block(const T* row, int8_t* numbers, float& scale) {
-    float top = 0;
-    for (long i = 0; i < BLOCK; i++) top = std::max(top, std::fabs(widen(row[i])));
+    vf most = {};
+    for (long i = 0; i < BLOCK; i += LANES) most = max(as_float(as_bits(load(row + i)) & 0x7fffffff), most);
+    float part[LANES];
+    store(part, most);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = std::max(part[i], part[i + half]);
+    float top = part[0];
     if (!(top < 0x1p120f)) return false;  // nor is NaN
     uint32_t bits;
     std::memcpy(&bits, &top, 4);
@@ -156,14 +170,19 @@ template <class T> bool whole_block(const T* row, int8_t* numbers, float& scale)
     uint32_t up = uint32_t(254 - exponent) << 23, down = uint32_t(exponent) << 23;
     float inverse;
     std::memcpy(&inverse, &up, 4), std::memcpy(&scale, &down, 4);
-    bool exact = true;
-    for (long i = 0; i < BLOCK; i++) {
-        float x = widen(row[i]) * inverse;
-        int n = int(x);
-        exact &= float(n) == x;
-        numbers[i / 2 + i % 2 * 16] = int8_t(n);
+    int32_t all[BLOCK];
+    vi wrong = {};
+    for (long i = 0; i < BLOCK; i += LANES) {
+        vf x = load(row + i) * inverse;
+        vi n = whole(x);
+        std::memcpy(all + i, &n, sizeof n);
+        wrong |= __builtin_convertvector(n, vf) != x;
     }
-    return exact;
+    uint64_t some = 0, any[LANES / 2];
+    std::memcpy(any, &wrong, sizeof any);
+    for (uint64_t two : any) some |= two;
+    for (long i = 0; i < BLOCK / 2; i++) numbers[i] = int8_t(all[2 * i]), numbers[i + 16] = int8_t(all[2 * i + 1]);
+    return !some;
 }
 
 // Whether all heads of a query are whole numbers.
