@@ -271,6 +271,25 @@ def test_products_of_bf16_with_fp32_sums(isa: str, n: int, threads: int) -> None
                 assert room[:, :2].isnan().all() and room[:, -3:].isnan().all()
 
 
+def test_a_gradient_that_is_one_number_everywhere(isa: str) -> None:
+    """As that of a sum, which lies in no rows: an op in bf16 takes it as any other."""
+    cases = {
+        "mlp": (normal(37, 48).bfloat16(), normal(24, 48, seed=1), normal(24, 48, seed=2), normal(48, 24, seed=3), 1.5)
+    }
+    cases["project_out"] = projections(37, torch.bfloat16)["project_out"]
+    for name, given in cases.items():
+        found = []
+        for ops in (cpu, reference):
+            mine = [
+                m.detach().clone().requires_grad_() if torch.is_tensor(m) and m.is_floating_point() else m
+                for m in given
+            ]
+            getattr(ops, name)(*mine).sum().backward()
+            found.append([m.grad.float() for m in mine if torch.is_tensor(m) and m.is_floating_point()])
+        for got, want in zip(*found, strict=True):
+            assert (got - want).abs().max() <= 2.0**-6 * want.abs().max(), name
+
+
 def test_products_of_nothing(isa: str) -> None:
     nothing, out = torch.empty(0, 4, dtype=torch.bfloat16), torch.full((4, 4), torch.nan)
     assert not products.dot_bf16(nothing.T, nothing, out).any()
@@ -316,6 +335,14 @@ def test_loss_of_huge_numbers_and_of_none(isa: str) -> None:
     targets[4] = 3
     found = gradients(cpu.cross_entropy, (x, w, targets))
     assert found[0].isnan() and found[1][4].isnan().all() and found[1][5].isfinite().all()
+
+
+@pytest.mark.parametrize("target", [50, -1, 1 << 40])
+def test_a_target_that_is_no_token(isa: str, target: int) -> None:
+    x, w, targets = loss_case(40, 50)
+    targets[7] = target
+    with pytest.raises(IndexError, match=f"target {target} is no token of 50"):
+        cpu.cross_entropy(x, w, targets)
 
 
 def test_loss_without_a_gradient(isa: str) -> None:

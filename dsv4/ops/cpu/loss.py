@@ -24,12 +24,13 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, ignore: int):
         (n, dtype), vocab = (len(hidden), hidden.dtype), len(head)
         rows, targets = max(1, BLOCK_NUMBERS // vocab), targets.contiguous()
+        wrong = (targets != ignore) & ((targets < 0) | (targets >= vocab))
+        if wrong.any():  # the library would read, and write, what is not there
+            raise IndexError(f"target {targets[wrong][0].item()} is no token of {vocab}")
         need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         hidden, weight = hidden.contiguous(), head.to(dtype)
-        losses, logits = (
-            hidden.new_empty(n, dtype=torch.float32),
-            hidden.new_empty(min(n, rows), vocab, dtype=torch.float32),
-        )
+        losses = hidden.new_empty(n, dtype=torch.float32)
+        logits = losses.new_empty(min(n, rows), vocab)
         d = (logits if dtype == torch.float32 else logits.new_empty(logits.shape, dtype=dtype)) if need else None
         d_hidden = torch.empty_like(hidden) if need else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if need else None
@@ -55,7 +56,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _fit(hidden: Tensor, head: Tensor, targets: Tensor, ignore: int = -100) -> str:
-    return "" if head.is_contiguous() and targets.dtype == torch.int64 else "a head that is not contiguous"
+    if targets.dtype != torch.int64:
+        return "targets that are not int64"
+    return "" if head.is_contiguous() else "a head that is not contiguous"
 
 
 LIMITS = {"cross_entropy": Limits(devices=("cpu",), dtypes=PLAIN, also=_fit)}

@@ -42,6 +42,7 @@ def dot(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
 def dot_bf16(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """As `dot`, of BF16, by the library."""
     assert out.stride(1) == 1 or out.shape[1] == 1
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))  # such as a sum's gradient, one number everywhere
     _dot(*_lying(a), *_lying(b), *a.shape, b.shape[1], add, out.data_ptr(), out.stride(0))
     return out
 
@@ -49,7 +50,6 @@ def dot_bf16(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
 def _lying(x: Tensor) -> tuple[int, int, bool]:
     """Where a matrix lies, from row to row, or where its columns lie in one piece from column to column."""
     rows, columns = x.stride()
-    assert columns == 1 or rows == 1, "a matrix with neither rows nor columns in one piece"
     return (x.data_ptr(), rows, False) if columns == 1 else (x.data_ptr(), columns, True)
 
 
